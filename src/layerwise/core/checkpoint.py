@@ -1,0 +1,243 @@
+"""Safetensors folders: checked headers, tensors read one by one, shards written whole.
+
+Files are opened, read and closed; nothing stays mapped, so memory is what is asked for.
+"""
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from layerwise.core.errors import LayerwiseError
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_LONGEST_HEADER = 100_000_000
+
+
+class TensorInfo(NamedTuple):
+    """Where a stored tensor lies; `start` counts from the beginning of the file."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """What a safetensors file holds, every size and offset checked against the file.
+
+    Raises:
+        LayerwiseError: the file is no safetensors file, is cut short, or has tensors that
+            overlap, leave holes, or do not have the bytes that shape and dtype ask for.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+        if not 2 <= length <= min(size - 8, _LONGEST_HEADER):
+            raise _broken(path, "a header length within the file", f"{length} in {size} bytes")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise _broken(path, "a JSON header", str(error)) from None
+    if not isinstance(header, dict):
+        raise _broken(path, "a JSON object as header", type(header).__name__)
+    found = {k: _entry(path, k, v, 8 + length) for k, v in header.items() if k != "__metadata__"}
+    end = 8 + length
+    for name, info in sorted(found.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+        if info.start != end:
+            raise _broken(path, f"tensor {name!r} at byte {end}", f"byte {info.start}")
+        end += info.nbytes
+    if end != size:
+        raise _broken(path, f"{end} bytes in all", f"{size} (is the download complete?)")
+    return found
+
+
+def _entry(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
+    try:
+        dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+        start, end = entry["data_offsets"]
+        good = all(isinstance(n, int) and n >= 0 for n in (*shape, start, end))
+    except (KeyError, TypeError, ValueError):
+        raise _broken(path, f"dtype, shape and offsets for {name!r}", entry) from None
+    if not good or end - start != math.prod(shape) * dtype.itemsize:
+        raise _broken(path, f"offsets of {name!r} that fit its shape and dtype", entry)
+    return TensorInfo(path, dtype, shape, base + start, end - start)
+
+
+def _broken(path: Path, allowed: str, found: object) -> LayerwiseError:
+    return LayerwiseError(str(path), allowed=allowed, found=found, fix="copy the file again")
+
+
+def read_tensor(info: TensorInfo) -> Tensor:
+    """Read one tensor into memory of its own."""
+    buffer = torch.empty(info.nbytes, dtype=torch.uint8)
+    if info.nbytes:
+        with info.file.open("rb") as file:
+            file.seek(info.start)
+            got = file.readinto(memoryview(buffer.numpy()))
+        if got != info.nbytes:
+            raise _broken(info.file, f"{info.nbytes} bytes from byte {info.start}", got)
+    return buffer.view(info.dtype).reshape(info.shape)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file without copying what is contiguous; whole or not at all."""
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        tensor = tensors[name]
+        header[name] = {
+            "dtype": _CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + tensor.nbytes],
+        }
+        end += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+            file.write(memoryview(flat.view(torch.uint8).numpy()))
+    part.replace(path)
+
+
+class ShardWriter:
+    """Collects tensors and writes a shard whenever `limit` bytes have come together."""
+
+    def __init__(self, folder: Path, limit: int = 256_000_000) -> None:
+        self.folder, self.limit = folder, limit
+        self.nbytes = 0
+        self._waiting: dict[str, Tensor] = {}
+        self._shards: list[list[str]] = []
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the tensors of one layer; they stay together."""
+        self._waiting |= tensors
+        self.nbytes += sum(t.nbytes for t in tensors.values())
+        if sum(t.nbytes for t in self._waiting.values()) >= self.limit:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            write_safetensors(self.folder / f"shard-{len(self._shards)}", self._waiting)
+            self._shards.append(list(self._waiting))
+            self._waiting = {}
+
+    def close(self) -> list[str]:
+        """Give the shards their final names, write the index, and say which files there are."""
+        self._flush()
+        count = len(self._shards)
+        files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        if count == 1:
+            files = ["model.safetensors"]
+        for i, name in enumerate(files):
+            (self.folder / f"shard-{i}").replace(self.folder / name)
+        if count > 1:
+            where = {n: files[i] for i, names in enumerate(self._shards) for n in names}
+            index = {"metadata": {"total_size": self.nbytes}, "weight_map": where}
+            path = self.folder / "model.safetensors.index.json"
+            path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+            files.append(path.name)
+        return files
+
+
+class Checkpoint:
+    """A model folder: its configuration file and where every stored tensor lies."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        config = folder / "config.json"
+        if not config.is_file():
+            raise LayerwiseError(
+                str(folder),
+                allowed="a model folder with config.json and safetensors",
+                found="no config.json",
+                fix="give the folder that `save_pretrained` wrote, a hub id, or `demo`",
+            )
+        self.config: dict[str, Any] = json.loads(config.read_text())
+        self.tensors: dict[str, TensorInfo] = {}
+        for file in _weight_files(folder):
+            self.tensors |= read_header(file)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Read the named tensors.
+
+        Raises:
+            LayerwiseError: a weight is not a finite number.
+        """
+        tensors = {name: read_tensor(self.tensors[name]) for name in names}
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor.float().sum()):
+                raise LayerwiseError(
+                    f"{self.tensors[name].file}, tensor {name!r}",
+                    allowed="finite weights",
+                    found="NaN or infinity",
+                    fix="take another copy of the checkpoint; this one cannot be measured",
+                )
+        return tensors
+
+    @cached_property
+    def structure(self) -> str:
+        """sha256 of the canonical configuration and the sorted (name, shape, dtype)."""
+        volatile = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+        config = {k: v for k, v in self.config.items() if k not in volatile}
+        rows = sorted((n, list(i.shape), str(i.dtype)) for n, i in self.tensors.items())
+        return hashlib.sha256(json.dumps([config, rows], sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def weights(self) -> str:
+        """sha256 of the sha256s of the tensors, in order of their names."""
+        total = hashlib.sha256()
+        for _, info in sorted(self.tensors.items()):
+            flat = read_tensor(info).reshape(-1).view(torch.uint8)
+            total.update(hashlib.sha256(memoryview(flat.numpy())).digest())
+        return total.hexdigest()
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = sorted(p.name for p in folder.glob("*.safetensors"))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing or not names:
+        pickles = [p.name for p in folder.glob("*.bin")]
+        raise LayerwiseError(
+            str(folder),
+            allowed="all weights as safetensors",
+            found=f"missing {', '.join(missing)}" if missing else f"none ({pickles or 'empty'})",
+            fix="copy the missing files, or convert pickled weights with `save_pretrained`",
+        )
+    return [folder / name for name in names]

@@ -1,0 +1,248 @@
+"""Models without weights whose Python still runs on real values, and filling them in.
+
+In a hollow model every parameter is a stride-0 view of one stored element. Calls that consume a
+weight are short-circuited to a cheap result of the right shape: the mean of the input times a
+ramp over the outputs, so that what depends on position still does.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from layerwise.core.checkpoint import Checkpoint
+
+
+def hollow_parameter(shape: torch.Size, dtype: torch.dtype) -> nn.Parameter:
+    """A parameter of any shape that stores one element."""
+    parameter = nn.Parameter(torch.ones(1, dtype=dtype).expand(shape), requires_grad=False)
+    parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    return parameter
+
+
+def build_meta(
+    kind: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The module tree of a model, on the meta device, in evaluation mode."""
+    config.use_cache = False
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            return kind(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def build_hollow(
+    kind: type[PreTrainedModel],
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    stored: Callable[[str], bool] = lambda name: True,
+) -> PreTrainedModel:
+    """A hollow model: stored parameters stride-0, buffers and computed parameters real."""
+    model = build_meta(kind, config, dtype)
+    wide = model._get_dtype_plan(dtype)
+    replaced: dict[int, nn.Parameter] = {}
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        for name, p in module._parameters.items():
+            if p is None:
+                continue
+            if id(p) not in replaced:
+                kept = torch.float32 if any(key in prefix + name for key in wide) else p.dtype
+                real = nn.Parameter(torch.empty(p.shape, dtype=kept), requires_grad=False)
+                replaced[id(p)] = (
+                    hollow_parameter(p.shape, kept) if stored(prefix + name) else real
+                )
+            module._parameters[name] = replaced[id(p)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+    model.initialize_weights()
+    model.tie_weights()
+    return model
+
+
+def is_hollow(tensor: Tensor) -> bool:
+    """Whether a tensor is a view of one stored element."""
+    return tensor.ndim > 0 and tensor.numel() > 1 and not any(tensor.stride())
+
+
+def ramp(x: Tensor, size: int) -> Tensor:
+    """The short-circuited result: mean over the last axis times a ramp from -1 to 1."""
+    steps = torch.linspace(-1, 1, size, dtype=torch.float32, device=x.device) + 0.1
+    return (x.float().mean(-1, keepdim=True) * steps).to(x.dtype)
+
+
+#: function -> (argument of the input, argument of the weight, whether the weight is [in, out])
+CONSUMERS: dict[Any, tuple[int, int, bool]] = {
+    F.linear: (0, 1, False),
+    torch.matmul: (0, 1, True),
+    Tensor.matmul: (0, 1, True),
+    Tensor.__matmul__: (0, 1, True),
+    torch.mm: (0, 1, True),
+    Tensor.mm: (0, 1, True),
+    torch.bmm: (0, 1, True),
+    Tensor.bmm: (0, 1, True),
+    torch.addmm: (1, 2, True),
+    torch.baddbmm: (1, 2, True),
+    torch._grouped_mm: (0, 1, True),
+    F.conv1d: (0, 1, False),
+    F.conv2d: (0, 1, False),
+}
+if "grouped_mm" in dir(F):
+    CONSUMERS[F.grouped_mm] = (0, 1, True)
+
+
+def operands(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple | None:
+    """Input, weight and orientation of a call that may consume a weight, else None."""
+    where = CONSUMERS.get(func)
+    if where is None:
+        return None
+    x_at, w_at, transposed = where
+    names = ("input", "weight") if not transposed else ("input", "mat2")
+    x = args[x_at] if len(args) > x_at else kwargs.get(names[0])
+    w = args[w_at] if len(args) > w_at else kwargs.get(names[1])
+    if not isinstance(x, Tensor) or not isinstance(w, Tensor):
+        return None
+    return x, w, transposed
+
+
+_FLIPS = {
+    Tensor.T.__get__,
+    Tensor.mT.__get__,
+    Tensor.t,
+    Tensor.transpose,
+    Tensor.permute,
+    torch.t,
+    torch.transpose,
+    torch.permute,
+}
+
+
+class ShortCircuit(TorchFunctionMode):
+    """Replaces calls on hollow weights, and tells `seen(input, weight, transposed, output)`.
+
+    `transposed` is about the stored parameter: whether it is `[in, out]`. Strides of 0 do not
+    show a transposition, so the views that make one are followed.
+    """
+
+    def __init__(self, seen: Callable[[Tensor, Tensor, bool, Tensor], None] | None = None) -> None:
+        super().__init__()
+        self.seen = seen
+        self._flipped: dict[int, Tensor] = {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _FLIPS and is_hollow(args[0]):
+            view = func(*args, **kwargs)
+            if id(args[0]) not in self._flipped:
+                self._flipped[id(view)] = view
+            return view
+        if func is F.embedding and is_hollow(args[1]):
+            phase = args[0].to(torch.float32)[..., None] * 0.37 + 1
+            return torch.sin(phase * torch.arange(1, args[1].shape[-1] + 1)).to(args[1].dtype)
+        found = operands(func, args, kwargs)
+        if found is None or not is_hollow(found[1]) or func in (F.conv1d, F.conv2d):
+            return func(*args, **kwargs)
+        x, weight, transposed = found
+        output = ramp(x, weight.shape[-1] if transposed else weight.shape[0])
+        if self.seen is not None:
+            self.seen(x, weight, transposed != (id(weight) in self._flipped), output)
+        return output
+
+
+class Source:
+    """Reads a checkpoint into a model's own names, through transformers' conversion mapping."""
+
+    def __init__(
+        self, kind: type[PreTrainedModel], checkpoint: Checkpoint, config: PretrainedConfig,
+        dtype: torch.dtype,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self.model = build_meta(kind, config, dtype)
+        self.mapping = get_model_conversion_mapping(self.model) or []
+        self.owner = {name: self._name_in_memory(name) for name in checkpoint.tensors}
+        used = [c for c in self.mapping if c.was_used()]
+        self.conversions = used
+
+    def _name_in_memory(self, name: str) -> str:
+        renamings = [m for m in self.mapping if isinstance(m, WeightRenaming)]
+        converters = [m for m in self.mapping if isinstance(m, WeightConverter)]
+        known = self.known
+        prefix = self.model.base_model_prefix
+        renamed, _ = rename_source_key(name, renamings, converters, prefix, known)
+        if renamed not in known and name in known:
+            renamed, _ = rename_source_key(name, [], [], prefix, known)
+        return renamed
+
+    @property
+    def known(self) -> dict[str, Tensor]:
+        if "_known" not in self.__dict__:
+            self._known = self.model.state_dict()
+        return self._known
+
+    def is_stored(self, name: str) -> bool:
+        """Whether a parameter of the model comes from the checkpoint (else it is computed)."""
+        if name in self._stored:
+            return True
+        return any(name in group and group & self._stored for group in self._ties)
+
+    @property
+    def _stored(self) -> set[str]:
+        if "_stored_names" not in self.__dict__:
+            self._stored_names = set(self.owner.values())
+            targets = [
+                (m.source_patterns, m.target_patterns)
+                for m in self.conversions
+                if isinstance(m, WeightConverter) and len(m.target_patterns) > 1
+            ]
+            for name in list(self._stored_names):
+                for _, patterns in targets:
+                    if patterns[0] in name:
+                        self._stored_names |= {name.replace(patterns[0], p) for p in patterns}
+        return self._stored_names
+
+    @property
+    def _ties(self) -> list[set[str]]:
+        tied = self.model.all_tied_weights_keys or {}
+        return [{a, b} for a, b in tied.items()]
+
+    def load(self, prefix: str, apart: tuple[str, ...] = ()) -> dict[str, Tensor]:
+        """Tensors in memory whose name starts with `prefix` and with none of `apart`."""
+        names = [
+            stored
+            for stored, name in self.owner.items()
+            if name.startswith(prefix) and not (apart and name.startswith(apart))
+        ]
+        settings = LoadStateDictConfig(dtype=self.dtype, weight_mapping=self.mapping)
+        convert_and_load_state_dict_in_model(self.model, self.checkpoint.read(names), settings)
+        return self._take()
+
+    def _take(self) -> dict[str, Tensor]:
+        """Everything that was just loaded, leaving the model on meta again."""
+        taken: dict[str, Tensor] = {}
+        for path, module in self.model.named_modules():
+            for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                if tensor is not None and tensor.device.type != "meta":
+                    taken[f"{path}.{name}" if path else name] = tensor.data
+                    empty = torch.empty_like(tensor, device="meta")
+                    if name in module._parameters:
+                        module._parameters[name] = nn.Parameter(empty, requires_grad=False)
+                    else:
+                        module._buffers[name] = empty
+        return taken

@@ -1,0 +1,170 @@
+"""The registry: one record per method, made only by `@method`."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from layerwise.core.errors import LayerwiseError
+
+#: Positional arguments of every family; what follows `*` is an option of the method.
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "measure": (),
+    "score": ("stack", "stats"),
+    "allocate": ("damage", "menus", "budget"),
+    "search": ("space", "evaluate", "limit"),
+    "rewrite": ("stack", "stats"),
+    "weight": ("weight", "stats"),
+    "layer": ("layer", "stats", "calls"),
+    "activation": ("layer", "stats"),
+    "stack": ("stack", "scores"),
+    "slot": ("config",),
+    "merge": ("base", "tuned"),
+    "train": ("stack", "batch"),
+    "run": ("stack", "batch"),
+    "explain": ("op", "inputs", "output", "relevance"),
+    "verify": ("original", "edited", "data"),
+    "export": ("stack", "plan", "path"),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered method: its function, where it belongs and what a user may set."""
+
+    name: str
+    family: str
+    function: Callable[..., Any]
+    aliases: tuple[str, ...]
+    paper: str | None
+    needs: tuple[str, ...]
+    options: Mapping[str, inspect.Parameter]
+    given: tuple[str, ...]
+
+    @property
+    def summary(self) -> str:
+        """First line of the docstring."""
+        return (inspect.getdoc(self.function) or "").partition("\n")[0]
+
+    def bind(self, options: Mapping[str, Any] | None = None, **given: Any) -> Callable[..., Any]:
+        """Fix the user's options, checked by name and type, and what the engine gives."""
+        chosen = dict(options or {})
+        for key, value in chosen.items():
+            if key not in self.options:
+                raise LayerwiseError(
+                    f"{self.name}, option {key!r}",
+                    allowed=", ".join(self.options) or "no option",
+                    found=value,
+                    fix=_suggest(key, self.options, "the method's page lists its options"),
+                )
+            _check_type(self, key, value)
+        needed = {key: value for key, value in given.items() if key in self.given}
+        return partial(self.function, **chosen, **needed)
+
+
+_METHODS: dict[str, Method] = {}
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def method(
+    family: str,
+    *,
+    name: str | None = None,
+    aliases: tuple[str, ...] = (),
+    paper: str | None = None,
+    needs: tuple[str, ...] = (),
+) -> Callable[[F], F]:
+    """Register a function as a method of a family, under its own name.
+
+    The signature is the configuration: positional arguments are the family's, keywords with a
+    default are the user's options, keywords without one are given by the engine.
+
+    Raises:
+        LayerwiseError: the family is unknown, the positional arguments are not the family's, or
+            the name or an alias is taken.
+    """
+
+    def register(function: F) -> F:
+        title = name or function.__name__.rstrip("_")
+        parameters = inspect.signature(function).parameters
+        positional = tuple(
+            key for key, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD
+        )
+        if positional != FAMILIES.get(family):
+            raise LayerwiseError(
+                f"@method({family!r}) on {title}",
+                allowed=f"positional arguments {FAMILIES.get(family, tuple(FAMILIES))}",
+                found=positional,
+                fix="follow the family's signature and make the rest keyword-only",
+            )
+        keywords = {k: p for k, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+        record = Method(
+            name=title,
+            family=family,
+            function=function,
+            aliases=aliases,
+            paper=paper,
+            needs=needs,
+            options={k: p for k, p in keywords.items() if p.default is not p.empty},
+            given=tuple(k for k, p in keywords.items() if p.default is p.empty),
+        )
+        for key in (title, *aliases):
+            if key in _METHODS:
+                raise LayerwiseError(
+                    f"@method on {title}",
+                    allowed="a name that is free",
+                    found=f"{key!r}, taken by the {_METHODS[key].family} method of that name",
+                    fix="choose another name or make it an option of that method",
+                )
+            _METHODS[key] = record
+        return function
+
+    return register
+
+
+def methods(family: str | None = None) -> list[Method]:
+    """All registered methods, each once, in order of family and name."""
+    unique = {m.name: m for m in _METHODS.values() if family in (None, m.family)}
+    order = list(FAMILIES)
+    return sorted(unique.values(), key=lambda m: (order.index(m.family), m.name))
+
+
+def find(name: str, family: str | None = None) -> Method:
+    """The method of a name or alias.
+
+    Raises:
+        LayerwiseError: there is none in that family; the nearest names are shown.
+    """
+    found = _METHODS.get(name)
+    if found is None or family not in (None, found.family):
+        names = [k for k, m in _METHODS.items() if family in (None, m.family)]
+        raise LayerwiseError(
+            f"method {name!r}",
+            allowed=f"a method of family {family!r}" if family else "a registered method",
+            found=name,
+            fix=_suggest(name, names, "`layerwise methods` lists them all"),
+        )
+    return found
+
+
+def _suggest(word: str, known: Mapping[str, Any] | list[str], otherwise: str) -> str:
+    near = difflib.get_close_matches(word, list(known), n=3)
+    return f"did you mean {' or '.join(near)}?" if near else otherwise
+
+
+def _check_type(record: Method, key: str, value: Any) -> None:
+    default = record.options[key].default
+    if default is None or isinstance(default, tuple):
+        return
+    number = isinstance(default, float) and isinstance(value, int | float)
+    if isinstance(value, bool) != isinstance(default, bool) or not (
+        number or isinstance(value, type(default))
+    ):
+        raise LayerwiseError(
+            f"{record.name}, option {key!r}",
+            allowed=f"a value of type {type(default).__name__}, such as {default!r}",
+            found=repr(value),
+            fix="write the value in that form",
+        )

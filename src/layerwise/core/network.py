@@ -1,0 +1,276 @@
+"""An opened network: its module, its stacks, and where the weights live."""
+
+import copy
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from layerwise.core.checkpoint import Checkpoint
+from layerwise.core.errors import LayerwiseError
+from layerwise.core.find import find_stacks
+from layerwise.core.hollow import Source, build_hollow, hollow_parameter
+from layerwise.core.stack import Layer, Stack, Wiring
+from layerwise.core.wiring import edited_config
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network opened as stacks of layers.
+
+    Resident networks hold their weights; streamed ones (`source` is given) bring a layer's
+    weights in when the walk reaches it and drop them behind it.
+    """
+
+    module: nn.Module
+    stacks: tuple[Stack, ...]
+    device: torch.device
+    dtype: torch.dtype
+    source: Source | None = None
+    origins: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def stack(self) -> Stack:
+        """The first stack; most networks have one."""
+        return self.stacks[0]
+
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        return self.source.checkpoint if self.source else None
+
+    def layers(self) -> list[Layer]:
+        """The layers of all stacks."""
+        return [layer for stack in self.stacks for layer in stack.layers]
+
+    def fetch(self, layer: Layer) -> dict[str, Tensor]:
+        """The layer's tensors as stored, by their name inside the layer."""
+        if self.source is None:
+            return dict(layer.module.state_dict())
+        origin = self.origins.get(layer.key, layer.path) + "."
+        loaded = self.source.load(origin)
+        return {name.removeprefix(origin): tensor for name, tensor in loaded.items()}
+
+    def bring(self, layer: Layer) -> None:
+        """Put the layer's real weights in place."""
+        if self.source is not None:
+            fill(layer.module, {n: t.to(self.device) for n, t in self.fetch(layer).items()})
+
+    def drop(self, layer: Layer) -> None:
+        """Make a streamed layer hollow again."""
+        if self.source is None:
+            return
+        for module in layer.module.modules():
+            for name, p in module._parameters.items():
+                if p is not None:
+                    module._parameters[name] = hollow_parameter(p.shape, p.dtype)
+
+    def load(self) -> "Network":
+        """Fill in every layer, so that the network can be run many times."""
+        for layer in self.layers():
+            self.bring(layer)
+        return Network(self.module, self.stacks, self.device, self.dtype)
+
+
+def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put tensors into a module's parameters and buffers by their dotted names."""
+    for name, tensor in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        if leaf in owner._parameters:
+            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            owner._buffers[leaf] = tensor
+
+
+def demo_folder() -> Path:
+    """Where the shipped demo model lies."""
+    return Path(str(resources.files("layerwise") / "demo_model"))
+
+
+def find_folder(model: str | Path) -> Path:
+    """A model folder from a path, `demo`, or a hub id.
+
+    Raises:
+        LayerwiseError: there is no such folder and the hub has none either.
+    """
+    if str(model) == "demo":
+        return demo_folder()
+    if Path(model).is_dir():
+        return Path(model)
+    if Path(model).is_absolute() or str(model).startswith(".") or str(model).count("/") != 1:
+        raise LayerwiseError(
+            f"model {model}",
+            allowed="a folder with config.json and safetensors, a hub id, or `demo`",
+            found="no such folder",
+            fix="check the path",
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(model), ignore_patterns=["*.bin", "*.pt", "*.gguf"]))
+    except Exception as error:
+        raise LayerwiseError(
+            f"model {model}",
+            allowed="a local folder or a hub id that can be downloaded",
+            found=f"{type(error).__name__}: {str(error).splitlines()[0]}",
+            fix="check the spelling and the network, or download the folder first",
+        ) from error
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """`auto` is CUDA if present."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def choose_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """`auto` is the checkpoint's, but float16 becomes float32 on a CPU."""
+    if name != "auto":
+        return getattr(torch, name)
+    if stored == torch.float16 and device.type == "cpu":
+        return torch.float32
+    return stored
+
+
+def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class that a configuration names, else the causal language model of its type."""
+    for name in config.architectures or ():
+        if name in dir(transformers):
+            return getattr(transformers, name)
+    mapping = transformers.AutoModelForCausalLM._model_mapping
+    if type(config) in mapping:
+        return mapping[type(config)]
+    raise LayerwiseError(
+        f"config of type {config.model_type!r}",
+        allowed="architectures that transformers knows",
+        found=config.architectures,
+        fix="install the transformers version that has this model",
+    )
+
+
+def open_network(
+    model: str | Path | nn.Module,
+    *,
+    inputs: Mapping[str, Tensor] | None = None,
+    wiring: Mapping[str, Wiring] | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> Network:
+    """Open a model folder, hub id or module as stacks of layers.
+
+    Args:
+        model: a folder, hub id, `demo`, or an `nn.Module`.
+        inputs: example inputs of a module that is not a transformers language model.
+        wiring: execution order per stack; the network is built with that depth.
+        device: where to compute, `auto` for CUDA if present.
+        dtype: in which type to compute, `auto` for the checkpoint's.
+
+    Raises:
+        LayerwiseError: the folder, its files or its architecture cannot be used.
+    """
+    where = choose_device(device)
+    if isinstance(model, nn.Module):
+        return _open_module(model, inputs, where)
+    checkpoint = Checkpoint(find_folder(model))
+    config = read_config(checkpoint)
+    kind = model_class(config)
+    floats = [i.dtype for i in checkpoint.tensors.values() if i.dtype.is_floating_point]
+    stored = config.dtype if isinstance(config.dtype, torch.dtype) else floats[0]
+    kept = choose_dtype(dtype, stored, where)
+    source = Source(kind, checkpoint, copy.deepcopy(config), kept)
+    shape = copy.deepcopy(config)
+    origins: dict[str, str] = {}
+    if wiring:
+        base = build_hollow(kind, copy.deepcopy(config), kept, source.is_stored)
+        for stack in find_stacks(base, lambda: base(**_trial(base))):
+            order = wiring.get(stack.name, stack.wiring)
+            shape = edited_config(kind, shape, stack, order)
+            for new, visit in enumerate(order):
+                origins[f"{stack.name}/{new}"] = stack.layers[visit.layer].path
+    module = build_hollow(kind, shape, kept, source.is_stored)
+    stacks = tuple(find_stacks(module, lambda: module(**_trial(module))))
+    network = Network(module, stacks, where, kept, source, origins)
+    _bring_outside(network)
+    return network
+
+
+def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
+    """The configuration of a checkpoint; remote code and quantized weights are refused."""
+    if "auto_map" in checkpoint.config and "model_type" not in checkpoint.config:
+        raise LayerwiseError(
+            str(checkpoint.folder / "config.json"),
+            allowed="an architecture that transformers has itself",
+            found=f"remote code: {checkpoint.config['auto_map']}",
+            fix="convert the checkpoint to the built-in architecture",
+        )
+    if "quantization_config" in checkpoint.config:
+        method = checkpoint.config["quantization_config"].get("quant_method")
+        raise LayerwiseError(
+            str(checkpoint.folder / "config.json"),
+            allowed="dense weights",
+            found=f"weights already quantized with {method}",
+            fix="start from the original checkpoint",
+        )
+    return AutoConfig.from_pretrained(checkpoint.folder)
+
+
+def _trial(module: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+    return forward_arguments(module, example_inputs(module) if inputs is None else inputs)
+
+
+def example_inputs(module: nn.Module) -> dict[str, Tensor]:
+    """Two short sequences of token ids, for trial forwards of a hollow model."""
+    vocabulary = module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    ids = torch.arange(1, 15).reshape(2, 7) % vocabulary
+    return {"input_ids": ids}
+
+
+def forward_arguments(module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Inputs of a forward that keeps no cache, where there is one."""
+    known = inspect.signature(module.forward).parameters
+    return {**inputs, **({"use_cache": False} if "use_cache" in known else {})}
+
+
+def _bring_outside(network: Network) -> None:
+    """Load what belongs to no layer: embeddings, final norm, head."""
+    assert network.source is not None and isinstance(network.module, PreTrainedModel)
+    inside = tuple(
+        f"{stack.layers[0].path.rpartition('.')[0]}." for stack in network.stacks
+    )
+    loaded = network.source.load("", apart=inside)
+    fill(network.module, {n: t for n, t in loaded.items()})
+    network.module.tie_weights()
+    network.module.to(network.device) if network.device.type != "cpu" else None
+
+
+def _open_module(
+    module: nn.Module, inputs: Mapping[str, Tensor] | None, device: torch.device
+) -> Network:
+    """Open a module that is already in memory; a hollow twin is examined in its place."""
+    given = _trial(module, inputs)
+    memo: dict[int, Any] = {id(p): hollow_parameter(p.shape, p.dtype) for p in module.parameters()}
+    twin = copy.deepcopy(module, memo).eval()
+    found = find_stacks(twin, lambda: twin(**given))
+    own = dict(module.named_modules())
+    stacks = tuple(
+        Stack(
+            s.name,
+            s.container,
+            tuple(
+                Layer(la.stack, la.index, la.path, own[la.path], la.parts, la.matrices)
+                for la in s.layers
+            ),
+            s.wiring,
+        )
+        for s in found
+    )
+    first = next(module.parameters())
+    return Network(module.eval(), stacks, first.device, first.dtype)

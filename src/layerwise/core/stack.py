@@ -1,0 +1,128 @@
+"""The types that say what a network is: matrices in parts, parts in layers, layers in stacks."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A parameter, or one expert's slice of one, seen as `[out, in]`.
+
+    `inputs` names the set of matrices that receive the same memory (they share statistics);
+    `fusion` the set that receives the very same tensor in one module (they share one option).
+    """
+
+    layer: str
+    part: str
+    role: str
+    parameter: str
+    expert: int | None
+    shape: tuple[int, int]
+    transposed: bool
+    inputs: str
+    fusion: str
+
+    @property
+    def key(self) -> str:
+        """Selector of this matrix alone: `decoder/3/mlp.down`."""
+        expert = "" if self.expert is None else f"[{self.expert}]"
+        return f"{self.layer}/{self.part}.{self.role}{expert}"
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return self.shape[0] * self.shape[1]
+
+    def view(self, parameter: Tensor) -> Tensor:
+        """This matrix as `[out, in]`, out of its parameter."""
+        slice_ = parameter if self.expert is None else parameter[self.expert]
+        slice_ = slice_.reshape(slice_.shape[0], -1) if slice_.ndim > 2 else slice_
+        return slice_.T if self.transposed else slice_
+
+
+class Part(NamedTuple):
+    """One residual branch of a layer: whether it mixes positions, and its modules' paths."""
+
+    name: str
+    mixes: bool
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One link of a stack."""
+
+    stack: str
+    index: int
+    path: str
+    module: nn.Module
+    parts: tuple[Part, ...]
+    matrices: tuple[Matrix, ...]
+
+    @property
+    def key(self) -> str:
+        """Selector of this layer: `decoder/3`."""
+        return f"{self.stack}/{self.index}"
+
+
+class Group(NamedTuple):
+    """A fusion group: the matrices that share one option of a plan."""
+
+    key: str
+    matrices: tuple[Matrix, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(m.size for m in self.matrices)
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One step of the execution order.
+
+    A repeated layer shares its weights unless `copy`; `parts` leaves branches out; an `adapter`
+    makes a visit of a shared layer differ; visits of one `parallel` number read the same input.
+    """
+
+    layer: int
+    copy: bool = False
+    parts: tuple[str, ...] | None = None
+    adapter: str | None = None
+    parallel: int | None = None
+
+
+Wiring = tuple[Visit, ...]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Ordered layers, and the order in which they run."""
+
+    name: str
+    container: str
+    layers: tuple[Layer, ...]
+    wiring: Wiring
+
+    def matrices(self) -> Iterator[Matrix]:
+        """All matrices, in network order."""
+        for layer in self.layers:
+            yield from layer.matrices
+
+    def groups(self) -> list[Group]:
+        """All fusion groups, in network order."""
+        found: dict[str, list[Matrix]] = {}
+        for matrix in self.matrices():
+            found.setdefault(matrix.fusion, []).append(matrix)
+        return [Group(key, tuple(members)) for key, members in found.items()]
+
+    def rewired(self, wiring: Wiring) -> "Stack":
+        """The same layers in another order."""
+        return replace(self, wiring=wiring)
+
+
+def plain_wiring(count: int) -> Wiring:
+    """Every layer once, in order."""
+    return tuple(Visit(i) for i in range(count))

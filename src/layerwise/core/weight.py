@@ -1,0 +1,168 @@
+"""What an edit makes of a matrix: nested records that know their dense form and their bytes.
+
+The model always runs on `record.dense()` of what is written, never on a solver's floats, so that
+a result does not depend on whether it was just computed or read back.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A matrix as it is."""
+
+    value: Float[Tensor, "out in"]
+
+    def dense(self) -> Float[Tensor, "out in"]:
+        return self.value
+
+    @property
+    def nbytes(self) -> int:
+        return self.value.nbytes
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Integers on a grid: `w = (code - zero) * scale`, one scale and zero per group of columns.
+
+    Codes and zeros are signed, from -2^(bits-1) to 2^(bits-1) - 1. A `group` of 0 means one group
+    per row; a last group that is shorter keeps its own scale. The product is formed in the dtype
+    of the scale, as the readers of packed formats do.
+    """
+
+    codes: Int[Tensor, "out in"]
+    scale: Float[Tensor, "out groups"]
+    zero: Int[Tensor, "out groups"] | None
+    bits: int
+    group: int
+
+    def dense(self) -> Float[Tensor, "out in"]:
+        columns = self.codes.shape[1]
+        width = self.group or columns
+        codes = self.codes.to(self.scale.dtype)
+        scale = self.scale.repeat_interleave(width, 1)[:, :columns]
+        if self.zero is not None:
+            zero = self.zero.to(self.scale.dtype)
+            codes = codes - zero.repeat_interleave(width, 1)[:, :columns]
+        return codes * scale
+
+    @property
+    def nbytes(self) -> int:
+        return packed_bytes(
+            tuple(self.codes.shape), self.bits, self.group, self.zero is not None, self.scale.dtype
+        )
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """Kept values and a bit mask of where they stand."""
+
+    values: Float[Tensor, " kept"]
+    mask: Tensor
+
+    def dense(self) -> Float[Tensor, "out in"]:
+        result = torch.zeros(self.mask.shape, dtype=self.values.dtype, device=self.values.device)
+        return result.masked_scatter(self.mask, self.values)
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + math.ceil(self.mask.numel() / 8)
+
+
+@dataclass(frozen=True)
+class Product:
+    """`a @ b`: a matrix of low rank, of factors that are records themselves."""
+
+    a: "Weight"
+    b: "Weight"
+
+    def dense(self) -> Float[Tensor, "out in"]:
+        return self.a.dense() @ self.b.dense()
+
+    @property
+    def nbytes(self) -> int:
+        return self.a.nbytes + self.b.nbytes
+
+
+@dataclass(frozen=True)
+class Sum:
+    """`a + b`: for instance a quantized matrix and a low-rank correction."""
+
+    a: "Weight"
+    b: "Weight"
+
+    def dense(self) -> Float[Tensor, "out in"]:
+        return self.a.dense() + self.b.dense()
+
+    @property
+    def nbytes(self) -> int:
+        return self.a.nbytes + self.b.nbytes
+
+
+@dataclass(frozen=True)
+class Gather:
+    """Columns in another order: `dense()[:, i] = inner.dense()[:, order[i]]`."""
+
+    inner: "Weight"
+    order: Int[Tensor, " in"]
+
+    def dense(self) -> Float[Tensor, "out in"]:
+        return self.inner.dense()[:, self.order.long()]
+
+    @property
+    def nbytes(self) -> int:
+        return self.inner.nbytes + self.order.nbytes
+
+
+Weight = Dense | Quantized | Sparse | Product | Sum | Gather
+_KINDS = {kind.__name__: kind for kind in (Dense, Quantized, Sparse, Product, Sum, Gather)}
+
+
+def packed_bytes(
+    shape: tuple[int, int], bits: int, group: int, zero: bool, scale: torch.dtype
+) -> int:
+    """Bytes of a packed matrix: rows of whole 32-bit words, a scale and perhaps a zero per group.
+
+    `4 out ceil(in bits / 32) + out groups s [+ 4 groups ceil(out bits / 32)]`
+    """
+    rows, columns = shape
+    groups = math.ceil(columns / group) if group else 1
+    codes = 4 * rows * math.ceil(columns * bits / 32)
+    zeros = 4 * groups * math.ceil(rows * bits / 32) if zero else 0
+    return codes + rows * groups * scale.itemsize + zeros
+
+
+def flatten(record: Weight, prefix: str = "") -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A record as a tree of plain values and a flat dictionary of tensors."""
+    tree: dict[str, Any] = {"kind": type(record).__name__}
+    tensors: dict[str, Tensor] = {}
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if isinstance(value, Tensor):
+            tensors[f"{prefix}{field.name}"] = value
+            tree[field.name] = {"tensor": f"{prefix}{field.name}"}
+        elif isinstance(value, Weight):
+            tree[field.name], inner = flatten(value, f"{prefix}{field.name}.")
+            tensors |= inner
+        else:
+            tree[field.name] = value
+    return tree, tensors
+
+
+def unflatten(tree: dict[str, Any], tensors: dict[str, Tensor]) -> Weight:
+    """The record that `flatten` took apart."""
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        if key == "kind":
+            continue
+        if isinstance(value, dict):
+            values[key] = tensors[value["tensor"]] if "tensor" in value else unflatten(value, tensors)
+        else:
+            values[key] = value
+    return _KINDS[tree["kind"]](**values)
