@@ -182,9 +182,11 @@ def train(
     return run.curve
 
 
-def options_of(title: str) -> argparse.Namespace:
+def options_of(description: str | None) -> argparse.Namespace:
     """The options that all training scripts share; makes the output folder, sets the seed."""
-    parser = argparse.ArgumentParser(description=title)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--tokens", type=int, default=4096, help="tokens a step")
@@ -221,7 +223,7 @@ def llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def main() -> None:
-    options = options_of(__doc__.splitlines()[0])
+    options = options_of(__doc__)
     texts = [d.text for d in stdlib_documents() if use_of(d.key) == "calibrate"]
     tokenizer = make_tokenizer(texts, 2048)
     tokens = tokens_of(tokenizer, texts)

@@ -1,0 +1,36 @@
+"""layerwise opens any deep network as a stack of layers.
+
+    import layerwise
+    network = layerwise.open("demo")
+
+Nothing here imports torch before it is used.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "open": ("layerwise.core.network", "open_network"),
+    "observe": ("layerwise.core.stats", "observe"),
+    "walk": ("layerwise.core.lockstep", "walk"),
+    "method": ("layerwise.core.method", "method"),
+    "methods": ("layerwise.core.method", "methods"),
+    "find": ("layerwise.core.method", "find"),
+    "Plan": ("layerwise.core.plan", "Plan"),
+    "read_plan": ("layerwise.core.plan", "read_plan"),
+    "make_plan": ("layerwise.jobs.plan", "make_plan"),
+    "apply_plan": ("layerwise.jobs.apply", "apply_plan"),
+    "verify": ("layerwise.jobs.verify", "verify"),
+    "LayerwiseError": ("layerwise.core.errors", "LayerwiseError"),
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'layerwise' has no attribute {name!r}")
+    module, attribute = _PUBLIC[name]
+    return getattr(import_module(module), attribute)

@@ -36,7 +36,6 @@ def build_meta(
     kind: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype
 ) -> PreTrainedModel:
     """The module tree of a model, on the meta device, in evaluation mode."""
-    config.use_cache = False
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -17,8 +17,8 @@ from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.find import find_stacks
 from layerwise.core.hollow import Source, build_hollow, hollow_parameter
-from layerwise.core.stack import Layer, Stack, Wiring
-from layerwise.core.wiring import edited_config
+from layerwise.core.stack import Layer, Stack
+from layerwise.core.wiring import edited_config, parse_wiring
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,15 @@ class Network:
         loaded = self.source.load(origin)
         return {name.removeprefix(origin): tensor for name, tensor in loaded.items()}
 
+    def fetch_outside(self) -> dict[str, Tensor]:
+        """The tensors as stored that belong to no layer: embeddings, final norm, head."""
+        assert self.source is not None
+        return self.source.load("", apart=tuple(f"{stack.container}." for stack in self.stacks))
+
     def bring(self, layer: Layer) -> None:
         """Put the layer's real weights in place."""
         if self.source is not None:
-            fill(layer.module, {n: t.to(self.device) for n, t in self.fetch(layer).items()})
+            fill(layer.module, self.fetch(layer), self.device)
 
     def drop(self, layer: Layer) -> None:
         """Make a streamed layer hollow again."""
@@ -71,6 +76,16 @@ class Network:
                 if p is not None:
                     module._parameters[name] = hollow_parameter(p.shape, p.dtype)
 
+    def widened(self) -> "Network":
+        """The same network computing in float32."""
+        assert self.source is not None and isinstance(self.module, PreTrainedModel)
+        source, kind = self.source, type(self.module)
+        module = build_hollow(kind, self.module.config, torch.float32, source.is_stored)
+        stacks = tuple(find_stacks(module, lambda: module(**_trial(module))))
+        wide = Network(module, stacks, self.device, torch.float32, source, self.origins)
+        _bring_outside(wide)
+        return wide
+
     def load(self) -> "Network":
         """Fill in every layer, so that the network can be run many times."""
         for layer in self.layers():
@@ -78,15 +93,17 @@ class Network:
         return Network(self.module, self.stacks, self.device, self.dtype)
 
 
-def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put tensors into a module's parameters and buffers by their dotted names."""
+def fill(module: nn.Module, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    """Put tensors into a module's parameters and buffers, in the dtype that the module has."""
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
-        if leaf in owner._parameters:
-            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-        else:
-            owner._buffers[leaf] = tensor
+        held = owner._parameters if leaf in owner._parameters else owner._buffers
+        before = held[leaf]
+        moved = tensor.to(device, before.dtype if before is not None else tensor.dtype)
+        held[leaf] = (
+            nn.Parameter(moved, requires_grad=False) if held is owner._parameters else moved
+        )
 
 
 def demo_folder() -> Path:
@@ -160,7 +177,7 @@ def open_network(
     model: str | Path | nn.Module,
     *,
     inputs: Mapping[str, Tensor] | None = None,
-    wiring: Mapping[str, Wiring] | None = None,
+    wiring: Mapping[str, Sequence[Any]] | None = None,
     device: str = "auto",
     dtype: str = "auto",
 ) -> Network:
@@ -169,7 +186,7 @@ def open_network(
     Args:
         model: a folder, hub id, `demo`, or an `nn.Module`.
         inputs: example inputs of a module that is not a transformers language model.
-        wiring: execution order per stack; the network is built with that depth.
+        wiring: execution order per stack, as in a plan; the network is built with that depth.
         device: where to compute, `auto` for CUDA if present.
         dtype: in which type to compute, `auto` for the checkpoint's.
 
@@ -185,13 +202,15 @@ def open_network(
     floats = [i.dtype for i in checkpoint.tensors.values() if i.dtype.is_floating_point]
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else floats[0]
     kept = choose_dtype(dtype, stored, where)
-    source = Source(kind, checkpoint, copy.deepcopy(config), kept)
+    source = Source(kind, checkpoint, copy.deepcopy(config), stored)
     shape = copy.deepcopy(config)
     origins: dict[str, str] = {}
     if wiring:
         base = build_hollow(kind, copy.deepcopy(config), kept, source.is_stored)
         for stack in find_stacks(base, lambda: base(**_trial(base))):
-            order = wiring.get(stack.name, stack.wiring)
+            order = stack.wiring
+            if stack.name in wiring:
+                order = parse_wiring(wiring[stack.name], len(stack.layers), f"wiring {stack.name}")
             shape = edited_config(kind, shape, stack, order)
             for new, visit in enumerate(order):
                 origins[f"{stack.name}/{new}"] = stack.layers[visit.layer].path
@@ -242,13 +261,12 @@ def forward_arguments(module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[s
 def _bring_outside(network: Network) -> None:
     """Load what belongs to no layer: embeddings, final norm, head."""
     assert network.source is not None and isinstance(network.module, PreTrainedModel)
-    inside = tuple(
-        f"{stack.layers[0].path.rpartition('.')[0]}." for stack in network.stacks
-    )
-    loaded = network.source.load("", apart=inside)
-    fill(network.module, {n: t for n, t in loaded.items()})
+    fill(network.module, network.fetch_outside(), network.device)
     network.module.tie_weights()
-    network.module.to(network.device) if network.device.type != "cpu" else None
+    for module in network.module.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(network.device)
 
 
 def _open_module(

@@ -1,0 +1,156 @@
+"""Allocators: damage, menus and a budget in bytes in; one option per group out."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from layerwise.core.damage import Choice, Damage, Menu, cost
+from layerwise.core.errors import LayerwiseError
+from layerwise.core.method import method
+
+
+def _smallest(menus: Mapping[str, Menu], budget: int) -> Choice:
+    """Every group at its smallest option; an impossible budget is answered here."""
+    choice = {
+        group: min(range(len(menu.options)), key=lambda i, m=menu: m.options[i].bytes)
+        for group, menu in menus.items()
+    }
+    if cost(menus, choice) > budget:
+        raise LayerwiseError(
+            "budget",
+            allowed=f"at least {cost(menus, choice):,} bytes for the allocatable matrices",
+            found=f"{budget:,}",
+            fix="raise the budget, allow smaller options with --set menu.bits, or unpin matrices",
+        )
+    return choice
+
+
+@method("allocate")
+def uniform(damage: Damage, menus: Mapping[str, Menu], budget: int) -> Choice:
+    """One option everywhere, the largest that fits; what is left over goes in network order.
+
+    Args:
+        damage: not used.
+        menus: the options of every group.
+        budget: bytes for all groups together.
+
+    Returns:
+        The number of an option per group.
+
+    Raises:
+        LayerwiseError: even the smallest options exceed the budget.
+    """
+    choice = _smallest(menus, budget)
+    labels = {option.label: option.bytes for menu in menus.values() for option in menu.options}
+    for label in sorted(labels, key=lambda name: labels[name]):
+        trial = {g: _closest(menu, label, choice[g]) for g, menu in menus.items()}
+        if cost(menus, choice) <= cost(menus, trial) <= budget:
+            choice = trial
+    spare = budget - cost(menus, choice)
+    for group, menu in menus.items():
+        now = menu.options[choice[group]].bytes
+        larger = [(o.bytes, i) for i, o in enumerate(menu.options) if o.bytes > now]
+        if larger and min(larger)[0] - now <= spare:
+            spare -= min(larger)[0] - now
+            choice[group] = min(larger)[1]
+    return choice
+
+
+def _closest(menu: Menu, label: str, otherwise: int) -> int:
+    found = [i for i, option in enumerate(menu.options) if option.label == label]
+    return found[0] if found else otherwise
+
+
+@method("allocate", aliases=("two_level",), paper="arXiv:2406.17415")
+def threshold(damage: Damage, menus: Mapping[str, Menu], budget: int) -> Choice:
+    """Two neighbouring options: the more important groups get the larger while it fits.
+
+    The smaller option is the largest that fits everywhere; groups rise to the next one in order
+    of their importance.
+
+    Args:
+        damage: its importance orders the groups.
+        menus: the options of every group.
+        budget: bytes for all groups together.
+
+    Raises:
+        LayerwiseError: even the smallest options exceed the budget.
+
+    Reference: Dumitru et al., 2024, arXiv:2406.17415.
+    """
+    base = _smallest(menus, budget)
+    labels = {option.label: option.bytes for menu in menus.values() for option in menu.options}
+    for label in sorted(labels, key=lambda name: labels[name]):
+        trial = {g: _closest(menu, label, base[g]) for g, menu in menus.items()}
+        if cost(menus, base) <= cost(menus, trial) <= budget:
+            base = trial
+    choice, spare = dict(base), budget - cost(menus, base)
+    for group in sorted(menus, key=lambda g: -damage.importance[g]):
+        options = menus[group].options
+        now = options[choice[group]].bytes
+        larger = [(o.bytes, i) for i, o in enumerate(options) if o.bytes > now]
+        if larger and min(larger)[0] - now <= spare:
+            spare -= min(larger)[0] - now
+            choice[group] = min(larger)[1]
+    return choice
+
+
+@method("allocate", aliases=("multiple_choice",), paper="arXiv:2006.10518")
+def knapsack(damage: Damage, menus: Mapping[str, Menu], budget: int) -> Choice:
+    r"""Exact multiple-choice knapsack: the least predicted damage within the budget.
+
+    `min sum_go d_go x_go` with `sum_o x_go = 1` for every group, `sum_go bytes_go x_go <= budget`
+    and `x` binary, solved to optimality by HiGHS.
+
+    Args:
+        damage: predicted rise of the loss per group and option.
+        menus: the options of every group.
+        budget: bytes for all groups together.
+
+    Raises:
+        LayerwiseError: even the smallest options exceed the budget.
+
+    Reference: Hubara et al., 2020, arXiv:2006.10518, as an integer programme over exact bytes.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
+    smallest = _smallest(menus, budget)
+    cells = [(g, i) for g, menu in menus.items() for i in range(len(menu.options))]
+    losses = np.array([damage.values[g][i] for g, i in cells])
+    sizes = np.array([menus[g].options[i].bytes for g, i in cells], dtype=float)
+    row = {g: n for n, g in enumerate(menus)}
+    pick = csr_array(
+        (np.ones(len(cells)), ([row[g] for g, _ in cells], range(len(cells)))),
+        shape=(len(menus), len(cells)),
+    )
+    scale = losses.max() or 1.0
+    solved = milp(
+        losses / scale,
+        constraints=[
+            LinearConstraint(pick, 1, 1),
+            LinearConstraint(sizes[None] / max(budget, 1), -np.inf, 1.0),
+        ],
+        integrality=np.ones(len(cells)),
+        bounds=Bounds(0, 1),
+        options={"mip_rel_gap": 0.0},
+    )
+    if solved.x is None:
+        return smallest
+    choice = {g: i for (g, i), x in zip(cells, solved.x, strict=True) if x > 0.5}
+    # HiGHS keeps constraints to a tolerance; a choice a few bytes over is not within the budget.
+    while cost(menus, choice) > budget:
+        group = min(choice, key=lambda g: _step_damage(damage, menus[g], choice[g]))
+        choice[group] = _next_smaller(menus[group], choice[group])
+    return choice
+
+
+def _next_smaller(menu: Menu, now: int) -> int:
+    smaller = [(o.bytes, i) for i, o in enumerate(menu.options) if o.bytes < menu.options[now].bytes]
+    return max(smaller)[1] if smaller else now
+
+
+def _step_damage(damage: Damage, menu: Menu, now: int) -> float:
+    after = _next_smaller(menu, now)
+    rise = damage.values[menu.group][after] - damage.values[menu.group][now]
+    return rise if after != now else np.inf

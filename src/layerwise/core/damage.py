@@ -1,0 +1,71 @@
+"""Menus of options with exact costs, and the one way from scores to predicted damage."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from layerwise.core.plan import Step
+from layerwise.core.stats import Scores
+
+
+class Option(NamedTuple):
+    """A chain of methods and the bytes it takes in the target; no step means as it is."""
+
+    chain: tuple[Step, ...]
+    bytes: int
+    label: str
+
+
+class Menu(NamedTuple):
+    """The options of one group, from the largest to the smallest; the first is as it is."""
+
+    group: str
+    options: tuple[Option, ...]
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Predicted rise of the loss (nats per token) per group and option of its menu.
+
+    `importance` is what the scores said of a group before errors were weighed in.
+    """
+
+    values: Mapping[str, tuple[float, ...]]
+    importance: Mapping[str, float]
+
+
+Choice = dict[str, int]
+
+
+def predict_damage(
+    scores: Scores, errors: Mapping[str, tuple[float, ...]], owner: Mapping[str, str]
+) -> Damage:
+    r"""Damage of a group under an option: its sensitivity times the option's relative error.
+
+    Measured scores (nats) are linear in the squared relative error, so that
+    `damage[g][o] = score[g] * error[g][o] / error of the trial` (linearity theorem, arXiv
+    2411.17525). Other scores are first mapped onto (0, 1].
+
+    Args:
+        scores: per group, or per layer.
+        errors: relative squared output error per group and option; 0 for "as it is".
+        owner: group -> the unit of the scores that it belongs to.
+    """
+    values = list(scores.values.values())
+    low, high = min(values), max(values)
+    spread = high - low or 1.0
+    importance = {}
+    for group in errors:
+        unit = group if group in scores.values else owner[group]
+        score = scores.values[unit]
+        if scores.nats:
+            importance[group] = max(score, 0.0) / max(scores.trial[unit], 1e-12)
+        else:
+            importance[group] = 0.01 + 0.99 * (score - low) / spread
+    damage = {g: tuple(importance[g] * e for e in found) for g, found in errors.items()}
+    return Damage(damage, importance)
+
+
+def cost(menus: Mapping[str, Menu], choice: Choice) -> int:
+    """Bytes of a choice."""
+    return sum(menu.options[choice[group]].bytes for group, menu in menus.items())

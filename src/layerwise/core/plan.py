@@ -1,0 +1,214 @@
+"""The plan: a file that says what every layer gets, made by hand or by an allocator."""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import yaml
+
+from layerwise.core.errors import LayerwiseError
+from layerwise.core.stack import Matrix
+
+
+class Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One method of a chain and the user's options for it."""
+
+    method: str
+    options: dict[str, Any] = {}
+
+
+class Edit(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A chain of methods for everything a selector names; what the planner believed of it."""
+
+    select: str
+    chain: tuple[Step, ...]
+    bytes: int | None = None
+    damage: float | None = None
+
+
+class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Which model a plan is for."""
+
+    structure: str
+    weights: str
+
+
+class DataSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a plan was, or is to be, calibrated on."""
+
+    source: str = "stdlib"
+    seed: int = 0
+    samples: int = 128
+    length: int = 512
+
+
+class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What every layer gets; see the protocol of the file in the guide."""
+
+    model: Identity
+    layerwise: Literal[1] = 1
+    target: Literal["hf", "compressed-tensors", "gguf"] = "hf"
+    budget: dict[str, float] = {}
+    data: DataSpec = DataSpec()
+    wiring: dict[str, list[Any]] = {}
+    edits: tuple[Edit, ...] = ()
+    fixed: tuple[str, ...] = ()
+
+    def to_yaml(self) -> str:
+        """The plan as text; reading it gives the same plan."""
+        return yaml.safe_dump(
+            msgspec.to_builtins(self) | {"layerwise": 1}, sort_keys=False, width=100
+        )
+
+    def save(self, path: Path) -> None:
+        """Write the plan; the file is there whole or not at all."""
+        part = path.with_name(path.name + ".part")
+        part.write_text(self.to_yaml())
+        part.replace(path)
+
+
+def read_plan(path: Path) -> Plan:
+    """Read and validate a plan.
+
+    Raises:
+        LayerwiseError: the file is no YAML, has an unknown key, or a value of the wrong type.
+    """
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise LayerwiseError(
+            f"plan {path}", allowed="a readable file", found=error.strerror, fix="check the path"
+        ) from None
+    return parse_plan(text, str(path))
+
+
+def parse_plan(text: str, where: str = "plan") -> Plan:
+    """Validate the text of a plan."""
+    try:
+        return msgspec.convert(yaml.safe_load(text), Plan)
+    except yaml.YAMLError as error:
+        found = str(error).splitlines()[0]
+        raise LayerwiseError(where, allowed="YAML", found=found, fix="mend the line") from None
+    except msgspec.ValidationError as error:
+        raise LayerwiseError(
+            where,
+            allowed="the fields of a plan",
+            found=str(error),
+            fix="compare with the plan that `layerwise plan` writes",
+        ) from None
+
+
+def _field(pattern: str, values: Iterable[str]) -> bool:
+    regex = ".*".join(re.escape(piece) for piece in pattern.split("*"))
+    return any(re.fullmatch(regex, value) for value in values)
+
+
+def _range(pattern: str, index: int, where: str) -> bool:
+    if pattern == "*":
+        return True
+    body, _, step = pattern.partition("/")
+    first, dash, last = body.partition("-")
+    if not first.isdigit() or (dash and not last.isdigit()):
+        raise LayerwiseError(
+            f"selector {where!r}",
+            allowed="stack/layers/part.matrix with layers such as 4, 3-7 or *",
+            found=pattern,
+            fix="correct the middle field",
+        )
+    low, high = int(first), int(last) if dash else int(first)
+    return low <= index <= high and (not step or (index - low) % int(step) == 0)
+
+
+def selects(pattern: str, matrix: Matrix) -> bool:
+    """Whether a selector names a matrix: by role or by its own name, `*` in any field.
+
+    Example:
+        >>> m = Matrix("decoder/3", "mlp", "down", "mlp.down_proj.weight", None, (2, 2), False,
+        ...            "", "")
+        >>> selects("decoder/3-7/mlp.down", m), selects("*/0-2/*", m), selects("*/*/mlp", m)
+        (True, False, True)
+    """
+    stack, layers, inner = [*pattern.split("/", 2), "*", "*"][:3]
+    name, _, number = matrix.layer.partition("/")
+    if not _field(stack, [name]) or not _range(layers, int(number), pattern):
+        return False
+    own = matrix.parameter.removesuffix(".weight").rpartition(".")[2]
+    part, dot, role = inner.partition(".")
+    expert = "" if matrix.expert is None else f"[{matrix.expert}]"
+    roles = (matrix.role, matrix.role + expert, own, own + expert)
+    return _field(part, [matrix.part]) and (not dot or _field(role, roles))
+
+
+def chain_for(edits: Iterable[Edit], matrix: Matrix) -> tuple[Step, ...]:
+    """The chain of the last edit whose selector names the matrix; empty where none does."""
+    chain: tuple[Step, ...] = ()
+    for edit in edits:
+        if selects(edit.select, matrix):
+            chain = edit.chain
+    return chain
+
+
+def check_selectors(plan: Plan, matrices: list[Matrix]) -> None:
+    """Every selector of a plan must name something.
+
+    Raises:
+        LayerwiseError: one names nothing.
+    """
+    for edit in plan.edits:
+        if not any(selects(edit.select, m) for m in matrices):
+            names = sorted({f"{m.part}.{m.role}" for m in matrices})
+            raise LayerwiseError(
+                f"plan, selector {edit.select!r}",
+                allowed=f"stack/layers/part.matrix with one of {', '.join(names)}",
+                found="nothing of that name",
+                fix="correct the selector",
+            )
+
+
+def check_model(plan: Plan, structure: str, weights: str, other_weights: bool = False) -> None:
+    """A plan belongs to one model.
+
+    Raises:
+        LayerwiseError: the structure differs, or the weights do and that was not allowed.
+    """
+    for kind, given, own in (
+        ("structure", plan.model.structure, structure),
+        ("weights", plan.model.weights, weights),
+    ):
+        if given != own and not (kind == "weights" and other_weights):
+            fix = "make a plan for this model"
+            raise LayerwiseError(
+                f"plan, model {kind}",
+                allowed=own[:12] + "…",
+                found=given[:12] + "…",
+                fix=fix if kind == "structure" else fix + ", or pass --other-weights",
+            )
+
+
+def settings(pairs: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Read `--set method.option=value` pairs; values are YAML scalars.
+
+    Example:
+        >>> settings(["gptq.bits=3", "gptq.order=true"])
+        {'gptq': {'bits': 3, 'order': True}}
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        method, dot, option = name.partition(".")
+        if not (equals and dot and method and option):
+            raise LayerwiseError(
+                f"--set {pair}",
+                allowed="method.option=value, such as gptq.group=64",
+                found=pair,
+                fix="`layerwise methods` lists methods and options",
+            )
+        found.setdefault(method, {})[option] = yaml.safe_load(value)
+    return found
+
+
+def budget_of(plan: Plan) -> Mapping[str, float]:
+    """The budget that the plan was made under."""
+    return plan.budget

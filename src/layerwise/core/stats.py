@@ -1,0 +1,173 @@
+"""Probes, and what they found: everything is measured in one pass over the data."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+from layerwise.core.lockstep import Batch, Lane, Rows, Stop, hidden, walk
+from layerwise.core.network import Network
+
+
+class Seen(NamedTuple):
+    """What a probe is shown of one batch.
+
+    For `layer` probes `inputs` and `output` are hidden states `[batch, seq, dim]`, `clean` the
+    output of the never edited stream where there is one; for `input` probes `inputs` are the rows
+    `[tokens, in]` that an input group receives. `fed` holds what other probes emitted.
+    """
+
+    inputs: Tensor
+    output: Tensor | None
+    mask: Tensor | None
+    clean: Tensor | None
+    fed: Mapping[str, Any]
+    replay: Callable[[], Any] | None
+
+
+class Probe(NamedTuple):
+    """Pure functions that gather a statistic per unit.
+
+    `call` probes run before the layer and may replay it; what they `emit` for a batch is fed to
+    every other probe of that layer.
+    """
+
+    unit: Literal["call", "layer", "input"]
+    init: Callable[[str], Any]
+    update: Callable[[Any, Seen], Any]
+    finish: Callable[[Any], Any]
+    emit: Callable[[Any], Any] | None = None
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What was measured: `values[probe][unit]`."""
+
+    values: Mapping[str, Mapping[str, Any]]
+
+    def __getitem__(self, probe: str) -> Mapping[str, Any]:
+        return self.values[probe]
+
+    def at(self, unit: str) -> dict[str, Any]:
+        """Everything known about one unit."""
+        return {name: units[unit] for name, units in self.values.items() if unit in units}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A value per unit, where more means more important.
+
+    `unit` is what the keys name. `origin` is the method that gave the values. `nats` holds when
+    a value is the measured rise of the loss for the trial edit whose relative error is `trial`.
+    """
+
+    values: Mapping[str, float]
+    unit: Literal["layer", "span", "group", "matrix"]
+    origin: str
+    trial: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def nats(self) -> bool:
+        return bool(self.trial)
+
+
+class Gathering:
+    """The states of a set of probes while a walk goes on."""
+
+    def __init__(self, probes: Mapping[str, Probe], batches: Sequence[Batch]) -> None:
+        self.probes, self.batches = probes, batches
+        self.states: dict[str, dict[str, Any]] = {name: {} for name in probes}
+        self._fed: dict[int, dict[str, Any]] = {}
+
+    def look(self, stop: Stop) -> None:
+        """Show a stop of the walk to every probe that it concerns."""
+        if stop.kind == "enter":
+            self._fed = {lane.batch: {} for lane in stop.lanes}
+            for lane in _edited(stop):
+                self._show("call", stop.layer.key, lane, self._of_layer(stop, lane))
+        elif stop.kind == "at":
+            for rows in stop.rows:
+                self._rows(rows, stop)
+        else:
+            for lane in _edited(stop):
+                self._show("layer", stop.layer.key, lane, self._of_layer(stop, lane))
+
+    def _of_layer(self, stop: Stop, lane: Lane) -> Seen:
+        clean = [other for other in stop.lanes if other.clean and other.batch == lane.batch]
+        before = stop.kind == "enter"
+        return Seen(
+            inputs=hidden((lane.args, lane.kwargs)),
+            output=None if before else hidden(lane.output),
+            mask=self.batches[lane.batch].get("attention_mask"),
+            clean=hidden(clean[0].output) if clean and not before else None,
+            fed=self._fed[lane.batch],
+            replay=(lambda: stop.replay(lane)) if before else None,
+        )
+
+    def _rows(self, rows: Rows, stop: Stop) -> None:
+        for lane in _edited(stop):
+            found = rows.edited[lane.batch]
+            mask = self.batches[lane.batch].get("attention_mask")
+            if mask is not None and mask.numel() == found.shape[0]:
+                found = found[mask.reshape(-1).bool()]
+            fed = self._fed.get(lane.batch, {})
+            seen = Seen(found, None, mask, None, fed, None)
+            self._show("input", rows.inputs, lane, seen)
+
+    def _show(self, unit: str, key: str, lane: Lane, seen: Seen) -> None:
+        for name, probe in self.probes.items():
+            if probe.unit != unit:
+                continue
+            states = self.states[name]
+            before = states[key] if key in states else probe.init(key)
+            states[key] = probe.update(before, seen)
+            if probe.emit is not None:
+                self._fed[lane.batch][name] = probe.emit(states[key])
+
+    def forget(self, keys: Sequence[str]) -> None:
+        """Let go of what was gathered for some units."""
+        for states in self.states.values():
+            for key in keys:
+                states.pop(key, None)
+
+    def finish(self) -> Stats:
+        """Close every state."""
+        done = {
+            name: {key: probe.finish(self.states[name][key]) for key in self.states[name]}
+            for name, probe in self.probes.items()
+        }
+        return Stats(done)
+
+
+def _edited(stop: Stop) -> Iterator[Lane]:
+    return (lane for lane in stop.lanes if not lane.clean)
+
+
+def observe(
+    network: Network,
+    batches: Sequence[Batch],
+    probes: Mapping[str, Probe],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Stats:
+    """Run the union of all probes in one pass over the data.
+
+    Example:
+        >>> import torch, layerwise
+        >>> from layerwise.measure.residual import residual_cosine
+        >>> network = layerwise.open("demo")
+        >>> batch = {"input_ids": torch.arange(16)[None]}
+        >>> stats = observe(network, [batch], {"cosine": residual_cosine()})
+        >>> sorted(stats["cosine"])[0]
+        'decoder/0'
+    """
+    gathering = Gathering(probes, batches)
+    inside = any(probe.unit == "input" for probe in probes.values())
+    total = len(network.layers())
+    done = 0
+    for stop in walk(network, batches, matrices="watch" if inside else ""):
+        gathering.look(stop)
+        if stop.kind == "leave":
+            done += 1
+            progress(done, total)
+    return gathering.finish()

@@ -1,0 +1,1 @@
+"""Edit: what is done to weights, layers and stacks."""

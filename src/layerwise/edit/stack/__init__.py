@@ -1,0 +1,5 @@
+"""Edits of the execution order."""
+
+from layerwise.edit.stack.drop import drop
+
+__all__ = ["drop"]

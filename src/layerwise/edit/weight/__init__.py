@@ -1,0 +1,6 @@
+"""Edits of one matrix."""
+
+from layerwise.edit.weight.gptq import gptq
+from layerwise.edit.weight.rtn import rtn
+
+__all__ = ["gptq", "rtn"]

@@ -1,0 +1,10 @@
+"""Export: checkpoints that stock engines load."""
+
+from layerwise.export import compressed_tensors as _ct
+from layerwise.export import hf as _hf
+from layerwise.export.compressed_tensors import compressed_tensors
+from layerwise.export.hf import hf
+
+TARGETS = {t.name: t for t in (_hf.TARGET, _ct.TARGET)}
+
+__all__ = ["TARGETS", "compressed_tensors", "hf"]

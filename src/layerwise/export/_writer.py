@@ -1,0 +1,86 @@
+"""Writing a model folder layer by layer, under the names that `save_pretrained` would use."""
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from layerwise.core.checkpoint import ShardWriter
+from layerwise.core.network import Network
+from layerwise.core.stack import Layer
+from layerwise.core.weight import Weight
+
+Records = Callable[[Layer], Mapping[str, Weight]]
+#: layer tensors by their full name in memory, and records by matrix key -> what is stored
+Convert = Callable[[Layer, dict[str, Tensor], Mapping[str, Weight]], dict[str, Tensor]]
+
+
+def write_folder(
+    network: Network, path: Path, records: Records, convert: Convert, extra: Mapping[str, Any]
+) -> int:
+    """Write weights, configuration and the files that come along; returns the tensor bytes."""
+    assert network.source is not None and isinstance(network.module, PreTrainedModel)
+    path.mkdir(parents=True, exist_ok=True)
+    writer = ShardWriter(path)
+    for layer in network.layers():
+        own = {f"{layer.path}.{name}": t for name, t in network.fetch(layer).items()}
+        writer.add(on_disk(network, convert(layer, own, records(layer))))
+    outside = network.fetch_outside()
+    tied = network.module.all_tied_weights_keys
+    kept = {n: t for n, t in outside.items() if tied.get(n) not in outside}
+    writer.add(on_disk(network, kept))
+    writer.close()
+    write_config(network, path, extra)
+    copy_companions(network.source.checkpoint.folder, path)
+    return writer.nbytes
+
+
+def on_disk(network: Network, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names in memory to names on disk, through transformers' own conversions."""
+    assert network.source is not None
+    model: Any = network.module
+    model._weight_conversions = network.source.conversions
+    return revert_weight_conversion(model, tensors)
+
+
+def write_config(network: Network, path: Path, extra: Mapping[str, Any]) -> None:
+    """The configuration of the network as it is built, under its stored dtype."""
+    assert network.source is not None and isinstance(network.module, PreTrainedModel)
+    config = network.module.config
+    config.architectures = [type(network.module).__name__]
+    config.dtype = str(network.source.dtype).removeprefix("torch.")
+    for key, value in extra.items():
+        config.__dict__[key] = value
+    config.save_pretrained(path)
+    for key in extra:
+        del config.__dict__[key]
+
+
+def copy_companions(source: Path, path: Path) -> None:
+    """Tokenizer, chat template, generation config and processor; whatever is no weight."""
+    own = {"config.json", "plan.yaml", "report.json", "report.html", "README.md"}
+    for file in sorted(source.iterdir()):
+        weights = file.suffix in {".safetensors", ".bin", ".pt", ".gguf", ".h5", ".msgpack"}
+        if file.is_file() and not weights and "index.json" not in file.name:
+            if file.name not in own and not file.name.startswith("."):
+                shutil.copyfile(file, path / file.name)
+
+
+def dense_tensors(
+    layer: Layer, tensors: dict[str, Tensor], records: Mapping[str, Weight]
+) -> dict[str, Tensor]:
+    """The layer's tensors with every record put in its place as a dense matrix."""
+    result = dict(tensors)
+    for matrix in layer.matrices:
+        if matrix.key in records:
+            name = f"{layer.path}.{matrix.parameter}"
+            if result[name] is tensors[name]:
+                result[name] = tensors[name].clone(memory_format=torch.contiguous_format)
+            view = matrix.view(result[name])
+            view.copy_(records[matrix.key].dense().reshape(view.shape))
+    return result

@@ -1,0 +1,143 @@
+"""Packed weights in the compressed-tensors format, with bits that differ from group to group."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.core.method import find, method
+from layerwise.core.network import Network
+from layerwise.core.plan import Plan, Step
+from layerwise.core.stack import Layer, Matrix, Stack
+from layerwise.core.target import Target
+from layerwise.core.weight import Quantized, Weight, packed_bytes
+from layerwise.export._writer import Records, dense_tensors, write_folder
+
+#: `weight_shape`, two int64
+_SHAPE_BYTES = 16
+
+
+@method("export", name="compressed-tensors")
+def compressed_tensors(
+    stack: Stack, plan: Plan, path: Path, *, network: Network, records: Records
+) -> int:
+    """Write `pack-quantized` weights: dense int32 words, a scale and zero per group of columns.
+
+    Every distinct (bits, group, symmetric) becomes one config group that names its modules.
+
+    Args:
+        stack: the layers.
+        plan: what was applied.
+        path: the folder to write.
+        network: given; the network whose weights are written.
+        records: given; what the edits made of a layer's matrices.
+
+    Returns:
+        Bytes of all tensors.
+    """
+    schemes: dict[tuple[int, int, bool], list[str]] = {}
+    for layer in network.layers():
+        for matrix, record in _packed(layer, records(layer)):
+            scheme = (record.bits, record.group, record.zero is None)
+            schemes.setdefault(scheme, []).append(_module(layer, matrix))
+    if not schemes:
+        return write_folder(network, path, records, dense_tensors, {})
+    ignored = [
+        name
+        for name, module in network.module.named_modules()
+        if isinstance(module, nn.Linear) and not any(name in names for names in schemes.values())
+    ]
+    extra = {"quantization_config": _config(schemes, ignored)}
+    return write_folder(network, path, records, _convert, extra)
+
+
+def _packed(layer: Layer, records: Mapping[str, Weight]) -> list[tuple[Matrix, Quantized]]:
+    found = ((m, records.get(m.key)) for m in layer.matrices)
+    return [(m, r) for m, r in found if isinstance(r, Quantized)]
+
+
+def _module(layer: Layer, matrix: Matrix) -> str:
+    return f"{layer.path}.{matrix.parameter.removesuffix('.weight')}"
+
+
+def _convert(
+    layer: Layer, tensors: dict[str, Tensor], records: Mapping[str, Weight]
+) -> dict[str, Tensor]:
+    packed = _packed(layer, records)
+    kept = {k: r for k, r in records.items() if not isinstance(r, Quantized)}
+    result = dense_tensors(layer, tensors, kept)
+    for matrix, record in packed:
+        module = _module(layer, matrix)
+        del result[f"{module}.weight"]
+        result |= {f"{module}.{name}": t for name, t in pack(record).items()}
+    return result
+
+
+def pack(record: Quantized) -> dict[str, Tensor]:
+    """The tensors that the format stores for one matrix."""
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    tensors = {
+        "weight_packed": pack_to_int32(record.codes.to(torch.int8), record.bits),
+        "weight_scale": record.scale,
+        "weight_shape": torch.tensor(record.codes.shape, dtype=torch.int64),
+    }
+    if record.zero is not None:
+        zero = record.zero.to(torch.int8)
+        tensors["weight_zero_point"] = pack_to_int32(zero, record.bits, packed_dim=0).contiguous()
+    return tensors
+
+
+def _config(schemes: dict[tuple[int, int, bool], list[str]], ignored: list[str]) -> dict[str, Any]:
+    groups = {}
+    for number, ((bits, group, symmetric), names) in enumerate(sorted(schemes.items())):
+        weights = {
+            "num_bits": bits,
+            "type": "int",
+            "symmetric": symmetric,
+            "strategy": "group" if group else "channel",
+            "group_size": group or None,
+            "dynamic": False,
+        }
+        groups[f"group_{number}"] = {"targets": names, "weights": weights}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": ignored,
+    }
+
+
+def _grid(chain: Sequence[Step]) -> tuple[int, int, bool] | None:
+    """Bits, group and symmetry that the last step of a chain leaves the matrix in."""
+    if not chain:
+        return None
+    options = find(chain[-1].method, "weight").options
+    chosen = {k: p.default for k, p in options.items()} | chain[-1].options
+    return chosen["bits"], chosen["group"], chosen["symmetric"]
+
+
+def _nbytes(matrix: Matrix, chain: Sequence[Step], itemsize: int) -> int:
+    grid = _grid(chain)
+    if grid is None:
+        return matrix.size * itemsize
+    bits, group, symmetric = grid
+    scale = torch.float32 if itemsize == 4 else torch.bfloat16
+    return packed_bytes(matrix.shape, bits, group, not symmetric, scale) + _SHAPE_BYTES
+
+
+def _refuses(matrix: Matrix, module: nn.Module, chain: Sequence[Step]) -> str | None:
+    grid = _grid(chain)
+    if grid is None:
+        return None
+    if matrix.expert is not None or not isinstance(module, nn.Linear):
+        return f"{type(module).__name__} modules cannot be packed, only nn.Linear"
+    if grid[1] and matrix.shape[1] % grid[1]:
+        return f"{matrix.shape[1]} columns are no multiple of the group of {grid[1]}"
+    return None
+
+
+TARGET = Target("compressed-tensors", True, _refuses, _nbytes)

@@ -1,0 +1,178 @@
+"""Apply a plan: solve, write under a temporary name, give the folder its name when complete."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from layerwise.core.checkpoint import write_safetensors
+from layerwise.core.data import windows
+from layerwise.core.errors import LayerwiseError
+from layerwise.core.lockstep import walk
+from layerwise.core.method import find
+from layerwise.core.network import Network, open_network
+from layerwise.core.plan import Plan, Step, chain_for, check_model, check_selectors
+from layerwise.core.stack import Layer
+from layerwise.core.target import Target
+from layerwise.core.weight import Weight
+from layerwise.export import TARGETS
+from layerwise.export._writer import Records
+from layerwise.jobs.session import Progress, load_tokenizer, silent, texts_of
+from layerwise.jobs.solve import needs_data, solve
+
+
+#: logits computed while the folder was written, for whoever reloads it
+CHECK = "layerwise-check.safetensors"
+
+
+class Applied(NamedTuple):
+    """What came of applying a plan: the folder, its bytes, and a row per layer."""
+
+    folder: Path
+    nbytes: int
+    rows: list[dict[str, Any]]
+
+
+def apply_plan(
+    model: str | Path,
+    plan: Plan,
+    out: Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    other_weights: bool = False,
+    progress: Progress = silent,
+) -> Applied:
+    """Apply a plan to a checkpoint and write the result.
+
+    The journal lies beside `out` until the folder is complete; a job that was stopped goes on
+    from it and ends with the same bytes.
+
+    Args:
+        model: the checkpoint that the plan was made for.
+        plan: what every layer gets.
+        out: the folder to write; it must not exist.
+        device: where to compute.
+        dtype: in which type to compute.
+        other_weights: allow weights that differ from those the plan was made for.
+        progress: called with what is done, how far, and out of how much.
+
+    Raises:
+        LayerwiseError: the plan is for another model, names nothing, cannot be held by its
+            target, or `out` exists.
+    """
+    if out.exists():
+        raise LayerwiseError(
+            f"--out {out}", allowed="a new folder", found="one that exists",
+            fix="choose another name or remove it",
+        )
+    network = open_network(model, wiring=plan.wiring, device=device, dtype=dtype)
+    assert network.checkpoint is not None
+    check_model(plan, network.checkpoint.structure, network.checkpoint.weights, other_weights)
+    matrices = [m for stack in network.stacks for m in stack.matrices()]
+    check_selectors(plan, matrices)
+    target = TARGETS[plan.target] if plan.target in TARGETS else _no_target(plan)
+    check_target(network, plan, target)
+    tokenizer = load_tokenizer(model) if needs_data(plan.edits) else None
+    batches = windows(tokenizer, texts_of(plan.data), "calibrate") if tokenizer else []
+    part, journal_folder = beside(out, "part"), beside(out, "journal")
+    job = {
+        "plan": plan.to_yaml(),
+        "weights": network.checkpoint.weights,
+        "device": str(network.device),
+        "dtype": str(network.dtype),
+    }
+    journal = solve(network, plan.edits, batches, journal_folder, job, progress)
+
+    def records(layer: Layer) -> dict[str, Weight]:
+        return journal.read(layer.key) if layer.key in journal else {}
+
+    if part.exists():
+        shutil.rmtree(part)
+    export = find(plan.target, "export").bind(network=network, records=records)
+    nbytes = export(network.stack, plan, part)
+    plan.save(part / "plan.yaml")
+    write_check(network, records, part / CHECK)
+    rows = [
+        layer_row(layer, plan, journal.lines.get(layer.key, {}).get("report", {}))
+        for layer in network.layers()
+    ]
+    os.replace(part, out)
+    shutil.rmtree(journal_folder)
+    return Applied(out, nbytes, rows)
+
+
+def write_check(network: Network, records: Records, path: Path) -> None:
+    """Logits of the edited network on a fixed input, walked layer by layer from the records.
+
+    Held in float32: the weights as they are written, computed as a float32 reload computes.
+    """
+    wide = network.widened()
+    vocabulary = wide.module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    ids = (torch.arange(1, 33)[None] * 7) % vocabulary
+    found: list[Tensor] = []
+    stops = walk(
+        wide, [{"input_ids": ids}], finish=lambda i, clean, out: found.append(out.logits[:, -4:])
+    )
+    for stop in stops:
+        if stop.kind == "enter":
+            for key, record in records(stop.layer).items():
+                matrix = next(m for m in stop.layer.matrices if m.key == key)
+                stop.substitute(matrix, record.dense().float())
+    held = {"ids": ids, "logits": found[0].float().cpu().contiguous()}
+    write_safetensors(path, held)
+
+
+def beside(out: Path, what: str) -> Path:
+    """A working folder next to the output, on the same file system."""
+    return out.with_name(f".{out.name}.{what}")
+
+
+def layer_row(layer: Layer, plan: Plan, report: dict[str, Any]) -> dict[str, Any]:
+    """What one layer got and what came true of it."""
+    chains = {label(chain_for(plan.edits, m)): m for m in layer.matrices}
+    errors = list(report.get("errors", {}).values())
+    return {
+        "layer": layer.key,
+        "options": sorted(chains),
+        "groups": {m.fusion: label(chain_for(plan.edits, m)) for m in layer.matrices},
+        "bytes": report.get("bytes"),
+        "error": sum(errors) / len(errors) if errors else None,
+        "seconds": report.get("seconds"),
+    }
+
+
+def label(chain: tuple[Step, ...]) -> str:
+    """A chain in words: `gptq 3 bits g128`."""
+    words = []
+    for step in chain:
+        options = step.options
+        text = step.method
+        text += f" {options['bits']} bits" if "bits" in options else ""
+        text += f" g{options['group']}" if "group" in options else ""
+        words.append(text)
+    return " + ".join(words) or "as is"
+
+
+def check_target(network: Network, plan: Plan, target: Target) -> None:
+    """Refuse, before anything is computed, a plan that its target cannot hold."""
+    for layer in network.layers():
+        for matrix in layer.matrices:
+            module = layer.module.get_submodule(matrix.parameter.rpartition(".")[0])
+            why = target.refuses(matrix, module, chain_for(plan.edits, matrix))
+            if why:
+                raise LayerwiseError(
+                    f"plan, {matrix.key}",
+                    allowed=f"what target {target.name!r} can hold",
+                    found=why,
+                    fix="choose other options for it, keep it as it is, or use target hf",
+                )
+
+
+def _no_target(plan: Plan) -> Target:
+    raise LayerwiseError(
+        "plan, target", allowed=", ".join(TARGETS), found=plan.target, fix="choose one of these"
+    )

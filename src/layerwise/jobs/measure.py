@@ -1,0 +1,111 @@
+"""Speed, memory and decoding of a loaded model."""
+
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def greedy_tokens(module: nn.Module, ids: Tensor, count: int, cached: bool) -> Tensor:
+    """Continue by the most likely token, stock `generate`, never stopping early."""
+    device = next(module.parameters()).device
+    with torch.no_grad():
+        found = module.generate(  # type: ignore[operator]
+            ids.to(device),
+            attention_mask=torch.ones_like(ids, device=device),
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+            use_cache=cached,
+            pad_token_id=0,
+        )
+    return found[:, ids.shape[1] :].cpu()
+
+
+def agrees_cached(module: nn.Module, ids: Tensor, count: int = 32) -> tuple[int, int]:
+    """How many greedily decoded tokens are the same with and without a cache."""
+    cached = greedy_tokens(module, ids, count, cached=True)
+    plain = greedy_tokens(module, ids, count, cached=False)
+    same = int((cached == plain).long().cumprod(1).sum())
+    return same, cached.numel()
+
+
+def speeds(
+    modules: Sequence[nn.Module], batches: Sequence[Any], repeats: int = 3
+) -> list[tuple[float, float]]:
+    """Median prefill and decode tokens per second of each model, interleaved; batch 1, 128 in."""
+    ids = torch.cat([b["input_ids"] for b in batches if b["input_ids"].shape[0] == 1], 1)[:, :128]
+    prefill: list[list[float]] = [[] for _ in modules]
+    decode: list[list[float]] = [[] for _ in modules]
+    for _ in range(repeats):
+        for number, module in enumerate(modules):
+            began = time.perf_counter()
+            greedy_tokens(module, ids, 1, cached=True)
+            middle = time.perf_counter()
+            greedy_tokens(module, ids, 33, cached=True)
+            ended = time.perf_counter()
+            prefill[number].append(ids.shape[1] / (middle - began))
+            decode[number].append(32 / max(ended - middle - (middle - began), 1e-9))
+    return [
+        (statistics.median(p), statistics.median(d)) for p, d in zip(prefill, decode, strict=True)
+    ]
+
+
+def peak_memory(folder: Path, dtype: str) -> int | None:
+    """Peak anonymous memory of a fresh process that loads the model and runs 128 tokens."""
+    command = [sys.executable, "-m", "layerwise.jobs.measure", str(folder), dtype]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    last = found.stdout.strip().splitlines()[-1:] or [""]
+    return int(last[0]) if last[0].isdigit() else None
+
+
+def anonymous_bytes() -> int:
+    """Anonymous resident memory of this process; 0 where the system does not tell."""
+    try:
+        text = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    lines = [line for line in text.splitlines() if line.startswith("RssAnon")]
+    return int(lines[0].split()[1]) * 1024 if lines else 0
+
+
+class PeakMemory:
+    """Samples anonymous memory from a thread while a block runs."""
+
+    def __init__(self) -> None:
+        self.peak = self.start = anonymous_bytes()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def _sample(self) -> None:
+        while not self._stop.wait(0.005):
+            self.peak = max(self.peak, anonymous_bytes())
+
+    def __enter__(self) -> "PeakMemory":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.peak = max(self.peak, anonymous_bytes())
+
+
+def _main(folder: str, dtype: str) -> None:
+    from layerwise.jobs.verify import load_stock, logits_of
+
+    with PeakMemory() as memory, torch.no_grad():
+        module = load_stock(Path(folder), dtype, torch.device("cpu"))
+        logits_of(module)({"input_ids": torch.arange(1, 129)[None] % 1000})
+    print(memory.peak - memory.start)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

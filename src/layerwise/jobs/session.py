@@ -1,0 +1,95 @@
+"""What every step of the main job needs: the model's tokenizer, data, budget and progress."""
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import AutoTokenizer
+
+from layerwise.core.data import Texts
+from layerwise.core.errors import LayerwiseError
+from layerwise.core.network import find_folder
+from layerwise.core.plan import DataSpec
+
+#: (what is done, steps done, steps in all)
+Progress = Callable[[str, int, int], None]
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """No progress."""
+
+
+def load_tokenizer(model: str | Path) -> Any:
+    """The tokenizer of a model folder.
+
+    Raises:
+        LayerwiseError: there is none.
+    """
+    folder = find_folder(model)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise LayerwiseError(
+            f"tokenizer of {folder}",
+            allowed="tokenizer files beside config.json",
+            found=str(error).splitlines()[0],
+            fix="copy tokenizer.json and tokenizer_config.json into the folder",
+        ) from None
+
+
+def texts_of(data: DataSpec) -> Texts:
+    """The data a plan names."""
+    return Texts(data.source, data.seed, data.samples, data.length)
+
+
+class Budget(NamedTuple):
+    """One upper bound, in one of its units."""
+
+    size: float | None = None
+    bytes: int | None = None
+    bits: float | None = None
+    depth: int | None = None
+
+    def as_dict(self) -> dict[str, float]:
+        return {k: v for k, v in self._asdict().items() if v is not None}
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from `1200000`, `2GB` (10^9) or `2GiB` (2^30).
+
+    Raises:
+        LayerwiseError: the unit is unknown.
+
+    Example:
+        >>> parse_bytes("2GB"), parse_bytes("1.5 MiB")
+        (2000000000, 1572864)
+    """
+    match = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?)(i?)b?\s*", text.lower())
+    if not match or (match[3] and not match[2]):
+        raise LayerwiseError(
+            "--bytes", allowed="a number with B, kB, MB, GB, KiB, MiB or GiB", found=text,
+            fix="write for instance 2GB or 1.5GiB",
+        )
+    return int(float(match[1]) * (_BINARY if match[3] else _UNITS)[match[2]])
+
+
+def parse_share(text: str, option: str) -> float:
+    """A share from `20%` or `0.2`.
+
+    Example:
+        >>> parse_share("20%", "--size")
+        0.2
+    """
+    match = re.fullmatch(r"\s*([\d.]+)\s*(%?)\s*", text)
+    value = float(match[1]) / (100 if match[2] else 1) if match else math.nan
+    if not 0 < value <= 1:
+        raise LayerwiseError(
+            option, allowed="more than 0% and at most 100%", found=text, fix="write for instance 20%"
+        )
+    return value

@@ -1,0 +1,5 @@
+"""Search: choices that only evaluation can judge."""
+
+from layerwise.search.greedy import greedy
+
+__all__ = ["greedy"]

@@ -1,0 +1,42 @@
+"""Greedy search over any space of moves."""
+
+from collections.abc import Callable
+from typing import Any
+
+from layerwise.core.method import method
+from layerwise.core.search import Space, Trace
+
+
+@method("search")
+def greedy(
+    space: Space, evaluate: Callable[[Any], float], limit: int, *, patience: int = 0
+) -> Trace:
+    """Take the best move, again and again, until the space says that it is enough.
+
+    Args:
+        space: where to start, which moves there are, and when a state is a goal.
+        evaluate: state -> loss; less is better. States seen before are not evaluated again.
+        limit: how many evaluations there may be.
+        patience: how many moves in a row may fail to improve where no goal asks for them.
+
+    Returns:
+        The best state that is a goal, its value, and every evaluation in order.
+
+    Example:
+        >>> space = Space((3, 2), lambda s: [(s[0] - 1, s[1]), (s[0], s[1] - 1)],
+        ...               lambda s: sum(s) <= 3)
+        >>> greedy(space, lambda s: s[0] ** 2 + s[1], 100).state
+        (1, 2)
+    """
+    trace = Trace(space.start)
+    state, waited = space.start, 0
+    best = trace.ask(evaluate, state)
+    while not space.goal(state) and len(trace.values) < limit and waited <= patience:
+        moves = space.moves(state)[: limit - len(trace.values)]
+        if not moves:
+            break
+        value, number = min((trace.ask(evaluate, m), i) for i, m in enumerate(moves))
+        state = moves[number]
+        waited = waited + 1 if space.optional and value >= best else 0
+        best = min(best, value)
+    return trace.close(space)
