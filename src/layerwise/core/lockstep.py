@@ -33,7 +33,7 @@ class Lane:
     batch: int
     clean: bool
     green: greenlet | None = None
-    layer: Layer | None = None
+    coming: "tuple[Layer, tuple[Any, ...], dict[str, Any]] | None" = None
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     output: Any = None
@@ -164,7 +164,7 @@ class Walk(TorchFunctionMode):
         def hook(module: Any, args: tuple, kwargs: dict) -> None:
             lane = self._lane()
             if lane is not None:
-                lane.layer, lane.args, lane.kwargs, lane.output = layer, args, kwargs, None
+                lane.coming = (layer, args, kwargs)
                 mine = _ThreadState()
                 if self._closing:
                     raise GreenletExit
@@ -329,13 +329,13 @@ def walk(
             for lane in engine.lanes:
                 engine.advance(lane)
             while visits and any(not lane.done for lane in engine.lanes):
-                yield from _visit(engine, last=visits == 1 and finish is None)
+                yield from _visit(engine)
                 visits -= 1
             if finish is not None and any(not lane.done for lane in engine.lanes):
                 raise LayerwiseError(
                     "lockstep",
                     allowed="as many layer calls as in the trial forward",
-                    found=f"more, at {engine.lanes[0].layer and engine.lanes[0].layer.key}",
+                    found="more",
                     fix="report this architecture; its depth depends on its input",
                 )
     finally:
@@ -359,17 +359,15 @@ def _lane(network: Network, number: int, clean: bool, batch: Batch, finish: Any)
     return lane
 
 
-def _visit(engine: Walk, *, last: bool) -> Iterator[Stop]:
+def _visit(engine: Walk) -> Iterator[Stop]:
     """One layer visit: all lanes enter it, pass its operations, and stand before the next."""
-    waiting = [lane for lane in engine.lanes if not lane.done]
-    first = min((lane.layer for lane in waiting if lane.layer), key=lambda la: la.index)
-    layer = waiting[0].layer if waiting[0].layer is not None else first
-    assert layer is not None
-    lanes = [lane for lane in waiting if lane.layer is layer]
+    layer = next(lane.coming[0] for lane in engine.lanes if lane.coming is not None)
+    lanes = [lane for lane in engine.lanes if lane.coming and lane.coming[0] is layer]
+    for lane in lanes:
+        assert lane.coming is not None
+        (_, lane.args, lane.kwargs), lane.coming, lane.output = lane.coming, None, None
     engine.open(layer)
     yield Stop("enter", layer, lanes, [], engine)
-    for lane in lanes:
-        lane.layer, lane.pause = None, None
     inside = list(lanes)
     if engine.matrices == "pause":
         for lane in inside:

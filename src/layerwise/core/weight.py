@@ -32,8 +32,9 @@ class Quantized:
     """Integers on a grid: `w = (code - zero) * scale`, one scale and zero per group of columns.
 
     Codes and zeros are signed, from -2^(bits-1) to 2^(bits-1) - 1. A `group` of 0 means one group
-    per row; a last group that is shorter keeps its own scale. The product is formed in the dtype
-    of the scale, as the readers of packed formats do.
+    per row; a last group that is shorter keeps its own scale. The product is formed in float32,
+    where it is exact for 16-bit scales: rounding it to their dtype gives what a reader gets that
+    multiplies in that dtype.
     """
 
     codes: Int[Tensor, "out in"]
@@ -45,10 +46,10 @@ class Quantized:
     def dense(self) -> Float[Tensor, "out in"]:
         columns = self.codes.shape[1]
         width = self.group or columns
-        codes = self.codes.to(self.scale.dtype)
-        scale = self.scale.repeat_interleave(width, 1)[:, :columns]
+        codes = self.codes.float()
+        scale = self.scale.float().repeat_interleave(width, 1)[:, :columns]
         if self.zero is not None:
-            zero = self.zero.to(self.scale.dtype)
+            zero = self.zero.float()
             codes = codes - zero.repeat_interleave(width, 1)[:, :columns]
         return codes * scale
 

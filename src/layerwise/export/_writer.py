@@ -63,7 +63,7 @@ def write_config(network: Network, path: Path, extra: Mapping[str, Any]) -> None
 
 def copy_companions(source: Path, path: Path) -> None:
     """Tokenizer, chat template, generation config and processor; whatever is no weight."""
-    own = {"config.json", "plan.yaml", "report.json", "report.html", "README.md"}
+    own = {"config.json", "plan.yaml", "report.json", "report.html", "README.md", "layerwise.check"}
     for file in sorted(source.iterdir()):
         weights = file.suffix in {".safetensors", ".bin", ".pt", ".gguf", ".h5", ".msgpack"}
         if file.is_file() and not weights and "index.json" not in file.name:

@@ -25,7 +25,7 @@ from layerwise.jobs.solve import needs_data, solve
 
 
 #: logits computed while the folder was written, for whoever reloads it
-CHECK = "layerwise-check.safetensors"
+CHECK = "layerwise.check"
 
 
 class Applied(NamedTuple):
@@ -121,7 +121,7 @@ def write_check(network: Network, records: Records, path: Path) -> None:
         if stop.kind == "enter":
             for key, record in records(stop.layer).items():
                 matrix = next(m for m in stop.layer.matrices if m.key == key)
-                stop.substitute(matrix, record.dense().float())
+                stop.substitute(matrix, record.dense())
     held = {"ids": ids, "logits": found[0].float().cpu().contiguous()}
     write_safetensors(path, held)
 
@@ -176,3 +176,19 @@ def _no_target(plan: Plan) -> Target:
     raise LayerwiseError(
         "plan, target", allowed=", ".join(TARGETS), found=plan.target, fix="choose one of these"
     )
+
+
+def preview(model: str | Path, plan: Plan, other_weights: bool = False) -> list[dict[str, Any]]:
+    """What `apply_plan` would do: the checks of the plan, and a row per layer with exact bytes."""
+    network = open_network(model, wiring=plan.wiring)
+    assert network.checkpoint is not None and network.source is not None
+    check_model(plan, network.checkpoint.structure, network.checkpoint.weights, other_weights)
+    check_selectors(plan, [m for stack in network.stacks for m in stack.matrices()])
+    target = TARGETS[plan.target] if plan.target in TARGETS else _no_target(plan)
+    check_target(network, plan, target)
+    size = network.source.dtype.itemsize
+    return [
+        layer_row(layer, plan, {})
+        | {"bytes": sum(target.nbytes(m, chain_for(plan.edits, m), size) for m in layer.matrices)}
+        for layer in network.layers()
+    ]

@@ -57,10 +57,11 @@ class Planned(NamedTuple):
 
 
 class Trials:
-    """Trial edits on the resident model: quality on documents of the select split."""
+    """Trial edits on the resident model, in float32: quality on documents of the select split."""
 
     def __init__(self, network: Network, tokenizer: Any, texts: Texts, count: int = 8) -> None:
-        self.network = network.load()
+        self.network = (network.widened() if network.source else network).load()
+        self.dtype = network.source.dtype if network.source else network.dtype
         self.batches = samples_of(tokenizer, texts._replace(length=256), "select", count)
         self._original: dict[int, Tensor] = {}
 
@@ -94,7 +95,8 @@ class Trials:
                 original = parameters[matrix.parameter]
                 value = edits.setdefault(name, original.detach().clone())
                 weight = matrix.view(original.detach())
-                dense = run_chain(weight.contiguous(), {}, chains[matrix.fusion]).dense()
+                stored = weight.to(self.dtype).contiguous()
+                dense = run_chain(stored, {}, chains[matrix.fusion]).dense()
                 above += (dense.float() - weight.float()).square().sum().item()
                 below += weight.float().square().sum().item()
                 matrix.view(value).copy_(dense)

@@ -25,7 +25,8 @@ def block_influence(stack: Stack, stats: Stats) -> Scores:
 
     Example:
         >>> stats = Stats({"residual_cosine": {"decoder/0": 0.7071, "decoder/1": 0.9959}})
-        >>> {k: round(v, 4) for k, v in block_influence(None, stats).values.items()}
+        >>> stack = Stack("decoder", "", (), ())
+        >>> {k: round(v, 4) for k, v in block_influence(stack, stats).values.items()}
         {'decoder/0': 0.2929, 'decoder/1': 0.0041}
 
     Reference: Men et al., 2024, arXiv:2403.03853; taken at the layer's own output, never after
@@ -40,7 +41,8 @@ def layer_input_modification(stack: Stack, stats: Stats) -> Scores:
     """LIM of every layer: `-mean_t cos(h_in[t], h_out[t])`, more where a layer changes more.
 
     Example:
-        >>> layer_input_modification(None, Stats({"residual_cosine": {"decoder/0": 0.5}})).values
+        >>> stats = Stats({"residual_cosine": {"decoder/0": 0.5}})
+        >>> layer_input_modification(Stack("decoder", "", (), ()), stats).values
         {'decoder/0': -0.5}
 
     Reference: Dumitru et al., 2024, arXiv:2406.17415.
@@ -104,13 +106,15 @@ def angular_distance(stack: Stack, stats: Stats, *, span: int = 1) -> Scores:
     Example:
         >>> h = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 1.2], [0.0, 1.0]])
         >>> states = {f"decoder/{i}": torch.stack([h[i], h[i + 1]])[None] for i in range(3)}
-        >>> found = angular_distance(None, Stats({"last_states": states}), span=2)
+        >>> stack = Stack("decoder", "", (), ())
+        >>> found = angular_distance(stack, Stats({"last_states": states}), span=2)
         >>> {k: round(v, 4) for k, v in found.values.items()}
         {'decoder/0': 0.2789, 'decoder/1': 0.25}
 
     Reference: Gromov et al., 2024, arXiv:2403.17887.
     """
-    states = list(stats["last_states"].items())
+    mine = f"{stack.name}/"
+    states = [(k, v) for k, v in stats["last_states"].items() if k.startswith(mine)]
     values = {}
     for start in range(len(states) - span + 1):
         before, after = states[start][1][:, 0], states[start + span - 1][1][:, 1]

@@ -22,8 +22,9 @@ def drop(stack: Stack, scores: Scores, *, count: int = 0) -> Wiring:
         LayerwiseError: not even one layer would remain.
 
     Example:
+        >>> from torch.nn import Identity
         >>> from layerwise.core.stack import Layer, plain_wiring
-        >>> layers = tuple(Layer("decoder", i, "", None, (), ()) for i in range(3))
+        >>> layers = tuple(Layer("decoder", i, "", Identity(), (), ()) for i in range(3))
         >>> stack = Stack("decoder", "", layers, plain_wiring(3))
         >>> scores = Scores({"decoder/0": 3.0, "decoder/1": 1.0, "decoder/2": 2.0}, "layer", "")
         >>> [visit.layer for visit in drop(stack, scores, count=1)]

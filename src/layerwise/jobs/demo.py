@@ -1,0 +1,54 @@
+"""The whole story on the shipped model, in about two minutes on two cores."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from layerwise.core.data import Texts
+from layerwise.core.plan import DataSpec
+from layerwise.jobs.apply import apply_plan
+from layerwise.jobs.inspect import inspect_model
+from layerwise.jobs.pages import inspect_section, plan_section, write_page
+from layerwise.jobs.plan import Request, make_plan
+from layerwise.jobs.session import Budget, Progress
+from layerwise.jobs.verify import Settings, verify
+
+DATA = DataSpec(samples=32, length=256)
+
+
+def run_demo(out: Path, output: Any, progress: Progress) -> None:
+    """Inspect, plan 3 bits and 75% of the depth, apply, verify, and write one page.
+
+    Args:
+        out: the folder for both checkpoints and the page; results of an earlier run go first.
+        output: where tables and lines are shown.
+        progress: called with what is done, how far, and out of how much.
+    """
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    texts = Texts(DATA.source, DATA.seed, DATA.samples, DATA.length)
+    inspected = inspect_model("demo", texts, progress=progress)
+    columns = ("layer", "parts", "bytes", "residual_cosine", "update_norm", "block_influence")
+    output.table("every layer, one pass", inspected.rows, *columns)
+    sections = [inspect_section("demo", inspected, "the standard library's source")]
+    rows: list[dict[str, Any]] = []
+    for name, title, request in (
+        ("3-bits", "3 bits per weight", Request("demo", Budget(bits=3.0), data=DATA)),
+        ("9-layers", "75% of the depth", Request("demo", Budget(depth=9), target="hf", data=DATA)),
+    ):
+        plan = make_plan(request, progress).plan
+        plan.save(out / f"{name}.yaml")
+        applied = apply_plan("demo", plan, out / name, progress=progress)
+        (out / name / "report.json").write_text(json.dumps({"rows": applied.rows}, indent=1))
+        settings = Settings(documents=24, length=256, memory=False)
+        found = verify("demo", out / name, settings, progress)
+        output.table(title, found.rows, "name", "bytes", "loss", "kl", "agree", "decode", "what")
+        output.say(found.verdict + "\n")
+        output.warnings += found.warnings
+        rows += [{"plan": name, **row} for row in found.rows]
+        sections.append(plan_section(out / name, found, title))
+        output.files.append(str(out / name))
+    output.rows = rows
+    write_page(out / "index.html", "layerwise on its demo model", sections)
+    output.files.append(str(out / "index.html"))

@@ -1,0 +1,50 @@
+"""From results to the sections of a page."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from layerwise.core.plan import read_plan
+from layerwise.jobs.inspect import Inspected
+from layerwise.jobs.verify import Verified
+
+
+def inspect_section(model: str, found: Inspected, data: str) -> dict[str, Any]:
+    """The stack and its measures."""
+    return {
+        "kind": "inspect",
+        "model": str(model),
+        "stack": found.network.stack.name,
+        "layers": found.rows,
+        "note": f"one pass over the calibrate part of {data}",
+    }
+
+
+def plan_section(folder: Path, found: Verified, title: str = "") -> dict[str, Any]:
+    """What every layer got, and what it cost."""
+    plan = read_plan(folder / "plan.yaml")
+    budget = ", ".join(f"--{key} {value:g}" for key, value in plan.budget.items())
+    rows = [dict(row) for row in found.rows]
+    rows[1]["loads"] = f"transformers {transformers.__version__}"
+    return {
+        "kind": "plan",
+        "title": title or f"{budget}, target {plan.target}",
+        "budget": budget,
+        "rows": rows,
+        "ratio": found.ratio,
+        "verdict": found.verdict,
+        "layers": found.layers,
+        "checks": found.checks,
+    }
+
+
+def write_page(path: Path, title: str, sections: Sequence[Mapping[str, Any]]) -> None:
+    """Write a page; it is there whole or not at all."""
+    from layerwise.report import page
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(page(title, sections))
+    part.replace(path)

@@ -1,0 +1,74 @@
+"""Tables and progress in a terminal; everything goes to stderr but the table itself."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+@contextmanager
+def progress_bar(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar per kind of work, with the time left, on stderr."""
+    if quiet:
+        yield lambda what, done, total: None
+        return
+    columns = (
+        TextColumn("{task.description:<24}"),
+        BarColumn(bar_width=30),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        tasks: dict[str, Any] = {}
+
+        def tell(what: str, done: int, total: int) -> None:
+            if what not in tasks or (done <= 1 and bar.tasks[tasks[what]].finished):
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, total=total)
+
+        yield tell
+
+
+def show_bytes(count: float | None) -> str:
+    """Bytes in the largest decimal unit: `3.71 MB`."""
+    if count is None:
+        return "-"
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000 or unit == "GB":
+            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def show(value: Any, digits: int = 4) -> str:
+    """A cell: an interval, a number, a word."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "NO"
+    if isinstance(value, list | tuple) and len(value) == 3:
+        middle, low, high = value
+        return f"{middle:.{digits}g} [{low:.{digits}g}, {high:.{digits}g}]"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
+
+
+def print_table(title: str, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
+    """A table of chosen columns; bytes and intervals in words."""
+    table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    for column in columns:
+        numeric = any(isinstance(row.get(column), int | float) for row in rows)
+        table.add_column(column.replace("_", " "), justify="right" if numeric else "left")
+    for row in rows:
+        cells = [
+            show_bytes(row.get(c)) if c in ("bytes", "memory") else show(row.get(c))
+            for c in columns
+        ]
+        table.add_row(*cells)
+    Console().print(table)

@@ -1,0 +1,113 @@
+"""Every measure: no split into batches changes it, and nothing changes because it looks."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import layerwise
+import layerwise.families
+from layerwise.core.lockstep import walk
+from layerwise.core.method import Method, methods
+from layerwise.core.network import Network
+from layerwise.core.stats import Gathering, Probe, Seen, observe
+
+LENGTHS = [9, 4, 12, 7, 1, 12]
+SPLITS = [[6], [1] * 6, [2, 4], [5, 1]]
+every_measure = pytest.mark.parametrize("method", methods("measure"), ids=lambda m: m.name)
+
+
+@pytest.fixture(scope="module")
+def opened(tiny) -> Callable[[str], Network]:
+    """A tiny network of a kind, in memory."""
+    return cache(lambda kind: layerwise.open(tiny(kind)).load())
+
+
+def documents() -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids of six documents, padded on the right, and their mask."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 128, (len(LENGTHS), max(LENGTHS)), generator=generator)
+    mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
+    return ids * mask, mask.long()
+
+
+def shown(probe: Probe, start: int, stop: int) -> Seen:
+    """What a probe of its kind would see of some of the documents."""
+    generator = torch.Generator().manual_seed(1)
+    mask = documents()[1]
+    x, y, clean = torch.randn(3, *mask.shape, 10, generator=generator) + 0.2
+    x, y, clean, mask = (t[start:stop] for t in (x, y, clean, mask))
+    if probe.unit == "input":
+        return Seen(x[mask.bool()], None, mask, None, {}, None)
+    return Seen(x, y, mask, clean, {}, lambda: y)
+
+
+def gathered(probe: Probe, split: list[int]) -> Any:
+    state, start = probe.init("decoder/0"), 0
+    for size in split:
+        state = probe.update(state, shown(probe, start, start + size))
+        start += size
+    return probe.finish(state)
+
+
+@every_measure
+@pytest.mark.parametrize("split", SPLITS[1:], ids=str)
+def test_any_split_into_batches(method: Method, split: list[int]) -> None:
+    probe = method.function()
+    whole, found = gathered(probe, SPLITS[0]), gathered(probe, split)
+    assert_close(found, whole, rtol=1e-5, atol=1e-6)
+    assert torch.as_tensor(whole).abs().sum() > 0
+
+
+@every_measure
+def test_inputs_and_earlier_states_stay(method: Method) -> None:
+    probe = method.function()
+    seen, fresh = shown(probe, 0, 3), shown(probe, 0, 3)
+    first = probe.update(probe.init("decoder/0"), seen)
+    once = probe.finish(probe.update(first, shown(probe, 3, 6)))
+    assert_close(probe.finish(probe.update(first, shown(probe, 3, 6))), once, rtol=0, atol=0)
+    for mine, other in zip(seen, fresh, strict=True):
+        if isinstance(mine, torch.Tensor):
+            assert torch.equal(mine, other)
+
+
+@every_measure
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
+def test_the_network_computes_the_same_under_observation(opened, method: Method, kind: str) -> None:
+    network = opened(kind)
+    ids, mask = documents()
+    batches = [{"input_ids": ids[a:b], "attention_mask": mask[a:b]} for a, b in ((0, 2), (2, 6))]
+    with torch.no_grad():
+        plain = [network.module(**batch, use_cache=False).logits for batch in batches]
+    outputs: dict[int, torch.Tensor] = {}
+    gathering = Gathering({method.name: method.function()}, batches)
+    inside = "watch" if method.function().unit == "input" else ""
+    keep = lambda batch, clean, output: outputs.update({batch: output.logits})  # noqa: E731
+    for stop in walk(network, batches, matrices=inside, finish=keep):
+        gathering.look(stop)
+    assert all(torch.equal(outputs[i], plain[i]) for i in range(2))
+    assert gathering.finish()[method.name]
+
+
+@every_measure
+def test_padding_counts_for_nothing(opened, method: Method) -> None:
+    network = opened("llama")
+    ids, mask = documents()
+    padded = [{"input_ids": ids, "attention_mask": mask}]
+    alone = [{"input_ids": row[None, :n]} for row, n in zip(ids, LENGTHS, strict=True)]
+    probes = {method.name: method.function()}
+    together, apart = observe(network, padded, probes), observe(network, alone, probes)
+    assert together[method.name].keys() == apart[method.name].keys()
+    for unit, value in together[method.name].items():
+        assert_close(value, apart[method.name][unit], rtol=1e-4, atol=1e-5)
+
+
+def test_the_last_token_is_the_last_that_is_not_masked() -> None:
+    probe = layerwise.find("last_states").function()
+    x = torch.arange(8.0).reshape(2, 4, 1)
+    mask = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]])
+    found = probe.finish(probe.update(probe.init(""), Seen(x, -x, mask, None, {}, None)))
+    assert found[..., 0].tolist() == [[1, -1], [7, -7]]

@@ -1,0 +1,136 @@
+"""Every score: one finite value per unit, whatever the layers are called; worked examples."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Identity
+
+import layerwise
+import layerwise.families
+from layerwise.core.method import Method, find, methods
+from layerwise.core.network import Network
+from layerwise.core.stack import Layer, Stack, plain_wiring
+from layerwise.core.stats import Scores, Seen, Stats, observe
+
+every_score = pytest.mark.parametrize("method", methods("score"), ids=lambda m: m.name)
+
+
+@pytest.fixture(scope="module")
+def network(tiny) -> Network:
+    return layerwise.open(tiny("llama")).load()
+
+
+@pytest.fixture(scope="module")
+def stats(network: Network) -> Stats:
+    needed = {name for method in methods("score") for name in method.needs}
+    batch = {"input_ids": torch.arange(60).reshape(3, 20)}
+    return observe(network, [batch], {name: find(name).function() for name in needed})
+
+
+def score(method: Method, stats: Stats, stack: Stack, **options: Any) -> Scores:
+    """With stand-ins for what the engine gives, which tell layers and groups apart."""
+
+    def fetch(key: str) -> dict[str, Tensor]:
+        layer = next(la for la in stack.layers if la.key == key)
+        parameters = dict(layer.module.named_parameters())
+        return {m.key: m.view(parameters[m.parameter]) for m in layer.matrices}
+
+    def evaluate(chains: Mapping[str, Any]) -> tuple[float, float]:
+        return float(len(str(sorted(chains)))), 0.1
+
+    def without(gone: tuple[int, ...]) -> float:
+        return 2.0 + sum((i - 1.5) ** 2 for i in gone)
+
+    given = {"fetch": fetch, "evaluate": evaluate, "without": without}
+    return method.bind(options, **given)(stack, stats)
+
+
+@every_score
+def test_one_finite_value_per_unit(method: Method, network: Network, stats: Stats) -> None:
+    found = score(method, stats, network.stack)
+    layers = [layer.key for layer in network.stack.layers]
+    units = {"layer": layers, "span": layers, "group": [g.key for g in network.stack.groups()]}
+    assert list(found.values) == units[found.unit]
+    assert torch.tensor(list(found.values.values())).isfinite().all()
+    assert len(set(found.values.values())) > 1
+    assert method.name in found.origin or found.nats
+    assert not found.nats or found.trial.keys() == found.values.keys()
+
+
+@pytest.mark.parametrize("method", [m for m in methods("score") if not m.given], ids=lambda m: m.name)
+def test_layers_may_be_relabelled(method: Method, network: Network, stats: Stats) -> None:
+    keys = [layer.key for layer in network.stack.layers]
+    other = dict(zip(keys, [keys[2], keys[0], keys[3], keys[1]], strict=True))
+    moved = Stats({p: {other[k]: v for k, v in units.items()} for p, units in stats.values.items()})
+    before, after = score(method, stats, network.stack), score(method, moved, network.stack)
+    assert after.values == {other[key]: value for key, value in before.values.items()}
+
+
+H = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 1.2], [0.0, 1.0]])
+
+
+def measured(states: Tensor, stack: str = "decoder") -> Stats:
+    """What the probes say of layers between the given states of one token."""
+    names = ("residual_cosine", "last_states")
+    found: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for i in range(len(states) - 1):
+        before, after = states[i][None, None], states[i + 1][None, None]
+        for name in names:
+            probe = find(name).function()
+            seen = Seen(before, after, None, None, {}, None)
+            found[name][f"{stack}/{i}"] = probe.finish(probe.update(probe.init(""), seen))
+    return Stats(found)
+
+
+def a_stack(depth: int) -> Stack:
+    layers = tuple(Layer("decoder", i, "", Identity(), (), ()) for i in range(depth))
+    return Stack("decoder", "", layers, plain_wiring(depth))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("lim", {}, [-0.7071, -0.9959, -0.7682]),
+        ("shortgpt", {}, [0.2929, 0.0041, 0.2318]),
+        ("deeper_layers", {}, [0.2500, 0.0289, 0.2211]),
+        ("deeper_layers", {"span": 2}, [0.2789, 0.2500]),
+        ("deeper_layers", {"span": 3}, [0.5]),
+    ],
+)
+def test_worked_examples(name: str, options: dict, expected: list[float]) -> None:
+    found = score(find(name), measured(H), a_stack(3), **options)
+    assert list(found.values) == [f"decoder/{i}" for i in range(len(expected))]
+    assert list(found.values.values()) == pytest.approx(expected, abs=5e-5)
+
+
+def test_worked_example_of_zd() -> None:
+    weights = {"decoder/0": torch.tensor([[0.0, 0, 0, 0, 5]]), "decoder/1": torch.ones(2, 2)}
+    fetch = lambda key: {"a": weights[key][:, :2], "b": weights[key][:, 2:]}  # noqa: E731
+    found = find("zd").bind({}, fetch=fetch)(a_stack(2), Stats({}))
+    assert found.values == {"decoder/0": -0.2, "decoder/1": 0.0}
+
+
+def test_removal_is_the_rise_of_the_loss() -> None:
+    found = score(find("removal"), Stats({}), a_stack(3))
+    assert list(found.values.values()) == [2.25, 0.25, 0.25]
+
+
+def test_sensitivity_tries_one_group_at_a_time(network: Network) -> None:
+    asked = []
+    evaluate = lambda chains: (asked.append(chains), (0.5, 0.01))[1]  # noqa: E731
+    options = {"trial": "gptq", "bits": 2, "group": 32}
+    found = find("sensitivity").bind(options, evaluate=evaluate)(network.stack, Stats({}))
+    assert [list(chains) for chains in asked] == [[g.key] for g in network.stack.groups()]
+    (step,) = next(iter(asked[0].values()))
+    assert (step.method, step.options) == ("gptq", {"bits": 2, "group": 32})
+    assert found.nats
+
+
+def test_spans_end_with_their_stack() -> None:
+    mine, other = measured(H), measured(H, "decoder2")
+    both = Stats({"last_states": {**mine["last_states"], **other["last_states"]}})
+    found = score(find("angular_distance"), both, a_stack(3), span=2)
+    assert list(found.values) == ["decoder/0", "decoder/1"]

@@ -1,0 +1,300 @@
+"""The page: everything that was given is on it, and nothing runs or loads that was not written."""
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from layerwise.core.errors import LayerwiseError
+from layerwise.report import page
+from layerwise.report.figures import Figure, figure, size, words
+from layerwise.report.layers import union
+from layerwise.report.prose import prose
+from layerwise.report.svg import bits_of
+
+VOID = {"meta", "link", "br"}
+GROUPS = ("attention.q", "attention.o", "mlp.gate", "mlp.down")
+
+
+class Reader(HTMLParser):
+    """Refuses tags that do not balance; collects tags, attributes and text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.text = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes.extend(attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes.extend(attrs)
+
+    def handle_endtag(self, tag):
+        assert self.open[-1:] == [tag], f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def inspect_section(count=12, **changes):
+    layers = [
+        {
+            "layer": f"decoder/{i}",
+            "residual_cosine": [0.8 + i / 1000, 0.7 + i / 1000, 0.9 + i / 1000],
+            "update_norm": 0.5 / (i + 1),
+            "block_influence": 0.2 - i / 1000,
+            "bytes": 1179648,
+            "parts": ["attention", "mlp"],
+        }
+        for i in range(count)
+    ]
+    section = {"kind": "inspect", "model": "demo", "stack": "decoder", "layers": layers}
+    return {**section, "note": "A note.", **changes}
+
+
+def plan_section(count=12, dropped=(), groups=GROUPS, **changes):
+    layers = [
+        {
+            "layer": f"decoder/{i}",
+            "bytes": 0 if i in dropped else 377856 + i,
+            "original_bytes": 1179648,
+            "error": None if i in dropped else 0.0003 * (i + 1),
+            "dropped": i in dropped,
+            "groups": {g: f"gptq {2 + (i + j) % 7} bits g128" for j, g in enumerate(groups)},
+        }
+        for i in range(count)
+    ]
+    empty = dict.fromkeys(("kl", "agree", "prefill", "decode", "memory", "cached", "loads"))
+    rows = [
+        {**empty, "name": "original", "bytes": 15217152, "loss": [3.213, 3.180, 3.248]},
+        {
+            "name": "plan",
+            "bytes": 4823040,
+            "loss": [3.256, 3.218, 3.295],
+            "perplexity": [25.94, 24.98, 26.98],
+            "kl": [0.0488, 0.0455, 0.0529],
+            "agree": [0.8913, 0.8871, 0.8955],
+            "prefill": 3984.1,
+            "memory": 52100000,
+            "cached": True,
+            "loads": "transformers 5.23.0",
+            "what": "48x gptq",
+        },
+        {**empty, "name": "naive", "bytes": 4811776, "kl": [0.1214, 0.1125, 0.1300]},
+    ]
+    checks = [
+        {"name": "cached equals uncached", "ok": True, "found": "32 of 32 tokens"},
+        {"name": "stock rebuild", "ok": False, "found": "2.0e-03"},
+    ]
+    ratio = {"field": "kl", "value": [0.402, 0.371, 0.436]}
+    section = {"kind": "plan", "title": "3 bits", "budget": "--bits 3", "rows": rows}
+    return {
+        **section,
+        "layers": layers,
+        "checks": checks,
+        "ratio": ratio,
+        "verdict": "Yes.",
+    } | changes
+
+
+def rows_of(text, layer):
+    """The table rows that are headed by a layer."""
+    return re.findall(rf'<th scope="row" class="key"[^>]*>{re.escape(layer)}</th>', text)
+
+
+def test_every_layer_is_a_row_in_both_kinds():
+    text = page("t", [inspect_section(80), plan_section(80, dropped=(3, 79))])
+    Reader(text)
+    for i in range(80):
+        assert len(rows_of(text, f"decoder/{i}")) == 2
+
+
+def test_every_interval_is_written():
+    text = "".join(Reader(page("t", [inspect_section(), plan_section()])).text)
+    for i in range(12):
+        assert f"[{0.7 + i / 1000:.3f}, {0.9 + i / 1000:.3f}]" in text
+    for interval in (
+        "3.213 [3.180, 3.248]",
+        "3.256 [3.218, 3.295]",
+        "25.9 [25.0, 27.0]",
+        "0.0488 [0.0455, 0.0529]",
+        "0.1214 [0.1125, 0.1300]",
+        "89.13% [88.71, 89.55]",
+        "0.402 [0.371, 0.436]",
+    ):
+        assert interval in text, interval
+
+
+def test_every_group_of_every_layer_says_what_it_got():
+    text = page("t", [plan_section(dropped=(5,))])
+    for i in range(12):
+        for j, group in enumerate(GROUPS):
+            title = f"<title>decoder/{i} {group}: gptq {2 + (i + j) % 7} bits g128</title>"
+            assert (title in text) == (i != 5), title
+    assert "<title>decoder/5: dropped</title>" in text
+
+
+def test_a_row_with_a_figure_is_a_point_with_a_whisker():
+    text = page("t", [plan_section()])
+    area = text[text.index('class="area"') : text.index("</figure>")]
+    assert area.count('class="whisker"') == 2
+    for name in ("original", "plan", "naive"):
+        assert f">{name}</text>" in area
+
+
+def test_a_loss_is_plotted_where_there_is_no_kl():
+    section = plan_section(ratio=None)
+    section["rows"] = [{**row, "kl": None} for row in section["rows"]]
+    text = page("t", [section])
+    assert "Loss, nats per token" in text
+    assert "KL to the original" not in text
+
+
+def test_a_check_passes_and_fails_in_words():
+    text = "".join(Reader(page("t", [plan_section()])).text)
+    assert "✓ passedcached equals uncached32 of 32 tokens" in text
+    assert "✗ failedstock rebuild2.0e-03" in text
+
+
+def test_nothing_is_loaded_from_elsewhere():
+    text = page("t", [inspect_section(), plan_section(), {"kind": "text", "title": "n"}])
+    assert not [word for word in ("http", "@import", "url(") if word in text]
+    reader = Reader(text)
+    assert not {"img", "iframe", "object"} & set(reader.tags)
+    for name, value in reader.attributes:
+        assert name != "src"
+        assert name != "href" or value.startswith("#") or value == "data:,"
+
+
+EVIL = "<script>alert('1')</script>\"&"
+
+
+def test_given_strings_are_text():
+    section = plan_section(title=EVIL, budget=EVIL, verdict=EVIL, groups=(EVIL, f"a.{EVIL}"))
+    for layer in section["layers"]:
+        layer["layer"] += EVIL
+        layer["groups"] = {name: EVIL for name in layer["groups"]}
+    section["rows"] = [{**r, "name": EVIL, "what": EVIL, "loads": EVIL} for r in section["rows"]]
+    section["checks"] = [{"name": EVIL, "ok": True, "found": EVIL}]
+    section["ratio"]["field"] = EVIL
+    inspected = inspect_section(model=EVIL, stack=EVIL, note=EVIL)
+    for layer in inspected["layers"]:
+        layer.update({"layer": EVIL, "parts": [EVIL], EVIL: 0.5})
+    text = page(EVIL, [inspected, section, {"kind": "text", "title": EVIL, "html": EVIL}])
+    reader = Reader(text)
+    assert reader.tags.count("script") == 1
+    assert "alert('1')" not in text
+    assert "&lt;script&gt;" in text
+
+
+def test_nothing_known_is_still_a_page():
+    rows = [{"name": "original", "bytes": None, "loss": None}, {"name": "plan"}]
+    layers = [{"layer": "a/0"}, {"layer": "a/1", "groups": None, "bytes": None, "dropped": True}]
+    ratio = {"field": "kl", "value": None}
+    text = page(
+        "",
+        [
+            {"kind": "plan"},
+            {"kind": "plan", "rows": rows, "layers": layers, "ratio": ratio, "checks": None},
+            {"kind": "inspect"},
+            {"kind": "inspect", "layers": [{"layer": "b/0", "update_norm": None, "parts": None}]},
+            {"kind": "text"},
+        ],
+    )
+    Reader(text)
+    assert all(rows_of(text, name) for name in ("a/0", "a/1", "b/0"))
+    shown = "".join(Reader(re.sub(r"<style>.*?</style>", "", text, flags=re.S)).text)
+    assert not re.search(r"\b(nan|None|inf)\b", shown)
+
+
+@pytest.mark.parametrize("kl", [0.0, -1e-9, float("inf"), float("nan"), [0.1, 0.1, 0.1], 1e300])
+def test_odd_figures_are_still_a_page(kl):
+    section = plan_section(ratio={"field": "kl", "value": kl})
+    section["rows"][1]["kl"] = kl
+    section["layers"][0]["error"] = kl
+    Reader(page("t", [section]))
+
+
+def test_many_groups_are_cells_without_numbers():
+    groups = [f"mlp.experts.{j}" for j in range(64)]
+    text = page("t", [plan_section(groups=groups)])
+    Reader(text)
+    assert text.count('class="row dense"') == 12
+    assert "decoder/11 mlp.experts.63: gptq" in text
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(LayerwiseError, match="inspect, plan, text; found 'sketch'"):
+        page("t", [{"kind": "sketch"}])
+
+
+@pytest.mark.parametrize(
+    ("label", "bits"),
+    [("gptq 3 bits g128", 3), ("rank 64 + rtn 16 bits", 16), ("as is", 16), ("rank 64", None)],
+)
+def test_bits_of(label, bits):
+    assert bits_of(label) == bits
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (Figure(3.21341, 3.18, 3.2484), "3.213 [3.180, 3.248]"),
+        (Figure(25.94, 24.98, 26.98), "25.9 [25.0, 27.0]"),
+        (Figure(0.5, 0.5, 0.5), "0.500 [0.500, 0.500]"),
+        (Figure(-0.0123), "\N{MINUS SIGN}0.0123"),
+        (Figure(2.13e-9), "2.1\N{MULTIPLICATION SIGN}10⁻⁹"),
+        (Figure(0.0), "0.00"),
+        (Figure(float("inf")), "∞"),
+        (Figure(4210.3), "4,210"),
+    ],
+)
+def test_words(given, text):
+    assert str(words(given)) == text
+
+
+def test_figure_takes_numbers_and_triples():
+    assert figure([1, 0, 2]) == figure((1.0, 0.0, 2.0)) == Figure(1.0, 0.0, 2.0)
+    assert [figure(x) for x in (True, "0.5", [None, 1, 2])] == [None] * 3
+    assert figure([1.0, None, 2.0]) == Figure(1.0)
+
+
+def test_size():
+    assert [size(n) for n in (0, 999, 15217152, 1.3e11)] == [
+        "0 bytes",
+        "999 bytes",
+        "15.2 MB",
+        "130 GB",
+    ]
+
+
+def test_union_keeps_positions():
+    assert union([["mlp.up"], ["attention.q", "mlp.up"], ["mixer", "mlp.up"]]) == [
+        "attention.q",
+        "mixer",
+        "mlp.up",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("plain & <b>bold</b>", "<p>plain &amp; <b>bold</b></p>"),
+        ('<p onclick="x">a<a href="//x">link</a>', "<p>alink</p>"),
+        ("<p>a<script>run()</script>b</p>", "<p>ab</p>"),
+        ("<em><strong>x</em>y", "<em><strong>x</strong></em>y"),
+        ("</p>x", "<p>x</p>"),
+        ("&lt;script&gt;", "<p>&lt;script&gt;</p>"),
+        ("<style>p{}", "<p></p>"),
+    ],
+)
+def test_prose(given, kept):
+    assert prose(given) == kept
