@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from beartype import BeartypeConf, beartype
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 # beartype, but an int is good where a float is asked for; the hook takes it by name only
@@ -16,6 +17,8 @@ sys.modules["typecheck"] = ModuleType("typecheck")
 sys.modules["typecheck"].check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # type: ignore[attr-defined]
 install_import_hook("layerwise", "typecheck.check")
 torch.set_num_threads(1)
+settings.register_profile("layerwise", deadline=None, derandomize=True, database=None)
+settings.load_profile("layerwise")
 
 VOCABULARY = 128
 TEXT = """

@@ -1,5 +1,7 @@
 """A killed job goes on where it was and ends with the same bytes."""
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,26 +9,32 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from layerwise.core.network import demo_folder
 from layerwise.core.plan import DataSpec
 from layerwise.jobs.plan import Request, make_plan
 from layerwise.jobs.session import Budget
 
 
-def test_twenty_kills(tmp_path: Path, tokenizer_into) -> None:
+def test_twenty_kills(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=128,
-        intermediate_size=256,
+        vocab_size=2048,
+        hidden_size=64,
+        intermediate_size=128,
         num_hidden_layers=8,
         num_attention_heads=4,
         num_key_value_heads=2,
     )
     model = tmp_path / "model"
     LlamaForCausalLM(config).save_pretrained(model)
-    tokenizer_into(model)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo_folder() / name, model)
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"line {i} of {i * i}" * 20 for i in range(400)))
+    data = DataSpec(source=str(text), samples=16, length=32)
+    settings = {"menu": {"group": [32]}}
     request = Request(
-        str(model), Budget(bits=3.5), allocator="uniform", data=DataSpec(samples=32, length=64)
+        str(model), Budget(bits=4.5), allocator="uniform", data=data, settings=settings
     )
     plan = tmp_path / "plan.yaml"
     make_plan(request).plan.save(plan)
@@ -36,9 +44,10 @@ def test_twenty_kills(tmp_path: Path, tokenizer_into) -> None:
         capture_output=True,
         text=True,
         check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     kills, inside, twice, different = map(int, done.stdout.split())
-    assert kills >= 20
+    assert kills == 20
     assert inside >= 15
     assert twice == 0
     assert different == 0

@@ -150,6 +150,21 @@ def test_a_row_with_a_figure_is_a_point_with_a_whisker():
         assert f">{name}</text>" in area
 
 
+def test_every_point_is_inside_the_plot():
+    text = page("t", [plan_section()])
+    places = re.findall(r'<svg class="point \w+" x="([\d.]+)%" y="([\d.]+)"', text)
+    assert len(places) == 6  # three marks and their three labels
+    assert all(0 < float(x) <= 100 and 0 <= float(y) <= 300 for x, y in places)
+
+
+@pytest.mark.parametrize("value", [[0.402, 0.371, 0.436], 0.0, float("inf")])
+def test_a_ratio_that_cannot_be_drawn_is_written(value):
+    text = page("t", [plan_section(ratio={"field": "kl", "value": value})])
+    foot = text[text.index('class="verdict') :]
+    assert ('class="ratio"' in foot) == isinstance(value, list)
+    assert str(words(figure(value))) in foot
+
+
 def test_a_loss_is_plotted_where_there_is_no_kl():
     section = plan_section(ratio=None)
     section["rows"] = [{**row, "kl": None} for row in section["rows"]]

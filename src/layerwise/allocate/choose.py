@@ -1,5 +1,6 @@
 """Allocators: damage, menus and a budget in bytes in; one option per group out."""
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -118,7 +119,11 @@ def knapsack(damage: Damage, menus: Mapping[str, Menu], budget: int) -> Choice:
     smallest = _smallest(menus, budget)
     cells = [(g, i) for g, menu in menus.items() for i in range(len(menu.options))]
     losses = np.array([damage.values[g][i] for g, i in cells])
-    sizes = np.array([menus[g].options[i].bytes for g, i in cells], dtype=float)
+    # Whole units above the smallest choice, and half a unit of room for the tolerance of HiGHS.
+    above = [menus[g].options[i].bytes - menus[g].options[smallest[g]].bytes for g, i in cells]
+    unit = math.gcd(*above) or 1
+    sizes = np.array(above, dtype=float) / unit
+    room = (budget - cost(menus, smallest)) // unit + 0.5
     row = {g: n for n, g in enumerate(menus)}
     pick = csr_array(
         (np.ones(len(cells)), ([row[g] for g, _ in cells], range(len(cells)))),
@@ -129,7 +134,7 @@ def knapsack(damage: Damage, menus: Mapping[str, Menu], budget: int) -> Choice:
         losses / scale,
         constraints=[
             LinearConstraint(pick, 1, 1),
-            LinearConstraint(sizes[None] / max(budget, 1), -np.inf, 1.0),
+            LinearConstraint(sizes[None], -np.inf, room),
         ],
         integrality=np.ones(len(cells)),
         bounds=Bounds(0, 1),

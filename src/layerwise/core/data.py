@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 import sysconfig
 from collections.abc import Iterator
@@ -29,21 +30,24 @@ def use_of(key: str) -> Use:
     return "calibrate" if digit < 6 else "select" if digit < 8 else "evaluate"
 
 
-def stdlib_documents() -> Iterator[Document]:
+def stdlib_documents(use: Use | None = None) -> Iterator[Document]:
     """Source files of the running interpreter's standard library, keyed by relative path."""
     root = Path(sysconfig.get_path("stdlib"))
     skipped = {"idlelib", "lib2to3", "site-packages", "__pycache__"}
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if any(part in skipped or part.startswith("test") for part in relative.parts):
-            continue
-        text = path.read_text(encoding="utf-8", errors="replace")
-        if text.strip():
-            yield Document(relative.as_posix(), text)
+    for folder, inner, files in os.walk(root):
+        inner[:] = sorted(d for d in inner if d not in skipped and not d.startswith("test"))
+        for name in sorted(files):
+            path = Path(folder, name)
+            key = path.relative_to(root).as_posix()
+            if path.suffix != ".py" or name.startswith("test") or use not in (None, use_of(key)):
+                continue
+            text = path.read_text(encoding="utf-8", errors="replace")
+            if text.strip():
+                yield Document(key, text)
 
 
-def documents(source: str | Path) -> Iterator[Document]:
-    """The documents of `stdlib`, a text file, a folder of text files, or a JSONL file.
+def documents(source: str | Path, use: Use | None = None) -> Iterator[Document]:
+    """The documents, all or those of one use: `stdlib`, a text file, a folder, or a JSONL file.
 
     A text file is cut into blocks of about 4 KiB at blank lines; a JSONL row needs `text`, or
     `messages` for the chat template.
@@ -52,9 +56,13 @@ def documents(source: str | Path) -> Iterator[Document]:
         LayerwiseError: the source does not exist, is empty, or a row has neither field.
     """
     if str(source) == "stdlib":
-        yield from stdlib_documents()
+        yield from stdlib_documents(use)
         return
-    path = Path(source)
+    found = _read_documents(Path(source))
+    yield from (d for d in found if use in (None, use_of(d.key)))
+
+
+def _read_documents(path: Path) -> Iterator[Document]:
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
         for file in files:
@@ -65,7 +73,7 @@ def documents(source: str | Path) -> Iterator[Document]:
         yield from (Document(block, block) for block in _blocks(_read(path)))
     else:
         raise LayerwiseError(
-            f"data {source}",
+            f"data {path}",
             allowed="`stdlib`, a text file, a folder of text files, or a .jsonl file",
             found="no such file or folder",
             fix="check the path",
@@ -123,7 +131,7 @@ class Texts(NamedTuple):
         Raises:
             LayerwiseError: there are none.
         """
-        chosen = [d for d in documents(self.source) if use_of(d.key) == use]
+        chosen = list(documents(self.source, use))
         random.Random(self.seed).shuffle(chosen)
         if not chosen:
             raise LayerwiseError(

@@ -93,7 +93,8 @@ class Stop:
         """Run the layer on a lane's call once more, outside of the walk."""
         kept, self.walk.edits = self.walk.edits, self.walk.edits if edits is None else edits
         try:
-            return self.layer.module(*lane.args, **lane.kwargs)
+            with self.walk:
+                return self.layer.module(*lane.args, **lane.kwargs)
         finally:
             self.walk.edits = kept
 
@@ -235,7 +236,8 @@ class Walk(TorchFunctionMode):
         self._current = lane
         assert lane.green is not None
         try:
-            lane.green.switch()
+            with self:
+                lane.green.switch()
         except Exception as error:
             where = self.layer.key if self.layer else "before the first layer"
             error.add_note(f"layerwise: in batch {lane.batch}, {where}")
@@ -272,7 +274,8 @@ class Walk(TorchFunctionMode):
         for lane in self.lanes:
             if lane.green is not None and not lane.green.dead:
                 mine = _ThreadState()
-                lane.green.throw(GreenletExit)
+                with self:
+                    lane.green.throw(GreenletExit)
                 mine.restore()
 
 
@@ -325,7 +328,7 @@ def walk(
     torch._C._set_grad_enabled(False)
     stance = torch.compiler.set_stance("force_eager")
     try:
-        with stance, engine:
+        with stance:
             for lane in engine.lanes:
                 engine.advance(lane)
             while visits and any(not lane.done for lane in engine.lanes):

@@ -1,6 +1,5 @@
 """One self-contained page: no network, no libraries, light and dark, on screen and on paper."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -174,12 +173,13 @@ def verdict(section: Mapping[str, Any]) -> str:
     said, given = section.get("verdict"), section.get("ratio") or {}
     ratio = figure(given.get("value"))
     strip = ""
-    if ratio and math.isfinite(ratio.value):
+    if ratio:
         field = str(given.get("field", ""))
         name = FIELDS.get(field, field)
+        drawn = ratio_strip(ratio, name) or escape(str(words(ratio)))
         strip = (
             f'<figure class="strip"><figcaption>{escape(name)} of the plan ÷ {escape(name)} of the '
-            f"naive plan</figcaption>{ratio_strip(ratio, name)}</figure>"
+            f"naive plan</figcaption>{drawn}</figure>"
         )
     if not said and not strip:
         return ""

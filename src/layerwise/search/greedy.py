@@ -31,8 +31,11 @@ def greedy(
     trace = Trace(space.start)
     state, waited = space.start, 0
     best = trace.ask(evaluate, state)
+    passed = set()
     while not space.goal(state) and len(trace.values) < limit and waited <= patience:
-        moves = space.moves(state)[: limit - len(trace.values)]
+        passed.add(state)
+        ahead = [move for move in space.moves(state) if move not in passed]
+        moves = ahead[: limit - len(trace.values)]
         if not moves:
             break
         value, number = min((trace.ask(evaluate, m), i) for i, m in enumerate(moves))
