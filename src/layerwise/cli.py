@@ -72,6 +72,7 @@ class Output:
             typer.echo(line)
 
     def as_dict(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
         return {
             "layerwise": __version__,
             "command": self.command,
@@ -336,7 +337,9 @@ def demo(
 def _say_data(output: Output, data: str) -> None:
     if data == "stdlib":
         version = ".".join(map(str, sys.version_info[:3]))
-        output.say(f"data: source text of the Python {version} standard library (--data changes it)")
+        output.say(
+            f"data: source text of the Python {version} standard library (--data changes it)"
+        )
 
 
 def _request(given: dict[str, Any]) -> Any:
@@ -403,8 +406,14 @@ def _plan(output: Output, request: Any) -> Any:
 
 
 def _apply(
-    output: Output, model: str, plan: str, out: str, device: str, dtype: str,
-    other_weights: bool, dry_run: bool,
+    output: Output,
+    model: str,
+    plan: str,
+    out: str,
+    device: str,
+    dtype: str,
+    other_weights: bool,
+    dry_run: bool,
 ) -> None:
     from layerwise.core.plan import read_plan
     from layerwise.jobs.apply import apply_plan, preview
@@ -417,8 +426,13 @@ def _apply(
         return
     with progress_bar(output.as_json) as progress:
         applied = apply_plan(
-            model, read, Path(out), device=device, dtype=dtype,
-            other_weights=other_weights, progress=progress,
+            model,
+            read,
+            Path(out),
+            device=device,
+            dtype=dtype,
+            other_weights=other_weights,
+            progress=progress,
         )
     output.table("applied", applied.rows, "layer", "options", "bytes", "error", "seconds")
     output.files.append(out)

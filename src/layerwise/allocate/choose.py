@@ -151,7 +151,9 @@ def knapsack(damage: Damage, menus: Mapping[str, Menu], budget: int) -> Choice:
 
 
 def _next_smaller(menu: Menu, now: int) -> int:
-    smaller = [(o.bytes, i) for i, o in enumerate(menu.options) if o.bytes < menu.options[now].bytes]
+    smaller = [
+        (o.bytes, i) for i, o in enumerate(menu.options) if o.bytes < menu.options[now].bytes
+    ]
     return max(smaller)[1] if smaller else now
 
 

@@ -97,7 +97,7 @@ def read_tensor(info: TensorInfo) -> Tensor:
     if info.nbytes:
         with info.file.open("rb") as file:
             file.seek(info.start)
-            got = file.readinto(memoryview(buffer.numpy()))
+            got = file.readinto(buffer.numpy().data)
         if got != info.nbytes:
             raise _broken(info.file, f"{info.nbytes} bytes from byte {info.start}", got)
     return buffer.view(info.dtype).reshape(info.shape)
@@ -123,7 +123,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in order:
             flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-            file.write(memoryview(flat.view(torch.uint8).numpy()))
+            file.write(flat.view(torch.uint8).numpy().data)
     part.replace(path)
 
 
@@ -221,7 +221,7 @@ class Checkpoint:
         total = hashlib.sha256()
         for _, info in sorted(self.tensors.items()):
             flat = read_tensor(info).reshape(-1).view(torch.uint8)
-            total.update(hashlib.sha256(memoryview(flat.numpy())).digest())
+            total.update(hashlib.sha256(flat.numpy().data).digest())
         return total.hexdigest()
 
 

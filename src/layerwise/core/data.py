@@ -175,9 +175,7 @@ def windows(tokenizer: Any, texts: Texts, use: Use, batch: int = 8) -> list[dict
     return [{"input_ids": ids[i : i + batch]} for i in range(0, count, batch)]
 
 
-def samples_of(
-    tokenizer: Any, texts: Texts, use: Use, count: int = 64
-) -> list[dict[str, Tensor]]:
+def samples_of(tokenizer: Any, texts: Texts, use: Use, count: int = 64) -> list[dict[str, Tensor]]:
     """The first `length` tokens of `count` documents, one document a batch, nothing padded."""
     rows = (_tokens(tokenizer, d)[: texts.length] for d in texts.documents(use))
     long_enough = [row for row in rows if len(row) > 16][:count]

@@ -247,7 +247,9 @@ def _mixes(child: Call, layer: Call) -> bool:
     second[:, :-1] = torch.randn(second[:, :-1].shape, generator=generator).to(x.dtype)
     last = []
     for value in (first, second):
-        swapped = tree_map(lambda t, v=value: v.clone() if t is x else t, (child.args, child.kwargs))
+        swapped = tree_map(
+            lambda t, v=value: v.clone() if t is x else t, (child.args, child.kwargs)
+        )
         try:
             with torch.no_grad(), ShortCircuit():
                 out = child.module(*swapped[0], **swapped[1])
@@ -332,7 +334,8 @@ def _roles(rows: list[tuple[Use, str, str, str]], shapes: dict) -> list[str]:
                 and shapes[r[0].parameter][0] == use.output.shape[-1]
                 for r in mine
             )
-            role = "router" if routes else "down" if last else hinted if gated else "up"
+            role = "router" if routes else "down" if last else "up"
+            role = hinted if gated and hinted and role == "up" else role
         elif last:
             role = "o"
         else:

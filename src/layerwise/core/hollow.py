@@ -63,9 +63,7 @@ def build_hollow(
             if id(p) not in replaced:
                 kept = torch.float32 if any(key in prefix + name for key in wide) else p.dtype
                 real = nn.Parameter(torch.empty(p.shape, dtype=kept), requires_grad=False)
-                replaced[id(p)] = (
-                    hollow_parameter(p.shape, kept) if stored(prefix + name) else real
-                )
+                replaced[id(p)] = hollow_parameter(p.shape, kept) if stored(prefix + name) else real
             module._parameters[name] = replaced[id(p)]
         for name, buffer in module._buffers.items():
             if buffer is not None:
@@ -121,8 +119,8 @@ def operands(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tup
 
 
 _FLIPS = {
-    Tensor.T.__get__,
-    Tensor.mT.__get__,
+    Tensor.T.__get__,  # pyright: ignore[reportAttributeAccessIssue]
+    Tensor.mT.__get__,  # pyright: ignore[reportAttributeAccessIssue]
     Tensor.t,
     Tensor.transpose,
     Tensor.permute,
@@ -168,58 +166,47 @@ class Source:
     """Reads a checkpoint into a model's own names, through transformers' conversion mapping."""
 
     def __init__(
-        self, kind: type[PreTrainedModel], checkpoint: Checkpoint, config: PretrainedConfig,
+        self,
+        kind: type[PreTrainedModel],
+        checkpoint: Checkpoint,
+        config: PretrainedConfig,
         dtype: torch.dtype,
     ) -> None:
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.model = build_meta(kind, config, dtype)
-        self.mapping = get_model_conversion_mapping(self.model) or []
-        self.owner = {name: self._name_in_memory(name) for name in checkpoint.tensors}
-        used = [c for c in self.mapping if c.was_used()]
-        self.conversions = used
+        self.mapping: list[Any] = get_model_conversion_mapping(self.model) or []
+        known = self.model.state_dict()
+        #: stored name -> (first) name in memory
+        self.owner = {name: self._name_in_memory(name, known) for name in checkpoint.tensors}
+        self.conversions = [c for c in self.mapping if c.was_used()]
+        self._held = self._names_held()
 
-    def _name_in_memory(self, name: str) -> str:
+    def _name_in_memory(self, name: str, known: dict[str, Tensor]) -> str:
         renamings = [m for m in self.mapping if isinstance(m, WeightRenaming)]
         converters = [m for m in self.mapping if isinstance(m, WeightConverter)]
-        known = self.known
         prefix = self.model.base_model_prefix
         renamed, _ = rename_source_key(name, renamings, converters, prefix, known)
         if renamed not in known and name in known:
             renamed, _ = rename_source_key(name, [], [], prefix, known)
         return renamed
 
-    @property
-    def known(self) -> dict[str, Tensor]:
-        if "_known" not in self.__dict__:
-            self._known = self.model.state_dict()
-        return self._known
+    def _names_held(self) -> set[str]:
+        """Every name in memory that comes from the checkpoint, itself or through a tie."""
+        held = set(self.owner.values())
+        for conversion in self.conversions:
+            targets = conversion.target_patterns
+            if isinstance(conversion, WeightConverter) and len(targets) > 1:
+                first = [name for name in held if targets[0] in name]
+                held |= {name.replace(targets[0], other) for name in first for other in targets}
+        for name, origin in (self.model.all_tied_weights_keys or {}).items():
+            if name in held or origin in held:
+                held |= {name, origin}
+        return held
 
     def is_stored(self, name: str) -> bool:
         """Whether a parameter of the model comes from the checkpoint (else it is computed)."""
-        if name in self._stored:
-            return True
-        return any(name in group and group & self._stored for group in self._ties)
-
-    @property
-    def _stored(self) -> set[str]:
-        if "_stored_names" not in self.__dict__:
-            self._stored_names = set(self.owner.values())
-            targets = [
-                (m.source_patterns, m.target_patterns)
-                for m in self.conversions
-                if isinstance(m, WeightConverter) and len(m.target_patterns) > 1
-            ]
-            for name in list(self._stored_names):
-                for _, patterns in targets:
-                    if patterns[0] in name:
-                        self._stored_names |= {name.replace(patterns[0], p) for p in patterns}
-        return self._stored_names
-
-    @property
-    def _ties(self) -> list[set[str]]:
-        tied = self.model.all_tied_weights_keys or {}
-        return [{a, b} for a, b in tied.items()]
+        return name in self._held
 
     def load(self, prefix: str, apart: tuple[str, ...] = ()) -> dict[str, Tensor]:
         """Tensors in memory whose name starts with `prefix` and with none of `apart`."""

@@ -53,6 +53,7 @@ class Pause:
 
     @property
     def key(self) -> tuple[int, str]:
+        """What lanes that stand at the same operation have in common."""
         return (-1 if self.expert is None else self.expert, self.parameter)
 
 
@@ -162,6 +163,8 @@ class Walk(TorchFunctionMode):
         mine.restore()
 
     def before_layer(self, layer: Layer) -> Callable[..., None]:
+        """The hook that makes a lane wait before a layer."""
+
         def hook(module: Any, args: tuple, kwargs: dict) -> None:
             lane = self._lane()
             if lane is not None:
@@ -175,6 +178,7 @@ class Walk(TorchFunctionMode):
         return hook
 
     def after_layer(self, module: Any, args: tuple, output: Any) -> None:
+        """The hook that keeps what a layer returned."""
         lane = self._lane()
         if lane is not None:
             lane.output = output
@@ -316,9 +320,7 @@ def walk(
     hooks = []
     for layer in (layer for stack in network.stacks for layer in stack.layers):
         module = layer.module
-        hooks.append(
-            module.register_forward_pre_hook(engine.before_layer(layer), with_kwargs=True)
-        )
+        hooks.append(module.register_forward_pre_hook(engine.before_layer(layer), with_kwargs=True))
         hooks.append(module.register_forward_hook(engine.after_layer))
     for number, batch in enumerate(batches):
         for side in (True, False) if clean else (False,):

@@ -42,8 +42,31 @@ class Network:
         return self.stacks[0]
 
     @property
-    def checkpoint(self) -> Checkpoint | None:
-        return self.source.checkpoint if self.source else None
+    def stored(self) -> Source:
+        """Where the weights are read from.
+
+        Raises:
+            LayerwiseError: the network was opened from a module in memory.
+        """
+        if self.source is None:
+            raise LayerwiseError(
+                type(self.module).__name__,
+                allowed="a network opened from a checkpoint folder",
+                found="a module in memory",
+                fix="save it with `save_pretrained` and open the folder",
+            )
+        return self.source
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The folder that the network was opened from."""
+        return self.stored.checkpoint
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The module as the transformers model that it is."""
+        assert isinstance(self.module, PreTrainedModel)
+        return self.module
 
     def layers(self) -> list[Layer]:
         """The layers of all stacks."""
@@ -59,8 +82,7 @@ class Network:
 
     def fetch_outside(self) -> dict[str, Tensor]:
         """The tensors as stored that belong to no layer: embeddings, final norm, head."""
-        assert self.source is not None
-        return self.source.load("", apart=tuple(f"{stack.container}." for stack in self.stacks))
+        return self.stored.load("", apart=tuple(f"{stack.container}." for stack in self.stacks))
 
     def bring(self, layer: Layer) -> None:
         """Put the layer's real weights in place."""
@@ -78,9 +100,8 @@ class Network:
 
     def widened(self) -> "Network":
         """The same network computing in float32."""
-        assert self.source is not None and isinstance(self.module, PreTrainedModel)
-        source, kind = self.source, type(self.module)
-        module = build_hollow(kind, self.module.config, torch.float32, source.is_stored)
+        source, kind = self.stored, type(self.model)
+        module = build_hollow(kind, self.model.config, torch.float32, source.is_stored)
         stacks = tuple(find_stacks(module, lambda: module(**_trial(module))))
         wide = Network(module, stacks, self.device, torch.float32, source, self.origins)
         _bring_outside(wide)
@@ -98,7 +119,7 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], device: torch.device)
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
-        held = owner._parameters if leaf in owner._parameters else owner._buffers
+        held: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
         before = held[leaf]
         moved = tensor.to(device, before.dtype if before is not None else tensor.dtype)
         held[leaf] = (
@@ -162,7 +183,7 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     for name in config.architectures or ():
         if name in dir(transformers):
             return getattr(transformers, name)
-    mapping = transformers.AutoModelForCausalLM._model_mapping
+    mapping: Any = transformers.AutoModelForCausalLM._model_mapping
     if type(config) in mapping:
         return mapping[type(config)]
     raise LayerwiseError(
@@ -210,7 +231,9 @@ def open_network(
         for stack in find_stacks(base, lambda: base(**_trial(base))):
             order = stack.wiring
             if stack.name in wiring:
-                order = parse_wiring(wiring[stack.name], len(stack.layers), f"wiring {stack.name}")
+                order = parse_wiring(
+                    list(wiring[stack.name]), len(stack.layers), f"wiring {stack.name}"
+                )
             shape = edited_config(kind, shape, stack, order)
             for new, visit in enumerate(order):
                 origins[f"{stack.name}/{new}"] = stack.layers[visit.layer].path
@@ -260,9 +283,8 @@ def forward_arguments(module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[s
 
 def _bring_outside(network: Network) -> None:
     """Load what belongs to no layer: embeddings, final norm, head."""
-    assert network.source is not None and isinstance(network.module, PreTrainedModel)
-    fill(network.module, network.fetch_outside(), network.device)
-    network.module.tie_weights()
+    fill(network.model, network.fetch_outside(), network.device)
+    network.model.tie_weights()
     for module in network.module.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:

@@ -1,7 +1,7 @@
 """The plan: a file that says what every layer gets, made by hand or by an allocator."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -209,6 +209,23 @@ def settings(pairs: Iterable[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def budget_of(plan: Plan) -> Mapping[str, float]:
-    """The budget that the plan was made under."""
-    return plan.budget
+def label(chain: tuple[Step, ...]) -> str:
+    """A chain in words: `gptq 3 bits g128`."""
+    words = []
+    for step in chain:
+        options = step.options
+        text = step.method
+        text += f" {options['bits']} bits" if "bits" in options else ""
+        text += f" g{options['group']}" if "group" in options else ""
+        words.append(text)
+    return " + ".join(words) or "as is"
+
+
+def describe(plan: Plan) -> str:
+    """A plan in a few words."""
+    if plan.wiring:
+        return "; ".join(f"{len(order)} layers of {name}" for name, order in plan.wiring.items())
+    counts: dict[str, int] = {}
+    for edit in plan.edits:
+        counts[label(edit.chain)] = counts.get(label(edit.chain), 0) + 1
+    return ", ".join(f"{n}x {what}" for what, n in sorted(counts.items(), key=lambda i: -i[1]))

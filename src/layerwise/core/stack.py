@@ -76,6 +76,7 @@ class Group(NamedTuple):
 
     @property
     def size(self) -> int:
+        """Number of weights of all of them."""
         return sum(m.size for m in self.matrices)
 
 

@@ -15,7 +15,8 @@ class Seen(NamedTuple):
 
     For `layer` probes `inputs` and `output` are hidden states `[batch, seq, dim]`, `clean` the
     output of the never edited stream where there is one; for `input` probes `inputs` are the rows
-    `[tokens, in]` that an input group receives. `fed` holds what other probes emitted.
+    `[tokens, in]` that an input group receives, `clean` those of the clean stream. `fed` holds
+    what other probes emitted for this batch, and `replay` runs the layer once more on it.
     """
 
     inputs: Tensor
@@ -30,7 +31,7 @@ class Probe(NamedTuple):
     """Pure functions that gather a statistic per unit.
 
     `call` probes run before the layer and may replay it; what they `emit` for a batch is fed to
-    every other probe of that layer.
+    every other probe of that layer. With `clean` the never edited stream runs beside.
     """
 
     unit: Literal["call", "layer", "input"]
@@ -38,6 +39,7 @@ class Probe(NamedTuple):
     update: Callable[[Any, Seen], Any]
     finish: Callable[[Any], Any]
     emit: Callable[[Any], Any] | None = None
+    clean: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class Scores:
 
     @property
     def nats(self) -> bool:
+        """Whether the values were measured on a trial edit."""
         return bool(self.trial)
 
 
@@ -112,8 +115,9 @@ class Gathering:
             if mask is not None and mask.numel() == found.shape[0]:
                 found = found[mask.reshape(-1).bool()]
             fed = self._fed.get(lane.batch, {})
-            seen = Seen(found, None, mask, None, fed, None)
-            self._show("input", rows.inputs, lane, seen)
+            if len(found):
+                seen = Seen(found, None, mask, rows.clean.get(lane.batch), fed, None)
+                self._show("input", rows.inputs, lane, seen)
 
     def _show(self, unit: str, key: str, lane: Lane, seen: Seen) -> None:
         for name, probe in self.probes.items():
@@ -125,11 +129,13 @@ class Gathering:
             if probe.emit is not None:
                 self._fed[lane.batch][name] = probe.emit(states[key])
 
-    def forget(self, keys: Sequence[str]) -> None:
-        """Let go of what was gathered for some units."""
-        for states in self.states.values():
-            for key in keys:
-                states.pop(key, None)
+    def take(self, key: str) -> dict[str, Any]:
+        """What every probe found for one unit, which is then forgotten."""
+        return {
+            name: self.probes[name].finish(states.pop(key))
+            for name, states in self.states.items()
+            if key in states
+        }
 
     def finish(self) -> Stats:
         """Close every state."""
@@ -163,9 +169,10 @@ def observe(
     """
     gathering = Gathering(probes, batches)
     inside = any(probe.unit == "input" for probe in probes.values())
+    clean = any(probe.clean for probe in probes.values())
     total = len(network.layers())
     done = 0
-    for stop in walk(network, batches, matrices="watch" if inside else ""):
+    for stop in walk(network, batches, matrices="watch" if inside else "", clean=clean):
         gathering.look(stop)
         if stop.kind == "leave":
             done += 1

@@ -56,7 +56,11 @@ class Quantized:
     @property
     def nbytes(self) -> int:
         return packed_bytes(
-            tuple(self.codes.shape), self.bits, self.group, self.zero is not None, self.scale.dtype
+            (self.codes.shape[0], self.codes.shape[1]),
+            self.bits,
+            self.group,
+            self.zero is not None,
+            self.scale.dtype,
         )
 
 
@@ -163,7 +167,9 @@ def unflatten(tree: dict[str, Any], tensors: dict[str, Tensor]) -> Weight:
         if key == "kind":
             continue
         if isinstance(value, dict):
-            values[key] = tensors[value["tensor"]] if "tensor" in value else unflatten(value, tensors)
+            values[key] = (
+                tensors[value["tensor"]] if "tensor" in value else unflatten(value, tensors)
+            )
         else:
             values[key] = value
     return _KINDS[tree["kind"]](**values)

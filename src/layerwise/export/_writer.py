@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from layerwise.core.checkpoint import ShardWriter
@@ -24,36 +23,32 @@ def write_folder(
     network: Network, path: Path, records: Records, convert: Convert, extra: Mapping[str, Any]
 ) -> int:
     """Write weights, configuration and the files that come along; returns the tensor bytes."""
-    assert network.source is not None and isinstance(network.module, PreTrainedModel)
     path.mkdir(parents=True, exist_ok=True)
     writer = ShardWriter(path)
     for layer in network.layers():
         own = {f"{layer.path}.{name}": t for name, t in network.fetch(layer).items()}
         writer.add(on_disk(network, convert(layer, own, records(layer))))
     outside = network.fetch_outside()
-    tied = network.module.all_tied_weights_keys
+    tied = network.model.all_tied_weights_keys
     kept = {n: t for n, t in outside.items() if tied.get(n) not in outside}
     writer.add(on_disk(network, kept))
     writer.close()
     write_config(network, path, extra)
-    copy_companions(network.source.checkpoint.folder, path)
+    copy_companions(network.stored.checkpoint.folder, path)
     return writer.nbytes
 
 
 def on_disk(network: Network, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Names in memory to names on disk, through transformers' own conversions."""
-    assert network.source is not None
-    model: Any = network.module
-    model._weight_conversions = network.source.conversions
-    return revert_weight_conversion(model, tensors)
+    vars(network.model)["_weight_conversions"] = network.stored.conversions
+    return revert_weight_conversion(network.model, tensors)
 
 
 def write_config(network: Network, path: Path, extra: Mapping[str, Any]) -> None:
     """The configuration of the network as it is built, under its stored dtype."""
-    assert network.source is not None and isinstance(network.module, PreTrainedModel)
-    config = network.module.config
-    config.architectures = [type(network.module).__name__]
-    config.dtype = str(network.source.dtype).removeprefix("torch.")
+    config = network.model.config
+    config.architectures = [type(network.model).__name__]
+    config.dtype = str(network.stored.dtype).removeprefix("torch.")
     for key, value in extra.items():
         config.__dict__[key] = value
     config.save_pretrained(path)
@@ -66,9 +61,9 @@ def copy_companions(source: Path, path: Path) -> None:
     own = {"config.json", "plan.yaml", "report.json", "report.html", "README.md", "layerwise.check"}
     for file in sorted(source.iterdir()):
         weights = file.suffix in {".safetensors", ".bin", ".pt", ".gguf", ".h5", ".msgpack"}
-        if file.is_file() and not weights and "index.json" not in file.name:
-            if file.name not in own and not file.name.startswith("."):
-                shutil.copyfile(file, path / file.name)
+        skipped = file.name in own or file.name.startswith(".") or "index.json" in file.name
+        if file.is_file() and not weights and not skipped:
+            shutil.copyfile(file, path / file.name)
 
 
 def dense_tensors(

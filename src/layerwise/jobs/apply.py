@@ -14,15 +14,14 @@ from layerwise.core.errors import LayerwiseError
 from layerwise.core.lockstep import walk
 from layerwise.core.method import find
 from layerwise.core.network import Network, open_network
-from layerwise.core.plan import Plan, Step, chain_for, check_model, check_selectors
+from layerwise.core.plan import Plan, chain_for, check_model, check_selectors, label
 from layerwise.core.stack import Layer
 from layerwise.core.target import Target
 from layerwise.core.weight import Weight
 from layerwise.export import TARGETS
 from layerwise.export._writer import Records
 from layerwise.jobs.session import Progress, load_tokenizer, silent, texts_of
-from layerwise.jobs.solve import needs_data, solve
-
+from layerwise.jobs.solve import needs_of, solve
 
 #: logits computed while the folder was written, for whoever reloads it
 CHECK = "layerwise.check"
@@ -66,17 +65,18 @@ def apply_plan(
     """
     if out.exists():
         raise LayerwiseError(
-            f"--out {out}", allowed="a new folder", found="one that exists",
+            f"--out {out}",
+            allowed="a new folder",
+            found="one that exists",
             fix="choose another name or remove it",
         )
     network = open_network(model, wiring=plan.wiring, device=device, dtype=dtype)
-    assert network.checkpoint is not None
     check_model(plan, network.checkpoint.structure, network.checkpoint.weights, other_weights)
     matrices = [m for stack in network.stacks for m in stack.matrices()]
     check_selectors(plan, matrices)
     target = TARGETS[plan.target] if plan.target in TARGETS else _no_target(plan)
     check_target(network, plan, target)
-    tokenizer = load_tokenizer(model) if needs_data(plan.edits) else None
+    tokenizer = load_tokenizer(model) if needs_of(plan.edits) else None
     batches = windows(tokenizer, texts_of(plan.data), "calibrate") if tokenizer else []
     part, journal_folder = beside(out, "part"), beside(out, "journal")
     job = {
@@ -145,18 +145,6 @@ def layer_row(layer: Layer, plan: Plan, report: dict[str, Any]) -> dict[str, Any
     }
 
 
-def label(chain: tuple[Step, ...]) -> str:
-    """A chain in words: `gptq 3 bits g128`."""
-    words = []
-    for step in chain:
-        options = step.options
-        text = step.method
-        text += f" {options['bits']} bits" if "bits" in options else ""
-        text += f" g{options['group']}" if "group" in options else ""
-        words.append(text)
-    return " + ".join(words) or "as is"
-
-
 def check_target(network: Network, plan: Plan, target: Target) -> None:
     """Refuse, before anything is computed, a plan that its target cannot hold."""
     for layer in network.layers():
@@ -181,12 +169,11 @@ def _no_target(plan: Plan) -> Target:
 def preview(model: str | Path, plan: Plan, other_weights: bool = False) -> list[dict[str, Any]]:
     """What `apply_plan` would do: the checks of the plan, and a row per layer with exact bytes."""
     network = open_network(model, wiring=plan.wiring)
-    assert network.checkpoint is not None and network.source is not None
     check_model(plan, network.checkpoint.structure, network.checkpoint.weights, other_weights)
     check_selectors(plan, [m for stack in network.stacks for m in stack.matrices()])
     target = TARGETS[plan.target] if plan.target in TARGETS else _no_target(plan)
     check_target(network, plan, target)
-    size = network.source.dtype.itemsize
+    size = network.stored.dtype.itemsize
     return [
         layer_row(layer, plan, {})
         | {"bytes": sum(target.nbytes(m, chain_for(plan.edits, m), size) for m in layer.matrices)}

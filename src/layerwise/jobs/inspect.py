@@ -8,7 +8,7 @@ from layerwise.core.data import Texts, windows
 from layerwise.core.method import find
 from layerwise.core.network import Network, open_network
 from layerwise.core.stats import Stats, observe
-from layerwise.jobs.plan import layer_bytes
+from layerwise.jobs.depth import layer_bytes
 from layerwise.jobs.session import Progress, load_tokenizer, silent
 
 MEASURES = ("residual_cosine", "update_norm")

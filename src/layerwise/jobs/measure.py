@@ -99,7 +99,7 @@ class PeakMemory:
 
 
 def _main(folder: str, dtype: str) -> None:
-    from layerwise.jobs.verify import load_stock, logits_of
+    from layerwise.jobs.stock import load_stock, logits_of
 
     with PeakMemory() as memory, torch.no_grad():
         module = load_stock(Path(folder), dtype, torch.device("cpu"))

@@ -53,6 +53,7 @@ class Budget(NamedTuple):
     depth: int | None = None
 
     def as_dict(self) -> dict[str, float]:
+        """The one that is set, by its unit."""
         return {k: v for k, v in self._asdict().items() if v is not None}
 
 
@@ -73,7 +74,9 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?)(i?)b?\s*", text.lower())
     if not match or (match[3] and not match[2]):
         raise LayerwiseError(
-            "--bytes", allowed="a number with B, kB, MB, GB, KiB, MiB or GiB", found=text,
+            "--bytes",
+            allowed="a number with B, kB, MB, GB, KiB, MiB or GiB",
+            found=text,
             fix="write for instance 2GB or 1.5GiB",
         )
     return int(float(match[1]) * (_BINARY if match[3] else _UNITS)[match[2]])
@@ -90,6 +93,9 @@ def parse_share(text: str, option: str) -> float:
     value = float(match[1]) / (100 if match[2] else 1) if match else math.nan
     if not 0 < value <= 1:
         raise LayerwiseError(
-            option, allowed="more than 0% and at most 100%", found=text, fix="write for instance 20%"
+            option,
+            allowed="more than 0% and at most 100%",
+            found=text,
+            fix="write for instance 20%",
         )
     return value

@@ -11,10 +11,9 @@ from layerwise.core.method import find
 from layerwise.core.network import Network
 from layerwise.core.plan import Edit, Step, chain_for
 from layerwise.core.stack import Layer, Matrix
+from layerwise.core.stats import Gathering
 from layerwise.core.weight import Dense, Weight
 from layerwise.jobs.session import Progress, silent
-from layerwise.measure.moments import second_moment
-from layerwise.core.stats import Seen
 
 
 def run_chain(weight: Any, stats: Mapping[str, Any], chain: Sequence[Step]) -> Weight:
@@ -25,22 +24,28 @@ def run_chain(weight: Any, stats: Mapping[str, Any], chain: Sequence[Step]) -> W
     return record
 
 
-def needs_data(edits: Sequence[Edit]) -> bool:
-    """Whether any method of the edits needs statistics of the inputs."""
-    return any(find(s.method, "weight").needs for edit in edits for s in edit.chain)
+def needs_of(edits: Sequence[Edit]) -> list[str]:
+    """The measures that the methods of some edits need, each once."""
+    steps = (step for edit in edits for step in edit.chain)
+    return list(dict.fromkeys(n for step in steps for n in find(step.method, "weight").needs))
 
 
 class Solver:
     """Solves the matrices of one layer at a time and keeps the journal."""
 
-    def __init__(self, network: Network, edits: Sequence[Edit], journal: Journal) -> None:
+    def __init__(
+        self, network: Network, edits: Sequence[Edit], journal: Journal, batches: Sequence[Batch]
+    ) -> None:
         self.network, self.edits, self.journal = network, edits, journal
+        self.probes = {name: find(name, "measure").bind()() for name in needs_of(edits)}
+        self.gathering = Gathering(self.probes, batches)
         self.records: dict[str, Weight] = {}
         self.errors: dict[str, float] = {}
         self.solved: list[str] = []
         self.began = 0.0
 
     def chain(self, matrix: Matrix) -> tuple[Step, ...]:
+        """What the plan does to a matrix."""
         return chain_for(self.edits, matrix)
 
     def look(self, stop: Stop) -> None:
@@ -49,14 +54,16 @@ class Solver:
         if stop.kind == "enter":
             self.records, self.errors, self.began = {}, {}, monotonic()
             if layer.key in self.journal:
+                self.records = self.journal.read(layer.key)
                 for matrix in layer.matrices:
-                    records = self.journal.read(layer.key) if not self.records else self.records
-                    self.records = records
-                    if matrix.key in records:
-                        stop.substitute(matrix, records[matrix.key].dense())
+                    if matrix.key in self.records:
+                        stop.substitute(matrix, self.records[matrix.key].dense())
+            else:
+                self.gathering.look(stop)
         elif layer.key in self.journal:
             return
         elif stop.kind == "at":
+            self.gathering.look(stop)
             for rows in stop.rows:
                 self._solve_group(stop, rows)
         else:
@@ -64,19 +71,10 @@ class Solver:
             self.finish(layer)
 
     def _solve_group(self, stop: Stop, rows: Rows) -> None:
-        wanted = [m for m in rows.matrices if self.chain(m) and m.key not in self.records]
-        if not wanted:
-            return
-        stats: dict[str, Any] = {}
-        probe = second_moment()
-        state = probe.init(rows.inputs)
-        for batch in sorted(rows.edited):
-            if len(rows.edited[batch]):
-                state = probe.update(state, Seen(rows.edited[batch], None, None, None, {}, None))
-        if state[0] is not None:
-            stats["second_moment"] = probe.finish(state)
-        for matrix in wanted:
-            self._solve(stop, matrix, stats)
+        stats = self.gathering.take(rows.inputs)
+        for matrix in rows.matrices:
+            if self.chain(matrix) and matrix.key not in self.records:
+                self._solve(stop, matrix, stats)
 
     def _solve(self, stop: Stop, matrix: Matrix, stats: dict[str, Any]) -> None:
         weight = stop.weight(matrix).to(self._stored(matrix)).contiguous()
@@ -86,7 +84,7 @@ class Solver:
         stop.substitute(matrix, record.dense())
 
     def _stored(self, matrix: Matrix) -> Any:
-        return self.network.source.dtype if self.network.source else self.network.dtype
+        return self.network.stored.dtype if self.network.source else self.network.dtype
 
     def _never_reached(self, stop: Stop) -> None:
         """Experts that no token was sent to are solved without statistics."""
@@ -121,15 +119,14 @@ def solve(
 ) -> Journal:
     """Solve every edited matrix; what the journal already holds is replayed, not solved again."""
     journal = Journal(folder, job)
-    solver = Solver(network, edits, journal)
     layers = network.layers()
-    if all(layer.key in journal for layer in layers):
+    if not edits or all(layer.key in journal for layer in layers):
         return journal
-    if not edits:
-        return journal
-    if needs_data(edits):
+    solver = Solver(network, edits, journal, batches)
+    if solver.probes:
         done = 0
-        for stop in walk(network, batches, matrices="pause"):
+        clean = any(probe.clean for probe in solver.probes.values())
+        for stop in walk(network, batches, matrices="pause", clean=clean):
             solver.look(stop)
             if stop.kind == "leave":
                 done += 1

@@ -11,8 +11,11 @@ State = tuple[Tensor | None, int]
 
 
 @method("measure", paper="arXiv:2210.17323")
-def second_moment() -> Probe:
-    r"""Second moment of an input group: `H = (1/n) sum_t x_t x_t^T`, `[in, in]`, in float32.
+def second_moment(*, weights: str = "") -> Probe:
+    r"""Second moment of an input group: `H = (1/n) sum_t w_t x_t x_t^T`, `[in, in]`, in float32.
+
+    Args:
+        weights: a probe whose emitted values weigh the tokens; every token counts 1 without it.
 
     Returns:
         A probe whose value per input group is `H`; what receives the same memory shares it.
@@ -28,7 +31,8 @@ def second_moment() -> Probe:
     """
 
     def update(state: State, seen: Seen) -> State:
-        return add_rows(state, seen.inputs)
+        weight = seen.fed[weights].reshape(-1, 1) if weights else 1.0
+        return add_rows(state, seen.inputs.float() * weight**0.5)
 
     def finish(state: State) -> Tensor:
         assert state[0] is not None

@@ -154,9 +154,7 @@ def sensitivity(
 
 
 @method("score", aliases=("measured",))
-def removal(
-    stack: Stack, stats: Stats, *, without: Callable[[tuple[int, ...]], float]
-) -> Scores:
+def removal(stack: Stack, stats: Stats, *, without: Callable[[tuple[int, ...]], float]) -> Scores:
     """Measured rise of the loss when one layer is left out, layer by layer.
 
     Args:

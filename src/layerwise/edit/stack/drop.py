@@ -30,7 +30,8 @@ def drop(stack: Stack, scores: Scores, *, count: int = 0) -> Wiring:
         >>> [visit.layer for visit in drop(stack, scores, count=1)]
         [0, 2]
     """
-    depth = len(stack.wiring)
+    present = {visit.layer for visit in stack.wiring}
+    depth = len(present)
     if not 0 <= count < depth:
         raise LayerwiseError(
             "drop, option 'count'",
@@ -40,7 +41,7 @@ def drop(stack: Stack, scores: Scores, *, count: int = 0) -> Wiring:
         )
     if count == 0:
         return stack.wiring
-    number = {layer.key: layer.index for layer in stack.layers}
+    number = {layer.key: layer.index for layer in stack.layers if layer.index in present}
     mine = {number[key]: value for key, value in scores.values.items() if key in number}
     if scores.unit == "span":
         start = min(mine, key=lambda i: (mine[i], i))

@@ -58,12 +58,13 @@ def gptq(
     and blocks are as wide as groups, so that the width of a block changes nothing.
     """
     check_bits("gptq", bits, group)
-    rows, columns = weight.shape
+    columns = weight.shape[1]
     moment = stats.get("second_moment")
-    hessian = torch.eye(columns) if moment is None else moment.float().clone()
+    hessian = torch.eye(columns, device=weight.device) if moment is None else moment.float().clone()
     work = weight.float().clone()
     dead = hessian.diagonal() <= 0
-    hessian.diagonal()[dead] = 1.0
+    # not 1, as in the authors' code: the damping would depend on the scale of the inputs
+    hessian.diagonal()[dead] = hessian.diagonal()[~dead].mean().nan_to_num(1.0)
     work[:, dead] = 0.0
     sequence = torch.arange(columns, device=weight.device)
     if order:
@@ -71,7 +72,9 @@ def gptq(
     factor = inverse_factor(hessian[sequence][:, sequence], damping)
     grid = fit_grid(work, bits, group, symmetric, shrink, weight.dtype)
     dynamic = bool(group) and not order
-    codes = _feedback(work, factor, grid, sequence, _Refit(symmetric, shrink, weight.dtype, dynamic))
+    codes = _feedback(
+        work, factor, grid, sequence, _Refit(symmetric, shrink, weight.dtype, dynamic)
+    )
     return quantized(codes, grid, group, symmetric, weight.dtype)
 
 
@@ -96,9 +99,9 @@ def inverse_factor(hessian: Float[Tensor, "in in"], damping: float) -> Float[Ten
     """
     size = len(hessian)
     mean = hessian.diagonal().mean()
-    for share, dtype in ((damping, torch.float32), (10 * damping + 1e-4, torch.float32)) + tuple(
-        (max(100 * damping, 1e-2) * 10**k, torch.float64) for k in range(6)
-    ):
+    for attempt in range(8):
+        share = damping if attempt == 0 else (damping + 1e-3) * 10**attempt
+        dtype = torch.float32 if attempt < 2 else torch.float64
         damped = hessian.to(dtype).flip(0, 1)
         damped.diagonal().add_(share * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)

@@ -1,0 +1,70 @@
+"""What each score and allocator reaches with the same solver at the same bytes, on both models."""
+
+from torch.func import functional_call
+
+from benchmarks.models import Model, models
+from benchmarks.timing import table
+from layerwise.core.data import Texts, samples_of
+from layerwise.core.network import forward_arguments, open_network
+from layerwise.core.plan import DataSpec
+from layerwise.core.quality import Quality, measure_quality
+from layerwise.core.target import Target
+from layerwise.export import TARGETS
+from layerwise.jobs.bits import plan_bits
+from layerwise.jobs.naive import solved_in_memory
+from layerwise.jobs.request import Request
+from layerwise.jobs.session import Budget, load_tokenizer, silent
+from layerwise.jobs.stock import load_stock, logits_of
+
+BUDGETS = (2.5, 3.0, 4.0)
+WAYS = (
+    ("uniform", ""),
+    ("knapsack", "sensitivity"),
+    ("knapsack", "lim"),
+    ("knapsack", "zd"),
+    ("threshold", "lim"),
+    ("threshold", "zd"),
+)
+#: The bytes of packed weights for any module, so that Conv1D models are compared as well.
+PACKED = Target("packed", True, lambda m, module, chain: None, TARGETS["compressed-tensors"].nbytes)
+
+
+def main() -> None:
+    """Print a table per model."""
+    for model in models():
+        compare(model)
+
+
+def compare(model: Model, documents: int = 48, length: int = 256) -> None:
+    """KL of every way at every budget, with its ratio to uniform bits."""
+    data = DataSpec(source=model.data, samples=64, length=256)
+    tokenizer = load_tokenizer(model.folder)
+    texts = Texts(model.data, 0, 0, length)
+    batches = samples_of(tokenizer, texts, "evaluate", documents)
+    network = open_network(model.folder)
+    original = load_stock(network.checkpoint.folder, "float32", network.device)
+
+    def quality(plan) -> Quality:
+        dense = solved_in_memory(model.folder, network, plan, silent)
+
+        def run(batch):
+            given = forward_arguments(original, batch)
+            return functional_call(original, dense, (), given, strict=False).logits
+
+        return measure_quality(batches, run, logits_of(original))
+
+    rows = []
+    for bits in BUDGETS:
+        base = None
+        for allocator, score in WAYS:
+            request = Request(
+                model.folder, Budget(bits=bits), allocator=allocator, score=score, data=data
+            )
+            planned = plan_bits(request, network, PACKED, silent)
+            found = quality(planned.plan)
+            base = found if base is None else base
+            ratio = found.against(base, "kl")
+            way = f"{allocator}, {score}" if score else allocator
+            rows.append((bits, way, f"{planned.nbytes:,}", found.estimate("kl"), ratio))
+    header = ("bits", "allocator, score", "bytes", "KL (nats/token)", "over uniform")
+    table(f"Allocators, {model.name} model, GPTQ", header, rows)

@@ -1,0 +1,139 @@
+"""Build what the documentation generates: reference pages, papers, help, and guide outputs.
+
+python docs/make.py            write them
+python docs/make.py --check    fail if what is committed differs
+"""
+
+import csv
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+
+import layerwise.families as families
+from layerwise.core.method import FAMILIES, Method, find, methods
+from layerwise.core.plan import Plan
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+COMMANDS = ("inspect", "plan", "apply", "verify", "compress", "methods", "demo")
+assert families
+
+
+def reference(family: str) -> str:
+    """The page of a family: every method with its options, from signature and docstring."""
+    lines = [f"# {family}", "", f"Signature: `({', '.join((*FAMILIES[family], '*', 'options'))})`"]
+    for method in methods(family):
+        lines += ["", f"## {method.name}", *_facts(method), "", *_docstring(method)]
+    return "\n".join(lines) + "\n"
+
+
+def _facts(method: Method) -> list[str]:
+    facts = []
+    if method.aliases:
+        facts.append(f"also: {', '.join(f'`{a}`' for a in method.aliases)}")
+    if method.paper:
+        facts.append(f"paper: {method.paper}")
+    if method.needs:
+        facts.append(f"needs: {', '.join(f'`{n}`' for n in method.needs)}")
+    if method.options:
+        shown = (f"`{k}={p.default!r}`" for k, p in method.options.items())
+        facts.append(f"options: {', '.join(shown)}")
+    return ["", *(f"- {fact}" for fact in facts)] if facts else []
+
+
+def _docstring(method: Method) -> list[str]:
+    text = inspect.getdoc(method.function) or ""
+    if not text:
+        raise SystemExit(f"{method.name}: a public method needs a docstring")
+    lines, code = [], False
+    for line in text.splitlines():
+        starts = line.lstrip().startswith(">>>")
+        if starts and not code:
+            lines.append("```pycon")
+            code = True
+        if code and not line.strip():
+            lines.append("```")
+            code = False
+        section = re.fullmatch(r"(Args|Returns|Raises|Example|Yields):", line)
+        lines.append(f"**{section[1]}**\n" if section else line.strip() if code else line)
+    return [*lines, "```"] if code else lines
+
+
+def papers() -> str:
+    """The papers whose method works: what shows it, and what checks it."""
+    rows = list(csv.DictReader((HERE / "papers.csv").open()))
+    lines = [
+        "# Papers",
+        "",
+        "Every paper here has a command that a user can run and a test that checks it.",
+        "",
+        "| id | name | paper | method | command | check |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        for name in row["methods"].split():
+            find(name)
+        file = row["check"].partition("::")[0]
+        if not (ROOT / file).exists():
+            raise SystemExit(f"papers.csv, {row['name']}: no such check {row['check']}")
+        names = ", ".join(f"`{name}`" for name in row["methods"].split())
+        lines.append(
+            f"| {row['id']} | {row['name']} | {row['paper']} | {names} | `{row['command']}` "
+            f"| `{row['check']}` |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def run(command: str) -> str:
+    """What a command prints, at a fixed width."""
+    words = [sys.executable, "-m", "layerwise.cli", *command.split()[1:]]
+    environment = {**os.environ, "COLUMNS": "96", "NO_COLOR": "1", "TERM": "dumb"}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, check=True)
+    return "\n".join(line.rstrip() for line in done.stdout.strip().splitlines())
+
+
+def command_line() -> str:
+    """Help of every command."""
+    lines = ["# The command line"]
+    for name in COMMANDS:
+        text = run(f"layerwise {name} --help").replace("python -m layerwise.cli", "layerwise")
+        lines += ["", f"## {name}", "", "```", text, "```"]
+    return "\n".join(lines) + "\n"
+
+
+def schema() -> str:
+    """JSON schema of a plan."""
+    return msgspec.json.format(msgspec.json.encode(msgspec.json.schema(Plan))).decode() + "\n"
+
+
+def pages() -> dict[Path, str]:
+    """Every generated file and its content."""
+    present = [f for f in FAMILIES if methods(f)]
+    made = {HERE / "reference" / f"{family}.md": reference(family) for family in present}
+    made[HERE / "papers.md"] = papers()
+    made[HERE / "command-line.md"] = command_line()
+    made[HERE / "plan.schema.json"] = schema()
+    return made
+
+
+def main() -> None:
+    """Write the pages, or compare them with what is there."""
+    stale = []
+    for path, text in pages().items():
+        if "--check" in sys.argv:
+            if not path.exists() or path.read_text() != text:
+                stale.append(str(path.relative_to(ROOT)))
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+    if stale:
+        raise SystemExit(f"out of date, run `make docs`: {', '.join(stale)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""What a user asks of the planner, and what it answers."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from layerwise.core.damage import Damage, Menu
+from layerwise.core.network import Network
+from layerwise.core.plan import DataSpec, Identity, Plan
+from layerwise.core.stats import Scores
+from layerwise.jobs.session import Budget
+
+
+class Request(NamedTuple):
+    """What a user asks of the planner."""
+
+    model: str | Path
+    budget: Budget
+    target: str = "compressed-tensors"
+    method: str = "gptq"
+    score: str = ""
+    allocator: str = "knapsack"
+    data: DataSpec = DataSpec()
+    keep: tuple[str, ...] = ()
+    settings: Mapping[str, Mapping[str, Any]] = {}
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def options(self, name: str) -> dict[str, Any]:
+        """What `--set name.option=value` said of a method."""
+        return dict(self.settings.get(name, {}))
+
+
+class Planned(NamedTuple):
+    """A plan, the menus and damage behind it, and what it is expected to cost."""
+
+    plan: Plan
+    rows: list[dict[str, Any]]
+    nbytes: int
+    menus: Mapping[str, Menu]
+    damage: Damage | None
+    scores: Scores | None
+
+
+def identity(network: Network) -> Identity:
+    """Which model this is."""
+    return Identity(network.checkpoint.structure, network.checkpoint.weights)

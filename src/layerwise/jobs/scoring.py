@@ -1,0 +1,173 @@
+"""Scores for a planner: the probes they need in one pass, and trial edits on the model."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from layerwise.core.data import Texts, samples_of, windows
+from layerwise.core.lockstep import hidden
+from layerwise.core.method import find
+from layerwise.core.network import Network, forward_arguments
+from layerwise.core.plan import Step
+from layerwise.core.quality import Quality, measure_quality
+from layerwise.core.stats import Probe, Scores, Stats, observe
+from layerwise.jobs.request import Request
+from layerwise.jobs.session import Progress, load_tokenizer, texts_of
+from layerwise.jobs.solve import run_chain
+
+#: what the kept outputs of the original's layers may take
+KEPT_BYTES = 1_000_000_000
+
+
+class Trials:
+    """Trial edits on the resident model, in float32: quality on documents of the select split.
+
+    Layers before the first edited one give what they gave in the original model, without being
+    computed again, where layers hand on a tensor and nothing else.
+    """
+
+    def __init__(self, network: Network, tokenizer: Any, texts: Texts, count: int = 8) -> None:
+        self.dtype = network.source.dtype if network.source else network.dtype
+        self.network = (network.widened() if network.source else network).load()
+        self.batches = samples_of(tokenizer, texts._replace(length=256), "select", count)
+        self._original: list[Tensor] = []
+        self._kept: list[list[Tensor]] = []
+        self._remember()
+
+    def _remember(self) -> None:
+        """Run the original once; keep its logits and, if it may be reused, what layers gave."""
+        layers = self.network.stack.layers
+        plain = True
+        for batch in self.batches:
+            given: list[Tensor] = []
+
+            def keep(module: nn.Module, args: tuple, output: Any, into: list = given) -> None:
+                into.append(output)
+
+            hooks = [layer.module.register_forward_hook(keep) for layer in layers]
+            self._original.append(self.logits(batch, {}))
+            for hook in hooks:
+                hook.remove()
+            plain &= len(given) == len(layers) and all(isinstance(x, Tensor) for x in given)
+            nbytes = sum(x.nbytes for x in given) * len(self.batches) if plain else 0
+            plain &= nbytes <= KEPT_BYTES
+            self._kept.append(given if plain else [])
+        if not plain or not self._reuse_is_exact():
+            self._kept = []
+
+    def _reuse_is_exact(self) -> bool:
+        middle = len(self.network.stack.layers) // 2
+        with _Standing(self.network.stack.layers, self._before(0, middle)):
+            again = self.logits(self.batches[0], {})
+        return torch.equal(again, self._original[0])
+
+    def _before(self, batch: int, first: int) -> dict[int, Tensor | None]:
+        """Stand-ins for the layers before `first`: only the last one's output is read."""
+        if not self._kept or first == 0:
+            return {}
+        return {i: self._kept[batch][first - 1] for i in range(first)}
+
+    def logits(self, batch: Any, edits: Mapping[str, Tensor]) -> Tensor:
+        """Logits with some parameters replaced for this call only."""
+        module = self.network.module
+        inputs = {k: v.to(self.network.device) for k, v in batch.items()}
+        arguments = forward_arguments(module, inputs)
+        with torch.no_grad():
+            return functional_call(module, dict(edits), (), arguments, strict=False).logits
+
+    def quality(self, edits: Mapping[str, Tensor], first: int, gone: Sequence[int] = ()) -> Quality:
+        """Quality with some parameters replaced and some layers left out, none before `first`."""
+        numbers = {id(batch): i for i, batch in enumerate(self.batches)}
+
+        def edited(batch: Any) -> Tensor:
+            standing = self._before(numbers[id(batch)], first) | dict.fromkeys(gone)
+            with _Standing(self.network.stack.layers, standing):
+                return self.logits(batch, edits)
+
+        return measure_quality(self.batches, edited, lambda b: self._original[numbers[id(b)]])
+
+    def chains(self, chains: Mapping[str, tuple[Step, ...]]) -> tuple[float, float]:
+        """KL and relative squared error of trial chains, by fusion group."""
+        edits: dict[str, Tensor] = {}
+        above = below = 0.0
+        first = len(self.network.stack.layers)
+        for layer in self.network.layers():
+            parameters = dict(layer.module.named_parameters(remove_duplicate=False))
+            for matrix in layer.matrices:
+                if matrix.fusion not in chains:
+                    continue
+                first = min(first, layer.index if layer.stack == self.network.stack.name else 0)
+                name = f"{layer.path}.{matrix.parameter}"
+                original = parameters[matrix.parameter].detach()
+                value = edits.setdefault(name, original.clone())
+                weight = matrix.view(original)
+                stored = weight.to(self.dtype).contiguous()
+                dense = run_chain(stored, {}, chains[matrix.fusion]).dense()
+                above += (dense.float() - weight.float()).square().sum().item()
+                below += weight.float().square().sum().item()
+                matrix.view(value).copy_(dense)
+        return self.quality(edits, first).estimate("kl").value, above / max(below, 1e-300)
+
+    def without(self, gone: tuple[int, ...]) -> float:
+        """Loss in nats per token when the named layers hand their input on."""
+        first = min(gone, default=0)
+        return self.quality({}, first, gone).estimate("loss").value
+
+
+class _Standing:
+    """While it lasts, some layers hand on a given tensor, or their input, and compute nothing."""
+
+    def __init__(self, layers: Sequence[Any], given: Mapping[int, Tensor | None]) -> None:
+        self.modules = {i: layers[i].module for i in given}
+        self.given = given
+
+    def __enter__(self) -> None:
+        for i, module in self.modules.items():
+            module.forward = partial(self._hand_on, self.given[i], module.forward)
+
+    @staticmethod
+    def _hand_on(value: Tensor | None, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        return hidden((args, kwargs)) if value is None else value
+
+    def __exit__(self, *exception: object) -> None:
+        for module in self.modules.values():
+            del module.forward
+
+
+def make_scores(request: Request, network: Network, name: str, progress: Progress) -> Scores:
+    """Run the probes that a score needs, in one pass, and the score."""
+    method = find(name, "score")
+    texts = texts_of(request.data)
+    probes: dict[str, Probe] = {
+        n: find(n, "measure").bind(request.options(n))() for n in method.needs
+    }
+    stats = Stats({})
+    given: dict[str, Any] = {}
+    if probes:
+        batches = windows(load_tokenizer(request.model), texts, "calibrate")
+        stats = observe(network, batches, probes, partial(progress, "measuring layers"))
+    if {"evaluate", "without"} & set(method.given):
+        trials = Trials(network, load_tokenizer(request.model), texts)
+        total = len(network.stack.groups() if "evaluate" in method.given else network.layers())
+        count = iter(range(1, 1 << 60))
+
+        def evaluate(chains: Mapping[str, tuple[Step, ...]]) -> tuple[float, float]:
+            progress("trial edits", next(count), total)
+            return trials.chains(chains)
+
+        def without(gone: tuple[int, ...]) -> float:
+            progress("leaving layers out", next(count), total + 1)
+            return trials.without(gone)
+
+        given = {"evaluate": evaluate, "without": without}
+    layers = {layer.key: layer for layer in network.layers()}
+
+    def fetch(key: str) -> dict[str, Tensor]:
+        tensors = network.fetch(layers[key])
+        return {m.key: m.view(tensors[m.parameter]) for m in layers[key].matrices}
+
+    return method.bind(request.options(method.name), fetch=fetch, **given)(network.stack, stats)

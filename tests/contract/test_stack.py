@@ -1,0 +1,69 @@
+"""Every edit of the execution order: a valid wiring, and none at its neutral setting."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import Identity
+
+import layerwise.families
+from layerwise.core.errors import LayerwiseError
+from layerwise.core.method import Method, find, methods
+from layerwise.core.stack import Layer, Stack, Visit, Wiring, plain_wiring
+from layerwise.core.stats import Scores
+
+every_edit = pytest.mark.parametrize("method", methods("stack"), ids=lambda m: m.name)
+values = st.lists(st.floats(-2, 2), min_size=1, max_size=8)
+
+
+def a_stack(depth: int, wiring: Wiring | None = None) -> Stack:
+    layers = tuple(Layer("decoder", i, "", Identity(), (), ()) for i in range(depth))
+    return Stack("decoder", "layers", layers, wiring or plain_wiring(depth))
+
+
+def scores(values: list[float], unit: str = "layer") -> Scores:
+    """Of the stack, and of another one that must not matter."""
+    mine = {f"decoder/{i}": value for i, value in enumerate(values)}
+    return Scores({"decoder2/0": -9.0, **mine, "decoder2/1": -9.0}, unit, "")
+
+
+@every_edit
+@given(values=values, data=st.data())
+def test_a_valid_wiring(method: Method, values: list[float], data: st.DataObject) -> None:
+    stack = a_stack(len(values))
+    count = data.draw(st.integers(0, len(values) - 1))
+    wiring = method.bind({"count": count})(stack, scores(values))
+    assert wiring
+    assert all(visit in stack.wiring for visit in wiring)
+    assert method.bind({})(stack, scores(values)) == stack.wiring
+
+
+@given(values=values, data=st.data())
+def test_drop_leaves_out_the_least_important(values: list[float], data: st.DataObject) -> None:
+    stack = a_stack(len(values))
+    count = data.draw(st.integers(0, len(values) - 1))
+    kept = [visit.layer for visit in find("drop").bind({"count": count})(stack, scores(values))]
+    gone = [i for i in range(len(values)) if i not in kept]
+    assert len(gone) == count
+    assert kept == sorted(kept)
+    assert max((values[i] for i in gone), default=-9) <= min(values[i] for i in kept)
+
+
+@pytest.mark.parametrize("count", [-1, 4, 5])
+def test_nothing_would_remain(count: int) -> None:
+    with pytest.raises(LayerwiseError, match=f"count.*0 to 3 of 4 layers.*found {count}"):
+        find("drop").bind({"count": count})(a_stack(4), scores([1.0] * 4))
+
+
+def test_drop_of_a_span() -> None:
+    spans = scores([0.2, 0.1, 0.3], "span")
+    wiring = find("drop").bind({"count": 2})(a_stack(4), spans)
+    assert wiring == (Visit(0), Visit(3))
+
+
+def test_drop_counts_layers_where_some_run_twice_or_not_at_all() -> None:
+    looped = a_stack(4, (Visit(0), Visit(1), Visit(1), Visit(3)))
+    found = scores([3.0, 1.0, 0.0, 2.0])
+    assert find("drop").bind({"count": 1})(looped, found) == (Visit(0), Visit(3))
+    assert find("drop").bind({"count": 2})(looped, found) == (Visit(0),)
+    with pytest.raises(LayerwiseError, match="0 to 2 of 3 layers"):
+        find("drop").bind({"count": 3})(looped, found)
