@@ -85,7 +85,9 @@ def test_an_impossible_budget_is_answered_with_the_smallest_possible(
     damage, menus = problem(rows)
     smallest, _ = bounds(menus)
     assert cost(menus, method.function(damage, menus, smallest)) == smallest
-    with pytest.raises(LayerwiseError, match=f"at least {smallest:,} bytes.*found {smallest - 1:,}"):
+    with pytest.raises(
+        LayerwiseError, match=f"at least {smallest:,} bytes.*found {smallest - 1:,}"
+    ):
         method.function(damage, menus, smallest - 1)
 
 
@@ -108,7 +110,9 @@ def test_knapsack_is_as_good_as_trying_everything(rows: list[Row], share: float)
 real = tables(st.integers(10**6, 10**9), st.floats(-6, 1).map(lambda e: 10.0**e))
 
 
-@given(rows=real, numbers=st.lists(st.integers(0, 3), min_size=4, max_size=4), off=st.integers(-1, 1))
+@given(
+    rows=real, numbers=st.lists(st.integers(0, 3), min_size=4, max_size=4), off=st.integers(-1, 1)
+)
 def test_knapsack_of_real_sizes_at_the_very_edge(
     rows: list[Row], numbers: list[int], off: int
 ) -> None:
@@ -132,9 +136,7 @@ def test_a_larger_budget_never_damages_more(rows: list[Row], first: float, secon
 
 @every_allocator
 @given(rows=small, share=shares)
-def test_options_listed_twice_change_nothing(
-    method: Method, rows: list[Row], share: float
-) -> None:
+def test_options_listed_twice_change_nothing(method: Method, rows: list[Row], share: float) -> None:
     damage, menus = problem(rows)
     twice = {g: Menu(g, tuple(o for o in m.options for _ in "ab")) for g, m in menus.items()}
     values = {g: tuple(d for d in found for _ in "ab") for g, found in damage.values.items()}

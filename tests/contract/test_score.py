@@ -60,7 +60,9 @@ def test_one_finite_value_per_unit(method: Method, network: Network, stats: Stat
     assert not found.nats or found.trial.keys() == found.values.keys()
 
 
-@pytest.mark.parametrize("method", [m for m in methods("score") if not m.given], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "method", [m for m in methods("score") if not m.given], ids=lambda m: m.name
+)
 def test_layers_may_be_relabelled(method: Method, network: Network, stats: Stats) -> None:
     keys = [layer.key for layer in network.stack.layers]
     other = dict(zip(keys, [keys[2], keys[0], keys[3], keys[1]], strict=True))

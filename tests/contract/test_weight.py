@@ -47,7 +47,9 @@ def problem(rows: int = 12, columns: int = 100, seed: int = 0) -> tuple[Tensor, 
     return weight, x.T @ x / len(x)
 
 
-def solve(method: Method, weight: Tensor, moment: Tensor | None = None, **options: Any) -> Quantized:
+def solve(
+    method: Method, weight: Tensor, moment: Tensor | None = None, **options: Any
+) -> Quantized:
     stats = {} if moment is None else {"second_moment": moment}
     return method.bind(options)(weight, stats)
 
@@ -117,7 +119,10 @@ def test_only_the_shape_of_the_second_moment_counts(
     moment[[3, 50]] = moment[:, [3, 50]] = 0
     record = solve(method, weight, moment, bits=3, group=33, **chosen)
     for factor in (2.0**-12, 2.0**12):
-        assert differing(solve(method, weight, factor * moment, bits=3, group=33, **chosen), record) == 0
+        assert (
+            differing(solve(method, weight, factor * moment, bits=3, group=33, **chosen), record)
+            == 0
+        )
     assert differing(solve(method, weight, 10 * moment, bits=3, group=33, **chosen), record) < 0.005
 
 

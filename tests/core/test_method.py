@@ -23,7 +23,10 @@ def halve(weight, stats, *, bits: int = 4, share: float = 0.5, generator):
 
 
 def test_the_signature_is_the_configuration() -> None:
-    assert method("weight", aliases=("half",), paper="arXiv:1", needs=("second_moment",))(halve) is halve
+    assert (
+        method("weight", aliases=("half",), paper="arXiv:1", needs=("second_moment",))(halve)
+        is halve
+    )
     record = find("halve", "weight")
     assert find("half") is record
     assert (record.name, record.family, record.paper) == ("halve", "weight", "arXiv:1")

@@ -49,7 +49,11 @@ plans = st.builds(
     edits=st.lists(edits, max_size=3).map(tuple),
     fixed=st.lists(words, max_size=3).map(tuple),
 )
-GOOD = Plan(Identity("s" * 64, "w" * 64), edits=(Edit("decoder/*/mlp", (Step("rtn"),)),))
+GOOD = Plan(
+    Identity("s" * 64, "w" * 64),
+    data=DataSpec(length=256),
+    edits=(Edit("decoder/*/mlp", (Step("rtn"),)),),
+)
 
 
 @given(plan=plans)
@@ -79,13 +83,15 @@ def test_a_saved_plan_is_read_back(tmp_path: Path) -> None:
 def test_errors_name_the_key(old: str, new: str, shown: str) -> None:
     text = GOOD.to_yaml() + "target: hf\n"
     assert old in text
-    with pytest.raises(LayerwiseError, match=shown):
-        parse_plan(text.replace(old, new, 1))
+    with pytest.raises(LayerwiseError, match=shown) as error:
+        parse_plan(text.replace(old, new, 1), "p.yaml")
+    assert error.value.where == "p.yaml"
+    assert error.value.allowed == ("YAML" if shown == "YAML" else "the fields of a plan")
 
 
 @given(text=st.text(max_size=40))
 @example("2001-99-99")
-@example("{" * 5000)
+@example("[" * 500)
 @example("!!int x")
 @example("a: &a [*a]")
 def test_any_text_is_a_plan_or_an_error(text: str) -> None:
@@ -122,6 +128,7 @@ def matrix(layer: str, part: str, role: str, leaf: str = "x_proj", expert=None) 
         ("decoder/1-9/2/mlp.down", True),
         ("decoder/2-9/2/mlp.down", False),
         ("*/*/2/mlp", False),
+        ("*/*/5/mlp", True),
         ("*/*/mlp", True),
         ("*/*/*.down", True),
         ("*/*/mlp.up", False),
@@ -144,7 +151,8 @@ def test_selectors_of_experts() -> None:
 
 
 @pytest.mark.parametrize(
-    "selector", ["decoder/x", "decoder/3-x/mlp", "decoder/-3", "decoder//mlp", "*/²/mlp", "*/1-4/0/mlp"]
+    "selector",
+    ["decoder/x", "decoder/3-x/mlp", "decoder/-3", "decoder//mlp", "*/²/mlp", "*/1-4/0/mlp"],
 )
 def test_a_wrong_field_is_named(selector: str) -> None:
     with pytest.raises(LayerwiseError, match=r"selector.*3-7"):
@@ -186,7 +194,9 @@ def test_settings() -> None:
     }
 
 
-@pytest.mark.parametrize("pair", ["gptq", "gptq.bits", "bits=3", ".bits=3", "gptq.=3", "gptq.bits=[3"])
+@pytest.mark.parametrize(
+    "pair", ["gptq", "gptq.bits", "bits=3", ".bits=3", "gptq.=3", "gptq.bits=[3"]
+)
 def test_a_wrong_setting_is_shown(pair: str) -> None:
     with pytest.raises(LayerwiseError) as error:
         settings([pair])

@@ -118,7 +118,7 @@ def method(
                     found=f"{key!r}, taken by the {_METHODS[key].family} method of that name",
                     fix="choose another name or make it an option of that method",
                 )
-            _METHODS[key] = record
+        _METHODS.update(dict.fromkeys((title, *aliases), record))
         return function
 
     return register

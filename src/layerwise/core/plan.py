@@ -76,10 +76,10 @@ def read_plan(path: Path) -> Plan:
         LayerwiseError: the file is no YAML, has an unknown key, or a value of the wrong type.
     """
     try:
-        text = path.read_text()
-    except OSError as error:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
         raise LayerwiseError(
-            f"plan {path}", allowed="a readable file", found=error.strerror, fix="check the path"
+            f"plan {path}", allowed="a text file", found=error, fix="check the path"
         ) from None
     return parse_plan(text, str(path))
 
@@ -88,9 +88,6 @@ def parse_plan(text: str, where: str = "plan") -> Plan:
     """Validate the text of a plan."""
     try:
         return msgspec.convert(yaml.safe_load(text), Plan)
-    except yaml.YAMLError as error:
-        found = str(error).splitlines()[0]
-        raise LayerwiseError(where, allowed="YAML", found=found, fix="mend the line") from None
     except msgspec.ValidationError as error:
         raise LayerwiseError(
             where,
@@ -98,6 +95,9 @@ def parse_plan(text: str, where: str = "plan") -> Plan:
             found=str(error),
             fix="compare with the plan that `layerwise plan` writes",
         ) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        found = str(error).partition("\n")[0]
+        raise LayerwiseError(where, allowed="YAML", found=found, fix="mend the line") from None
 
 
 def _field(pattern: str, values: Iterable[str]) -> bool:
@@ -106,23 +106,22 @@ def _field(pattern: str, values: Iterable[str]) -> bool:
 
 
 def _range(pattern: str, index: int, where: str) -> bool:
-    if pattern == "*":
-        return True
-    body, _, step = pattern.partition("/")
-    first, dash, last = body.partition("-")
-    if not first.isdigit() or (dash and not last.isdigit()):
+    found = re.fullmatch(r"(?:\*|(\d+)(?:-(\d+))?)(?:/([1-9]\d*))?", pattern, re.ASCII)
+    if not found:
         raise LayerwiseError(
             f"selector {where!r}",
-            allowed="stack/layers/part.matrix with layers such as 4, 3-7 or *",
+            allowed="stack/layers/part.matrix with layers such as 4, 3-7, 0-8/2 or *",
             found=pattern,
             fix="correct the middle field",
         )
-    low, high = int(first), int(last) if dash else int(first)
-    return low <= index <= high and (not step or (index - low) % int(step) == 0)
+    low, high = int(found[1] or 0), int(found[2] or found[1] or index)
+    return low <= index <= high and (index - low) % int(found[3] or 1) == 0
 
 
 def selects(pattern: str, matrix: Matrix) -> bool:
     """Whether a selector names a matrix: by role or by its own name, `*` in any field.
+
+    Layers are a number, a range or `*`, with or without a step: `decoder/0-8/2/mlp`.
 
     Example:
         >>> m = Matrix("decoder/3", "mlp", "down", "mlp.down_proj.weight", None, (2, 2), False,
@@ -131,6 +130,9 @@ def selects(pattern: str, matrix: Matrix) -> bool:
         (True, False, True)
     """
     stack, layers, inner = [*pattern.split("/", 2), "*", "*"][:3]
+    step, slash, rest = inner.partition("/")
+    if step.isdecimal():
+        layers, inner = f"{layers}/{step}", rest if slash else "*"
     name, _, number = matrix.layer.partition("/")
     if not _field(stack, [name]) or not _range(layers, int(number), pattern):
         return False
@@ -198,6 +200,10 @@ def settings(pairs: Iterable[str]) -> dict[str, dict[str, Any]]:
     for pair in pairs:
         name, equals, value = pair.partition("=")
         method, dot, option = name.partition(".")
+        try:
+            chosen = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError):
+            option = ""
         if not (equals and dot and method and option):
             raise LayerwiseError(
                 f"--set {pair}",
@@ -205,7 +211,7 @@ def settings(pairs: Iterable[str]) -> dict[str, dict[str, Any]]:
                 found=pair,
                 fix="`layerwise methods` lists methods and options",
             )
-        found.setdefault(method, {})[option] = yaml.safe_load(value)
+        found.setdefault(method, {})[option] = chosen
     return found
 
 

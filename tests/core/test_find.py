@@ -1,0 +1,77 @@
+"""Stacks, roles and groups are found by behaviour."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from layerwise.core.errors import LayerwiseError
+from layerwise.core.find import find_stacks
+from layerwise.core.hollow import build_hollow, is_hollow
+from layerwise.core.network import open_network
+
+ROLES = {
+    "llama": [
+        "attention.q",
+        "attention.k",
+        "attention.v",
+        "attention.o",
+        "mlp.gate",
+        "mlp.up",
+        "mlp.down",
+    ],
+    "gpt2": ["attention.qkv", "attention.o", "mlp.up", "mlp.down"],
+    "opt": ["attention.q", "attention.k", "attention.v", "attention.o", "mlp.up", "mlp.down"],
+    "falcon": ["attention.qkv", "attention.o", "mlp.up", "mlp.down"],
+}
+
+
+@pytest.mark.parametrize("kind", ROLES)
+def test_roles(kind: str, tiny: Callable[..., Path]) -> None:
+    layer = open_network(tiny(kind)).stack.layers[1]
+    assert sorted(f"{m.part}.{m.role}" for m in layer.matrices) == sorted(ROLES[kind])
+    assert [part.mixes for part in layer.parts] == [True, False]
+
+
+def test_fusion_and_input_groups(tiny: Callable[..., Path]) -> None:
+    groups = {
+        g.key: [m.role for m in g.matrices] for g in open_network(tiny("llama")).stack.groups()
+    }
+    assert groups["decoder/0/attention.q"] == ["q", "k", "v"]
+    assert groups["decoder/0/mlp.gate"] == ["gate", "up"]
+    layer = open_network(tiny("falcon")).stack.layers[0]
+    by_role = {m.role: m for m in layer.matrices}
+    assert by_role["qkv"].inputs == by_role["up"].inputs
+    assert by_role["qkv"].fusion != by_role["up"].fusion
+
+
+def test_experts_are_matrices(tiny: Callable[..., Path]) -> None:
+    layer = open_network(tiny("mixtral")).stack.layers[0]
+    roles = {(m.role, m.expert) for m in layer.matrices}
+    assert ("router", None) in roles
+    assert {e for role, e in roles if role == "down"} == set(range(4))
+
+
+def test_a_hollow_model_stores_nothing() -> None:
+    config = LlamaConfig(num_hidden_layers=2, hidden_size=4096)
+    model = build_hollow(LlamaForCausalLM, config, torch.bfloat16)
+    assert all(is_hollow(p) for p in model.parameters())
+    assert sum(p.untyped_storage().nbytes() for p in model.parameters()) < 1000
+
+
+def test_plain_sequential_in_memory() -> None:
+    torch.manual_seed(0)
+    blocks = nn.Sequential(
+        *(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)) for _ in range(4))
+    )
+    network = open_network(blocks, inputs={"input": torch.randn(2, 5, 8)})
+    assert len(network.stack.layers) == 4
+
+
+def test_a_network_without_a_stack() -> None:
+    model = nn.Linear(4, 4)
+    with pytest.raises(LayerwiseError, match="feed one another"):
+        find_stacks(model, lambda: model(torch.zeros(1, 4)))
