@@ -71,12 +71,12 @@ def test_a_repeated_layer_is_unrolled(tiny, tmp_path: Path) -> None:
 def test_compressed_tensors_mixed_bits(tiny, tmp_path: Path) -> None:
     model = tiny("llama")
     edits = tuple(
-        Edit(select, (Step("gptq", {"bits": bits, "group": group, "symmetric": symmetric}),))
-        for select, bits, group, symmetric in (
-            ("*/*/attention", 2, 32, True),
-            ("*/0/mlp", 3, 32, False),
-            ("*/1/mlp", 5, 0, True),
-            ("*/2/mlp.down", 8, 32, False),
+        Edit(select, (Step("gptq", {"bits": bits, "group": group}),))
+        for select, bits, group in (
+            ("*/*/attention", 2, 32),
+            ("*/0/mlp", 3, 32),
+            ("*/1/mlp", 5, 0),
+            ("*/2/mlp.down", 8, 32),
         )
     )
     plan = plan_of(model, edits, target="compressed-tensors")
@@ -133,6 +133,13 @@ def test_a_target_that_cannot_hold_the_plan(tiny, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_zero_points_that_no_stock_reader_takes_are_refused(tiny, tmp_path: Path) -> None:
+    model = tiny("llama")
+    edits = (Edit("*", (Step("rtn", {"bits": 4, "group": 32, "symmetric": False}),)),)
+    with pytest.raises(LayerwiseError, match="zero points"):
+        apply_plan(model, plan_of(model, edits, target="compressed-tensors"), tmp_path / "out")
+
+
 def test_command_line_from_plan_to_report(tmp_path: Path) -> None:
     runner = CliRunner()
     out, small = tmp_path / "out", ["--samples", "4", "--length", "64"]
@@ -168,7 +175,7 @@ def test_command_line_from_plan_to_report(tmp_path: Path) -> None:
 def test_errors_are_one_line(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["inspect", str(tmp_path / "nothing")])
     assert done.exit_code == 2
-    assert done.stderr.startswith("error: ")
+    assert done.stderr.lstrip().startswith("error: ")
     assert "Traceback" not in done.output
 
 

@@ -60,7 +60,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise _broken(path, "a header length within the file", f"{length} in {size} bytes")
         try:
             header = json.loads(file.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _broken(path, "a JSON header", str(error)) from None
     if not isinstance(header, dict):
         raise _broken(path, "a JSON object as header", type(header).__name__)
@@ -79,7 +79,8 @@ def _entry(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
     try:
         dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
         start, end = entry["data_offsets"]
-        good = all(isinstance(n, int) and n >= 0 for n in (*shape, start, end))
+        good = all(type(n) is int and n >= 0 for n in (*shape, start, end))
+        good = good and math.prod(n or 1 for n in shape) < 1 << 60
     except (KeyError, TypeError, ValueError):
         raise _broken(path, f"dtype, shape and offsets for {name!r}", entry) from None
     if not good or end - start != math.prod(shape) * dtype.itemsize:
@@ -180,7 +181,7 @@ class Checkpoint:
                 found="no config.json",
                 fix="give the folder that `save_pretrained` wrote, a hub id, or `demo`",
             )
-        self.config: dict[str, Any] = json.loads(config.read_text())
+        self.config = _read_json(config)
         self.tensors: dict[str, TensorInfo] = {}
         for file in _weight_files(folder):
             self.tensors |= read_header(file)
@@ -225,10 +226,23 @@ class Checkpoint:
         return total.hexdigest()
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _broken(path, "a JSON object", str(error)) from None
+    if not isinstance(found, dict):
+        raise _broken(path, "a JSON object", type(found).__name__)
+    return found
+
+
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        where = _read_json(index).get("weight_map")
+        if not isinstance(where, dict) or not all(isinstance(v, str) for v in where.values()):
+            raise _broken(index, "a `weight_map` from tensors to files", where)
+        names = sorted(set(where.values()))
     else:
         names = sorted(p.name for p in folder.glob("*.safetensors"))
     missing = [name for name in names if not (folder / name).is_file()]

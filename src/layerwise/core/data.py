@@ -18,10 +18,14 @@ Use = Literal["calibrate", "select", "evaluate"]
 
 
 class Document(NamedTuple):
-    """One unit of data: what is split, counted and resampled as a whole."""
+    """One unit of data: what is split, counted and resampled as a whole.
+
+    The text of a `chat` is the JSON of its messages.
+    """
 
     key: str
     text: str
+    chat: bool = False
 
 
 def use_of(key: str) -> Use:
@@ -101,20 +105,22 @@ def _blocks(text: str, size: int = 4096) -> Iterator[str]:
 
 
 def _rows(path: Path) -> Iterator[Document]:
-    for number, line in enumerate(_read(path).splitlines(), 1):
+    for number, line in enumerate(_read(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            text = row["text"] if "text" in row else json.dumps(row["messages"])
-        except (ValueError, KeyError, TypeError):
+            chat = "text" not in row
+            text = json.dumps(row["messages"]) if chat else row["text"]
+            text.encode()  # half a surrogate pair is no text
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise LayerwiseError(
                 f"data {path}, line {number}",
                 allowed="a JSON object with `text` or `messages`",
                 found=line[:80],
                 fix="mend or remove the line",
             ) from None
-        yield Document(text, text)
+        yield Document(text, text, chat)
 
 
 class Texts(NamedTuple):
@@ -145,7 +151,7 @@ class Texts(NamedTuple):
 
 def _tokens(tokenizer: Any, document: Document) -> list[int]:
     text = document.text
-    if text.startswith("[{") and tokenizer.chat_template:
+    if document.chat and tokenizer.chat_template:
         text = tokenizer.apply_chat_template(json.loads(text), tokenize=False)
     ids = tokenizer(text, verbose=False)["input_ids"]
     start = tokenizer.bos_token_id

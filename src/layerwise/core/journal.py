@@ -34,22 +34,31 @@ class Journal:
     def _resume(self, job: Mapping[str, Any]) -> None:
         whole = self._path.read_bytes()
         lines = whole.split(b"\n")
-        complete = [json.loads(line) for line in lines[:-1] if line]
+        try:
+            complete = [json.loads(line) for line in lines[:-1]]
+            before = dict(complete[0]["job"]) if complete else {}
+            self.lines = {line["layer"]: line for line in complete[1:]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise LayerwiseError(
+                f"journal {self.folder}",
+                allowed="the lines that were written",
+                found=f"others ({error})",
+                fix=f"delete {self.folder} and start again",
+            ) from None
         if lines[-1]:
             self._path.write_bytes(whole[: len(whole) - len(lines[-1])])
         if not complete:
             self._append({"job": dict(job)})
             return
-        if complete[0]["job"] != json.loads(json.dumps(dict(job))):
-            before = complete[0]["job"]
-            changed = [k for k in job if before.get(k) != json.loads(json.dumps(job[k]))]
+        now = json.loads(json.dumps(dict(job)))
+        if before != now:
+            changed = [k for k in {**before, **now} if before.get(k) != now.get(k)]
             raise LayerwiseError(
                 f"journal {self.folder}",
                 allowed="the same job as the one that was interrupted",
-                found=f"a change in {', '.join(changed) or 'the settings'}",
+                found=f"a change in {', '.join(changed)}",
                 fix=f"undo the change, choose another --out, or delete {self.folder}",
             )
-        self.lines = {line["layer"]: line for line in complete[1:]}
 
     def _append(self, line: Mapping[str, Any]) -> None:
         with self._path.open("a") as file:

@@ -135,6 +135,9 @@ def _refuses(matrix: Matrix, module: nn.Module, chain: Sequence[Step]) -> str | 
         return None
     if matrix.expert is not None or not isinstance(module, nn.Linear):
         return f"{type(module).__name__} modules cannot be packed, only nn.Linear"
+    if not grid[2]:
+        # compressed-tensors 0.20 makes room for unpacked zero points and then finds packed ones.
+        return "stock transformers cannot load packed zero points; use symmetric grids"
     if grid[1] and matrix.shape[1] % grid[1]:
         return f"{matrix.shape[1]} columns are no multiple of the group of {grid[1]}"
     return None
