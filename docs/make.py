@@ -17,6 +17,7 @@ import msgspec
 import layerwise.families as families
 from layerwise.core.method import FAMILIES, Method, find, methods
 from layerwise.core.plan import Plan
+from layerwise.report.answer import Answer
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -106,9 +107,9 @@ def command_line() -> str:
     return "\n".join(lines) + "\n"
 
 
-def schema() -> str:
-    """JSON schema of a plan."""
-    return msgspec.json.format(msgspec.json.encode(msgspec.json.schema(Plan))).decode() + "\n"
+def schema(kind: type) -> str:
+    """JSON schema of a file or of what commands print."""
+    return msgspec.json.format(msgspec.json.encode(msgspec.json.schema(kind))).decode() + "\n"
 
 
 def pages() -> dict[Path, str]:
@@ -117,7 +118,8 @@ def pages() -> dict[Path, str]:
     made = {HERE / "reference" / f"{family}.md": reference(family) for family in present}
     made[HERE / "papers.md"] = papers()
     made[HERE / "command-line.md"] = command_line()
-    made[HERE / "plan.schema.json"] = schema()
+    made[HERE / "plan.schema.json"] = schema(Plan)
+    made[HERE / "answer.schema.json"] = schema(Answer)
     return made
 
 

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,7 @@ from jaxtyping import install_import_hook
 sys.modules["typecheck"] = ModuleType("typecheck")
 sys.modules["typecheck"].check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # type: ignore[attr-defined]
 install_import_hook("layerwise", "typecheck.check")
+import_module("layerwise.families")  # the registry is complete before tests are collected
 torch.set_num_threads(1)
 settings.register_profile("layerwise", deadline=None, derandomize=True, database=None)
 settings.load_profile("layerwise")

@@ -73,17 +73,22 @@ class Output:
 
     def as_dict(self) -> dict[str, Any]:
         """The object that `--json` prints."""
-        return {
-            "layerwise": __version__,
-            "command": self.command,
-            "model": self.model,
-            "settings": self.settings,
-            "rows": self.rows,
-            "files": self.files,
-            "warnings": self.warnings,
-            "seconds": round(time.monotonic() - self.began, 3),
-            **self.more,
-        }
+        import msgspec
+
+        from layerwise.report.answer import Answer
+
+        answer = Answer(
+            layerwise=__version__,
+            command=self.command,
+            model=self.model,
+            settings=self.settings,
+            rows=self.rows,
+            files=self.files,
+            warnings=self.warnings,
+            seconds=round(time.monotonic() - self.began, 3),
+            more=self.more,
+        )
+        return msgspec.to_builtins(answer)
 
     def end(self, last: str) -> None:
         """Close with one line that says where the result is."""
@@ -417,6 +422,7 @@ def _apply(
 ) -> None:
     from layerwise.core.plan import read_plan
     from layerwise.jobs.apply import apply_plan, preview
+    from layerwise.jobs.card import write_card
     from layerwise.report.terminal import progress_bar
 
     read = read_plan(Path(plan))
@@ -437,11 +443,14 @@ def _apply(
     output.table("applied", applied.rows, "layer", "options", "bytes", "error", "seconds")
     output.files.append(out)
     output.more["bytes"] = applied.nbytes
+    write_card(Path(out), model, read)
     report = Path(out) / "report.json"
     report.write_text(json.dumps(output.as_dict(), indent=1))
 
 
 def _verify(output: Output, model: str, folder: Path, settings: Any) -> None:
+    from layerwise.core.plan import read_plan
+    from layerwise.jobs.card import write_card
     from layerwise.jobs.pages import plan_section, write_page
     from layerwise.jobs.verify import verify as run
     from layerwise.report.terminal import progress_bar
@@ -455,6 +464,7 @@ def _verify(output: Output, model: str, folder: Path, settings: Any) -> None:
     for check in found.checks:
         output.say(f"{'ok ' if check['ok'] else 'NO '} {check['name']}: {check['found']}")
     output.say(found.verdict)
+    write_card(folder, model, read_plan(folder / "plan.yaml"), found)
     section = plan_section(folder, found)
     write_page(folder / "report.html", f"{folder.name}: {model}", [section])
     report = folder / "report.json"

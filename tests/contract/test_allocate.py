@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import layerwise.families
 from layerwise.core.damage import Choice, Damage, Menu, Option, cost
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.method import Method, find, methods

@@ -9,7 +9,6 @@ import torch
 from torch.testing import assert_close
 
 import layerwise
-import layerwise.families
 from layerwise.core.lockstep import walk
 from layerwise.core.method import Method, methods
 from layerwise.core.network import Network
@@ -41,7 +40,7 @@ def shown(probe: Probe, start: int, stop: int) -> Seen:
     x, y, clean = torch.randn(3, *mask.shape, 10, generator=generator) + 0.2
     x, y, clean, mask = (t[start:stop] for t in (x, y, clean, mask))
     if probe.unit == "input":
-        return Seen(x[mask.bool()], None, mask, None, {}, None)
+        return Seen(x[mask.bool()], None, mask, clean[mask.bool()], {}, None)
     return Seen(x, y, mask, clean, {}, lambda: y)
 
 
@@ -82,13 +81,15 @@ def test_the_network_computes_the_same_under_observation(opened, method: Method,
     batches = [{"input_ids": ids[a:b], "attention_mask": mask[a:b]} for a, b in ((0, 2), (2, 6))]
     with torch.no_grad():
         plain = [network.module(**batch, use_cache=False).logits for batch in batches]
-    outputs: dict[int, torch.Tensor] = {}
-    gathering = Gathering({method.name: method.function()}, batches)
-    inside = "watch" if method.function().unit == "input" else ""
-    keep = lambda batch, clean, output: outputs.update({batch: output.logits})  # noqa: E731
-    for stop in walk(network, batches, matrices=inside, finish=keep):
+    probe = method.function()
+    gathering = Gathering({method.name: probe}, batches)
+    outputs: list[tuple[int, torch.Tensor]] = []
+    inside = "watch" if probe.unit == "input" else ""
+    keep = lambda batch, clean, output: outputs.append((batch, output.logits))  # noqa: E731
+    for stop in walk(network, batches, matrices=inside, clean=probe.clean, finish=keep):
         gathering.look(stop)
-    assert all(torch.equal(outputs[i], plain[i]) for i in range(2))
+    assert len(outputs) == 2 * (1 + probe.clean)
+    assert all(torch.equal(logits, plain[batch]) for batch, logits in outputs)
     assert gathering.finish()[method.name]
 
 

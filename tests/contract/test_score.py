@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn import Identity
 
 import layerwise
-import layerwise.families
 from layerwise.core.method import Method, find, methods
 from layerwise.core.network import Network
 from layerwise.core.stack import Layer, Stack, plain_wiring

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import layerwise.families
 from layerwise.core.method import Method, methods
 from layerwise.core.search import Space, Trace
 

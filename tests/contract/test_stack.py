@@ -5,7 +5,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import Identity
 
-import layerwise.families
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.method import Method, find, methods
 from layerwise.core.stack import Layer, Stack, Visit, Wiring, plain_wiring

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import layerwise.families
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.method import Method, find, methods
 from layerwise.core.plan import Step

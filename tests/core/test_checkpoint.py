@@ -40,9 +40,10 @@ def tensors_of(dtype: torch.dtype) -> dict[str, Tensor]:
 def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(
         (t.dtype, t.shape) == (other[name].dtype, other[name].shape)
-        and t.contiguous().reshape(-1).view(torch.uint8).equal(
-            other[name].contiguous().reshape(-1).view(torch.uint8)
-        )
+        and t.contiguous()
+        .reshape(-1)
+        .view(torch.uint8)
+        .equal(other[name].contiguous().reshape(-1).view(torch.uint8))
         for name, t in one.items()
     )
 
@@ -62,7 +63,9 @@ def test_mixed_types_and_views(tmp_path: Path) -> None:
     tensors = {"b": base.T, "a": base[:, ::2].bfloat16(), "c": base[1].long(), "d": base > 3}
     write_safetensors(tmp_path / "a", tensors)
     assert same_bits(safetensors.torch.load_file(tmp_path / "a"), tensors)
-    assert all(info.start % info.dtype.itemsize == 0 for info in read_header(tmp_path / "a").values())
+    assert all(
+        info.start % info.dtype.itemsize == 0 for info in read_header(tmp_path / "a").values()
+    )
 
 
 def test_what_was_there_stays_when_writing_fails(tmp_path: Path) -> None:
@@ -159,7 +162,9 @@ def test_changed_bytes(scratch: Path, changes: list[tuple[int, int]], cut: int |
 
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["F32", "I8", "x"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2)
+    ),
     max_leaves=4,
 )
 numbers = st.integers(-1, 9) | st.sampled_from([2**31, 2**63, 2**64, True, None, 0.0])
@@ -172,7 +177,10 @@ entries = st.fixed_dictionaries(
 )
 
 
-@given(header=st.dictionaries(st.text(max_size=3), entries | anything, max_size=3), body=st.integers(0, 9))
+@given(
+    header=st.dictionaries(st.text(max_size=3), entries | anything, max_size=3),
+    body=st.integers(0, 9),
+)
 @example(header={"a": entry(0, 0, shape=[2**40, 2**40, 0])}, body=0)
 @example(header={"a": entry(0, 1, "I8", [True])}, body=1)
 def test_changed_meaning(scratch: Path, header: dict[str, Any], body: int) -> None:
@@ -200,7 +208,9 @@ def test_shards_load_in_transformers(tiny: Callable[..., Path], tmp_path: Path, 
     count = len(list(tmp_path.glob("*.safetensors")))
     assert (count > 5) == (limit < 10**9) == (tmp_path / "model.safetensors.index.json").exists()
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert not any(
+        info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    )
     stock = AutoModelForCausalLM.from_pretrained(tiny("llama"))
     assert same_bits(loaded.state_dict(), stock.state_dict())
     checkpoint = Checkpoint(tmp_path)

@@ -96,7 +96,9 @@ def test_rows_are_lines_and_nothing_else(tmp_path: Path) -> None:
     assert [d.chat for d in documents(path)] == [False, False, True]
 
 
-def test_only_messages_go_through_the_chat_template(tiny: Callable[..., Path], tmp_path: Path) -> None:
+def test_only_messages_go_through_the_chat_template(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny("llama"))
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     path = tmp_path / "a.jsonl"
@@ -115,7 +117,19 @@ def test_only_messages_go_through_the_chat_template(tiny: Callable[..., Path], t
 
 
 @pytest.mark.parametrize(
-    "row", ["{", "3", "null", '"text"', "[]", "{}", '{"tekst": ""}', '{"text": 3}', '{"text": null}', r'{"text": "\ud800"}']
+    "row",
+    [
+        "{",
+        "3",
+        "null",
+        '"text"',
+        "[]",
+        "{}",
+        '{"tekst": ""}',
+        '{"text": 3}',
+        '{"text": null}',
+        r'{"text": "\ud800"}',
+    ],
 )
 def test_a_bad_row_is_named_by_its_line(row: str, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
@@ -157,7 +171,7 @@ def _with_start(tokenizer: Any, document: Document) -> list[int]:
 def test_fewer_windows_where_the_text_is_short(tokenizer: Any, rows: Path) -> None:
     batches = windows(tokenizer, Texts(str(rows), samples=1000, length=512), "select")
     assert 0 < sum(len(b["input_ids"]) for b in batches) < 1000
-    with pytest.raises(LayerwiseError, match="one window of 9999999 tokens.*tokens for the use"):
+    with pytest.raises(LayerwiseError, match=r"one window of 9999999 tokens.*tokens for the use"):
         windows(tokenizer, Texts(str(rows), length=9_999_999), "select")
 
 

@@ -50,7 +50,9 @@ def test_what_was_written_is_there_again(tmp_path: Path, written: Any) -> None:
     assert "decoder/2" not in Journal(tmp_path / "j", JOB)
 
 
-@pytest.mark.parametrize("torn", [b"{", b'{"layer": "decoder/2", "sha256": "', b'{"layer": "decoder/2"}'])
+@pytest.mark.parametrize(
+    "torn", [b"{", b'{"layer": "decoder/2", "sha256": "', b'{"layer": "decoder/2"}']
+)
 def test_a_torn_last_line_is_forgotten(tmp_path: Path, written: Any, torn: bytes) -> None:
     path = tmp_path / "j" / "journal.jsonl"
     whole = path.read_bytes()
@@ -113,7 +115,9 @@ def test_a_changed_file_is_refused(tmp_path: Path, written: Any, harm: str) -> N
 
 @pytest.mark.parametrize("line", [b"{not json}", b'{"no": "layer"}', b"3", b'{"job": 3}'])
 @pytest.mark.parametrize("place", [0, 1])
-def test_a_changed_journal_is_refused(tmp_path: Path, written: Any, line: bytes, place: int) -> None:
+def test_a_changed_journal_is_refused(
+    tmp_path: Path, written: Any, line: bytes, place: int
+) -> None:
     path = tmp_path / "j" / "journal.jsonl"
     lines = path.read_bytes().splitlines()
     lines[place] = line

@@ -2,7 +2,6 @@
 
 import pytest
 
-import layerwise.families
 from layerwise.core import method as registry
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.method import find, method, methods
@@ -65,9 +64,9 @@ def test_a_wrong_signature_is_refused(family: str, function) -> None:
 @pytest.mark.parametrize(("name", "aliases"), [("gptq", ()), ("shortgpt", ()), ("free", ("rtn",))])
 def test_a_taken_name_is_refused_and_nothing_is_registered(name: str, aliases: tuple) -> None:
     before = dict(registry._METHODS)
-    with pytest.raises(LayerwiseError, match="taken by the (weight|score) method"):
+    with pytest.raises(LayerwiseError, match=r"taken by the (weight|score) method"):
         method("weight", name=name, aliases=aliases)(halve)
-    assert registry._METHODS == before
+    assert before == registry._METHODS
 
 
 @pytest.mark.parametrize(
@@ -86,7 +85,7 @@ def test_an_unknown_name_is_shown_with_its_neighbours(name: str, family, near: s
 
 
 def test_an_unknown_option_is_shown_with_its_neighbours() -> None:
-    with pytest.raises(LayerwiseError, match="gptq, option 'bit'.*found 3.*did you mean bits"):
+    with pytest.raises(LayerwiseError, match=r"gptq, option 'bit'.*found 3.*did you mean bits"):
         find("gptq").bind({"bit": 3})
     with pytest.raises(LayerwiseError, match="allowed is no option"):
         find("block_influence").bind({"span": 3})

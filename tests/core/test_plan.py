@@ -178,7 +178,7 @@ def test_a_plan_belongs_to_one_model() -> None:
     structure, weights = GOOD.model.structure, GOOD.model.weights
     check_model(GOOD, structure, weights)
     check_model(GOOD, structure, "other", other_weights=True)
-    with pytest.raises(LayerwiseError, match="model weights.*--other-weights"):
+    with pytest.raises(LayerwiseError, match=r"model weights.*--other-weights"):
         check_model(GOOD, structure, "other")
     with pytest.raises(LayerwiseError, match="model structure"):
         check_model(GOOD, "other", weights, other_weights=True)

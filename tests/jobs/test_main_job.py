@@ -154,7 +154,7 @@ def test_command_line_from_plan_to_report(tmp_path: Path) -> None:
     assert len(made["rows"]) == 48
     dry = run("apply", "demo", str(plan), "--out", str(out), "--dry-run")
     assert not out.exists()
-    assert sum(row["bytes"] for row in dry["rows"]) < made["bytes"]
+    assert sum(row["bytes"] for row in dry["rows"]) < made["more"]["bytes"]
     run("apply", "demo", str(plan), "--out", str(out))
     found = run(
         "verify",

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import layerwise.families
 from layerwise.core.method import find
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from layerwise.core.data import Texts
 from layerwise.core.plan import DataSpec
 from layerwise.jobs.apply import apply_plan
+from layerwise.jobs.card import write_card
 from layerwise.jobs.inspect import inspect_model
 from layerwise.jobs.pages import inspect_section, plan_section, write_page
 from layerwise.jobs.plan import Request, make_plan
@@ -43,6 +44,7 @@ def run_demo(out: Path, output: Any, progress: Progress) -> None:
         (out / name / "report.json").write_text(json.dumps({"rows": applied.rows}, indent=1))
         settings = Settings(documents=24, length=256, memory=False)
         found = verify("demo", out / name, settings, progress)
+        write_card(out / name, "demo", plan, found)
         output.table(title, found.rows, "name", "bytes", "loss", "kl", "agree", "decode", "what")
         output.say(found.verdict + "\n")
         output.warnings += found.warnings

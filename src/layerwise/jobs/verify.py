@@ -11,9 +11,9 @@ from torch import nn
 from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.data import Texts, samples_of
 from layerwise.core.network import choose_device, find_folder, open_network
-from layerwise.core.plan import Plan, describe, read_plan
+from layerwise.core.plan import Plan, chain_for, describe, label, read_plan
 from layerwise.core.quality import Estimate, Quality, measure_quality
-from layerwise.jobs.apply import layer_row
+from layerwise.export import TARGETS
 from layerwise.jobs.checks import decode_checks, rebuild_check, reload_checks
 from layerwise.jobs.depth import layer_bytes
 from layerwise.jobs.measure import peak_memory, speeds
@@ -145,32 +145,29 @@ def quality_row(
 
 
 def layer_rows(model: str | Path, plan: Plan, folder: Path) -> list[dict[str, Any]]:
-    """What each layer of the original got."""
-    network = open_network(model)
-    sizes = layer_bytes(network)
-    report = (
-        json.loads((folder / "report.json").read_text())
-        if (folder / "report.json").exists()
-        else {}
-    )
-    errors = {row["layer"]: row for row in report.get("rows", [])}
-    kept = plan.wiring.get(network.stack.name)
-    order = None if kept is None else [v if isinstance(v, int) else v["layer"] for v in kept]
+    """What each layer of the original got; a layer that runs twice counts twice."""
+    original = open_network(model)
+    edited = open_network(model, wiring=plan.wiring) if plan.wiring else original
+    report = folder / "report.json"
+    known = json.loads(report.read_text())["rows"] if report.exists() else []
+    errors = {row["layer"]: row.get("error") for row in known}
+    nbytes, itemsize = TARGETS[plan.target].nbytes, original.stored.dtype.itemsize
     rows = []
-    for layer in network.stack.layers:
-        gone = order is not None and layer.index not in order
-        row = layer_row(layer, plan, {})
-        groups = {k.split("/", 2)[2]: v for k, v in row["groups"].items()}
-        known = errors.get(layer.key, {}) if order is None else {}
-        packed = known.get("bytes")
+    for layer, size in zip(original.stack.layers, layer_bytes(original), strict=True):
+        origins = (edited.origins.get(new.key, new.path) for new in edited.stack.layers)
+        visits = [
+            new for new, at in zip(edited.stack.layers, origins, strict=True) if at == layer.path
+        ]
+        chains = {m: chain_for(plan.edits, m) for m in (visits[0].matrices if visits else ())}
+        saved = sum(m.size * itemsize - nbytes(m, chain, itemsize) for m, chain in chains.items())
         rows.append(
             {
                 "layer": layer.key,
-                "groups": groups,
-                "dropped": gone,
-                "bytes": 0 if gone else packed if packed else sizes[layer.index],
-                "original_bytes": sizes[layer.index],
-                "error": known.get("error"),
+                "groups": {m.fusion.split("/", 2)[2]: label(c) for m, c in chains.items()},
+                "dropped": not visits,
+                "bytes": (size - saved) * len(visits),
+                "original_bytes": size,
+                "error": errors.get(visits[0].key) if visits else None,
             }
         )
     return rows

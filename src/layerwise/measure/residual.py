@@ -127,4 +127,7 @@ def output_error() -> Probe:
         error = (edited - clean).double().square().sum().item()
         return state[0] + error, state[1] + clean.double().square().sum().item()
 
-    return Probe("layer", lambda key: (0.0, 0.0), update, lambda s: s[0] / max(s[1], 1e-300))
+    def finish(state: tuple[float, float]) -> float:
+        return state[0] / max(state[1], 1e-300)
+
+    return Probe("layer", lambda key: (0.0, 0.0), update, finish, clean=True)

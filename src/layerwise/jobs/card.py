@@ -1,0 +1,35 @@
+"""The model card of a written folder."""
+
+from pathlib import Path
+
+from layerwise.core.plan import Plan, describe
+from layerwise.jobs.verify import Verified
+from layerwise.report.terminal import show, show_bytes
+
+
+def write_card(folder: Path, model: str, plan: Plan, verified: Verified | None = None) -> None:
+    """Say what the folder is, how to load it, and, once verified, what it cost."""
+    budget = ", ".join(f"--{key} {value:g}" for key, value in plan.budget.items())
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [layerwise]",
+        "---",
+        f"# {folder.name}",
+        "",
+        f"Made from `{model}` with layerwise, {budget or 'by hand'}: {describe(plan)}.",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM",
+        f'model = AutoModelForCausalLM.from_pretrained("{folder.name}")',
+        "```",
+    ]
+    if verified is None:
+        lines += ["", "Not verified yet: `layerwise verify`."]
+    else:
+        lines += ["", verified.verdict, "", "| model | size | loss | KL to the original |"]
+        lines.append("|---|---|---|---|")
+        for row in verified.rows:
+            cells = (row["name"], show_bytes(row["bytes"]), show(row["loss"]), show(row["kl"]))
+            lines.append("| " + " | ".join(cells) + " |")
+    (folder / "README.md").write_text("\n".join(lines) + "\n")
