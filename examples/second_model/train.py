@@ -23,7 +23,7 @@ from layerwise.core.data import use_of
 
 # Both scripts are called train.py: this one gets the other as `demo_model.train`.
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from demo_model.train import make_tokenizer, options_of, save, tokens_of, train  # noqa: E402
+from demo_model.train import make_tokenizer, options_of, save, tokens_of, train
 
 README = re.compile(r"(README.*|FAQ|.*\.(md|rst|txt))(\.gz)?")
 RECORDS = re.compile(r"copyright|licen[cs]e|change|news|history|authors|thanks", re.IGNORECASE)

@@ -108,10 +108,12 @@ def test_worked_examples(name: str, options: dict, expected: list[float]) -> Non
 
 
 def test_worked_example_of_zd() -> None:
-    weights = {"decoder/0": torch.tensor([[0.0, 0, 0, 0, 5]]), "decoder/1": torch.ones(2, 2)}
+    """Layer 1: mean 2 and deviation 1.41, so that of 3 and 4 only 4 counts; layer 2 is flat."""
+    rows = ([0.0, 0, 0, 0, 5], [0.0, 1, 2, 3, 4], [1.0, 1, 1, 1, 1])
+    weights = {f"decoder/{i}": torch.tensor([row]) for i, row in enumerate(rows)}
     fetch = lambda key: {"a": weights[key][:, :2], "b": weights[key][:, 2:]}  # noqa: E731
-    found = find("zd").bind({}, fetch=fetch)(a_stack(2), Stats({}))
-    assert found.values == {"decoder/0": -0.2, "decoder/1": 0.0}
+    found = find("zd").bind({}, fetch=fetch)(a_stack(3), Stats({}))
+    assert found.values == {"decoder/0": -0.2, "decoder/1": -0.2, "decoder/2": 0.0}
 
 
 def test_removal_is_the_rise_of_the_loss() -> None:

@@ -16,14 +16,16 @@ costs = st.lists(st.integers(-9, 9), min_size=2, max_size=6)
 limits = st.integers(1, 40)
 
 
-def dropping(costs: list[int], count: int, optional: bool) -> tuple[Space, Callable]:
+def dropping(
+    costs: list[int], count: int, optional: bool, neighbours: int = 3
+) -> tuple[Space, Callable]:
     """Leave out `count` of some items, neighbours of which hurt each other."""
 
     def moves(gone: tuple[int, ...]) -> list[tuple[int, ...]]:
         return [tuple(sorted((*gone, i))) for i in range(len(costs)) if i not in gone]
 
     def loss(gone: tuple[int, ...]) -> float:
-        return float(sum(costs[i] for i in gone) + sum(3 for i in gone if i + 1 in gone))
+        return float(sum(costs[i] for i in gone) + sum(neighbours for i in gone if i + 1 in gone))
 
     return Space((), moves, lambda gone: len(gone) == count, optional), loss
 
@@ -71,6 +73,16 @@ def test_reaches_the_goal(method: Method, costs: list[int], data: st.DataObject)
 
 
 @every_search
+@given(costs=costs, data=st.data())
+def test_finds_the_best_where_items_do_not_interact(
+    method: Method, costs: list[int], data: st.DataObject
+) -> None:
+    count = data.draw(st.integers(0, len(costs)))
+    space, loss = dropping(costs, count, optional=False, neighbours=0)
+    assert run(method, space, loss, 1000)[0].value == sum(sorted(costs)[:count])
+
+
+@every_search
 def test_ends_where_moves_go_round(method: Method) -> None:
     """A line with a dip at 1 on the way to 4: going back and forth must not last for ever."""
     height = {0: 2.0, 1: 0.0, 2: 5.0, 3: 1.0, 4: 0.0}
@@ -82,8 +94,9 @@ def test_ends_where_moves_go_round(method: Method) -> None:
         return [s for s in (state - 1, state + 1) if s in height]
 
     space = Space(0, moves, lambda state: state == 4)
-    trace, _ = run(method, space, height.__getitem__, 1000)
+    trace, asked = run(method, space, height.__getitem__, 1000)
     assert trace.state == 4
+    assert sorted(asked) == [0, 1, 2, 3, 4]
 
 
 @every_search

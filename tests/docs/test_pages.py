@@ -39,6 +39,11 @@ def test_how_methods_fit() -> None:
         assert len(body.splitlines()) <= 2
 
 
+@pytest.mark.parametrize("page", ["guide/measure.md", "../README.md"])
+def test_examples_run(page: str) -> None:
+    exec(blocks(page), {})
+
+
 def test_adding_a_method() -> None:
     import torch
 

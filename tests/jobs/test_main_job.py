@@ -1,7 +1,6 @@
 """Plan, apply, verify, on the shipped model and on tiny ones, through stock engines."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
