@@ -84,14 +84,15 @@ def test_finds_the_best_where_items_do_not_interact(
 
 @every_search
 def test_ends_where_moves_go_round(method: Method) -> None:
-    """A line with a dip at 1 on the way to 4: going back and forth must not last for ever."""
-    height = {0: 2.0, 1: 0.0, 2: 5.0, 3: 1.0, 4: 0.0}
+    """A dip at 1 on the way to 4: going back and forth must not last for ever."""
+    roads = {0: [1, 2], 1: [0, 2, 3], 2: [0, 1], 3: [1, 4], 4: [3]}
+    height = {0: 2.0, 1: 0.0, 2: 6.0, 3: 5.0, 4: 1.0}
     stood: list[int] = []
 
     def moves(state: int) -> list[int]:
         stood.append(state)
         assert len(stood) < 100
-        return [s for s in (state - 1, state + 1) if s in height]
+        return roads[state]
 
     space = Space(0, moves, lambda state: state == 4)
     trace, asked = run(method, space, height.__getitem__, 1000)
