@@ -178,6 +178,17 @@ def test_values_out_of_range_are_shown(method: Method, option: str, value: int) 
         solve(method, torch.ones(2, 4), **{option: value})
 
 
+@pytest.mark.parametrize(
+    "method", [m for m in methods("weight") if "second_moment" in m.needs], ids=lambda m: m.name
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e12])
+def test_a_second_moment_that_is_none_is_refused(method: Method, value: float) -> None:
+    weight, moment = problem()
+    moment[3, 4] = moment[4, 3] = value
+    with pytest.raises(LayerwiseError, match=f"{method.name}, second_moment"):
+        solve(method, weight, moment)
+
+
 @every_setting
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_deterministic_and_nothing_is_changed(

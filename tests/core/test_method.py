@@ -100,6 +100,13 @@ def test_a_value_of_the_wrong_type_is_refused(option: str, value: object) -> Non
         find("gptq").bind({option: value})
 
 
+def test_a_value_that_is_no_choice_is_refused() -> None:
+    assert find("residual_cosine").bind({"tokens": "last"})
+    for value in ("first", 3, None):
+        with pytest.raises(LayerwiseError, match=rf"tokens.*'all' or 'last'; found {value!r}"):
+            find("residual_cosine").bind({"tokens": value})
+
+
 def test_a_number_may_be_whole_where_it_may_be_broken() -> None:
     assert find("gptq").bind({"damping": 1}).keywords == {"damping": 1}
 

@@ -77,6 +77,8 @@ def test_a_saved_plan_is_read_back(tmp_path: Path) -> None:
         ("samples: 128", "samples: many", r"data.samples"),
         ("target: hf", "target: onnx", "onnx"),
         ("seed: 0", "seed: 0\n  extra: 1", "extra"),
+        ("chain:", "chian: []\n  chain:", "chian"),
+        ("method: rtn", "method: rtn\n    option: {}", "option"),
         ("edits:", "edits: [", "YAML"),
     ],
 )
@@ -91,7 +93,7 @@ def test_errors_name_the_key(old: str, new: str, shown: str) -> None:
 
 @given(text=st.text(max_size=40))
 @example("2001-99-99")
-@example("[" * 500)
+@example("[" * 1500)
 @example("!!int x")
 @example("a: &a [*a]")
 def test_any_text_is_a_plan_or_an_error(text: str) -> None:

@@ -71,8 +71,8 @@ def main(model: str, plan: Path, folder: Path, kills: int) -> None:
     rng, trials, inside, twice, different = random.Random(0), 0, 0, 0, 0
     while trials < kills:
         out = folder / f"killed-{trials}"
-        anywhere = trials % 5 == 0
-        delay = rng.uniform(0.0, 0.9 if anywhere else 0.3) * whole
+        anywhere = trials % 6 == 0
+        delay = rng.uniform(0.0, 0.9 if anywhere else 0.03) * whole
         attempt(model, plan, out, delay, first=0 if anywhere else rng.randint(1, 5))
         inside += not out.exists() and 0 < records(out) < 8
         if not out.exists():

@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from layerwise.core.errors import LayerwiseError
 
@@ -156,6 +156,14 @@ def _suggest(word: str, known: Mapping[str, Any] | list[str], otherwise: str) ->
 
 def _check_type(record: Method, key: str, value: Any) -> None:
     default = record.options[key].default
+    annotation = record.options[key].annotation
+    if get_origin(annotation) is Literal and value not in get_args(annotation):
+        raise LayerwiseError(
+            f"{record.name}, option {key!r}",
+            allowed=" or ".join(map(repr, get_args(annotation))),
+            found=repr(value),
+            fix="choose one of them",
+        )
     if default is None or isinstance(default, tuple):
         return
     number = isinstance(default, float) and isinstance(value, int | float)

@@ -106,7 +106,7 @@ def _field(pattern: str, values: Iterable[str]) -> bool:
 
 
 def _range(pattern: str, index: int, where: str) -> bool:
-    found = re.fullmatch(r"(?:\*|(\d+)(?:-(\d+))?)(?:/([1-9]\d*))?", pattern, re.ASCII)
+    found = re.fullmatch(r"(?:\*|(\d+)(?:-(\d+))?)(?:/([1-9]\d*))?", pattern)
     if not found:
         raise LayerwiseError(
             f"selector {where!r}",

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from layerwise.core.errors import LayerwiseError
 from layerwise.core.method import method
 from layerwise.core.weight import Quantized
 from layerwise.edit.weight._grid import Grid, check_bits, fit_grid, round_column
@@ -96,6 +97,9 @@ def inverse_factor(hessian: Float[Tensor, "in in"], damping: float) -> Float[Ten
     From `J H J = L L^T`, `J` the reversal, `U = (J L J)^-1`: one Cholesky, one triangular
     inverse. Damping grows tenfold, then float64 is taken, where the matrix is not positive
     definite.
+
+    Raises:
+        LayerwiseError: no damping makes the matrix positive definite.
     """
     size = len(hessian)
     mean = hessian.diagonal().mean()
@@ -107,6 +111,13 @@ def inverse_factor(hessian: Float[Tensor, "in in"], damping: float) -> Float[Ten
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             break
+    else:
+        raise LayerwiseError(
+            "gptq, second_moment",
+            allowed="finite numbers, symmetric and positive definite once damped",
+            found=f"{hessian.isfinite().double().mean():.1%} finite, mean of diagonal {mean:.3g}",
+            fix="calibrate on more or other text, or compute in float32",
+        )
     upper = lower.flip(0, 1).contiguous()
     identity = torch.eye(size, dtype=upper.dtype, device=upper.device)
     return torch.linalg.solve_triangular(upper, identity, upper=True).float()
