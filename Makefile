@@ -20,7 +20,7 @@ test: setup
 check: setup
 	$(BIN)/ruff format --check src tests benchmarks examples docs
 	$(BIN)/ruff check src tests benchmarks examples docs
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python docs/make.py --check
 
 docs: setup

@@ -19,7 +19,9 @@ sys.modules["typecheck"].check = beartype(conf=BeartypeConf(is_pep484_tower=True
 install_import_hook("layerwise", "typecheck.check")
 import_module("layerwise.families")  # the registry is complete before tests are collected
 torch.set_num_threads(1)
-settings.register_profile("layerwise", deadline=None, derandomize=True, database=None)
+settings.register_profile(
+    "layerwise", deadline=None, derandomize=True, database=None, max_examples=50
+)
 settings.load_profile("layerwise")
 
 VOCABULARY = 128

@@ -3,7 +3,7 @@
 from itertools import product
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from layerwise.core.damage import Choice, Damage, Menu, Option, cost
@@ -107,11 +107,15 @@ def test_knapsack_is_as_good_as_trying_everything(rows: list[Row], share: float)
 
 
 real = tables(st.integers(10**6, 10**9), st.floats(-6, 1).map(lambda e: 10.0**e))
+a_byte_apart = [(10**6 + 2, 1.0), (10**6 + 1, 10.0), (10**6, 1.0)]
 
 
 @given(
-    rows=real, numbers=st.lists(st.integers(0, 3), min_size=4, max_size=4), off=st.integers(-1, 1)
+    rows=real,
+    numbers=st.lists(st.integers(0, 3), min_size=4, max_size=4),
+    off=st.integers(-1, 1),
 )
+@example(rows=[[(10**6, 1.0)], a_byte_apart], numbers=[0, 0, 0, 0], off=-1)
 def test_knapsack_of_real_sizes_at_the_very_edge(
     rows: list[Row], numbers: list[int], off: int
 ) -> None:
