@@ -72,6 +72,8 @@ def gptq(
         sequence = hessian.diagonal().argsort(descending=True, stable=True)
     factor = inverse_factor(hessian[sequence][:, sequence], damping)
     grid = fit_grid(work, bits, group, symmetric, shrink, weight.dtype)
+    # Scales and zeros are read column by column: lay columns out in one piece.
+    grid = grid._replace(scale=grid.scale.T.contiguous().T, zero=grid.zero.T.contiguous().T)
     dynamic = bool(group) and not order
     codes = _feedback(
         work, factor, grid, sequence, _Refit(symmetric, shrink, weight.dtype, dynamic)

@@ -51,5 +51,5 @@ def quantized(
     codes: Tensor, grid: Grid, group: int, symmetric: bool, dtype: torch.dtype
 ) -> Quantized:
     """The record of codes on a grid."""
-    zero = None if symmetric else grid.zero.to(torch.int8)
-    return Quantized(codes, grid.scale.to(dtype), zero, grid.bits, group)
+    zero = None if symmetric else grid.zero.to(torch.int8).contiguous()
+    return Quantized(codes, grid.scale.to(dtype).contiguous(), zero, grid.bits, group)
