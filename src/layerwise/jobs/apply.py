@@ -71,11 +71,7 @@ def apply_plan(
             fix="choose another name or remove it",
         )
     network = open_network(model, wiring=plan.wiring, device=device, dtype=dtype)
-    check_model(plan, network.checkpoint.structure, network.checkpoint.weights, other_weights)
-    matrices = [m for stack in network.stacks for m in stack.matrices()]
-    check_selectors(plan, matrices)
-    target = TARGETS[plan.target] if plan.target in TARGETS else _no_target(plan)
-    check_target(network, plan, target)
+    check_plan(network, plan, other_weights)
     tokenizer = load_tokenizer(model) if needs_of(plan.edits) else None
     batches = windows(tokenizer, texts_of(plan.data), "calibrate") if tokenizer else []
     part, journal_folder = beside(out, "part"), beside(out, "journal")
@@ -145,6 +141,15 @@ def layer_row(layer: Layer, plan: Plan, report: dict[str, Any]) -> dict[str, Any
     }
 
 
+def check_plan(network: Network, plan: Plan, other_weights: bool) -> Target:
+    """Everything that can be wrong with a plan, before anything is computed; gives its target."""
+    check_model(plan, network.checkpoint.structure, network.checkpoint.weights, other_weights)
+    check_selectors(plan, [m for stack in network.stacks for m in stack.matrices()])
+    target = TARGETS[plan.target] if plan.target in TARGETS else _no_target(plan)
+    check_target(network, plan, target)
+    return target
+
+
 def check_target(network: Network, plan: Plan, target: Target) -> None:
     """Refuse, before anything is computed, a plan that its target cannot hold."""
     for layer in network.layers():
@@ -169,10 +174,7 @@ def _no_target(plan: Plan) -> Target:
 def preview(model: str | Path, plan: Plan, other_weights: bool = False) -> list[dict[str, Any]]:
     """What `apply_plan` would do: the checks of the plan, and a row per layer with exact bytes."""
     network = open_network(model, wiring=plan.wiring)
-    check_model(plan, network.checkpoint.structure, network.checkpoint.weights, other_weights)
-    check_selectors(plan, [m for stack in network.stacks for m in stack.matrices()])
-    target = TARGETS[plan.target] if plan.target in TARGETS else _no_target(plan)
-    check_target(network, plan, target)
+    target = check_plan(network, plan, other_weights)
     size = network.stored.dtype.itemsize
     return [
         layer_row(layer, plan, {})
