@@ -8,8 +8,7 @@ from layerwise.core.data import Texts, samples_of
 from layerwise.core.network import forward_arguments, open_network
 from layerwise.core.plan import DataSpec
 from layerwise.core.quality import Quality, measure_quality
-from layerwise.core.target import Target
-from layerwise.export import TARGETS
+from layerwise.export import PACKED
 from layerwise.jobs.bits import plan_bits
 from layerwise.jobs.naive import solved_in_memory
 from layerwise.jobs.request import Request
@@ -25,8 +24,6 @@ WAYS = (
     ("threshold", "lim"),
     ("threshold", "zd"),
 )
-#: The bytes of packed weights for any module, so that Conv1D models are compared as well.
-PACKED = Target("packed", True, lambda m, module, chain: None, TARGETS["compressed-tensors"].nbytes)
 
 
 def main() -> None:

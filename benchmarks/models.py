@@ -3,7 +3,10 @@
 from pathlib import Path
 from typing import NamedTuple
 
-HERE = Path(__file__).parent
+from benchmarks.docstrings import write_sample
+
+SECOND = Path(__file__).parent / "second_model"
+TEXT = Path(__file__).parents[1] / "out" / "docstrings.jsonl"
 
 
 class Model(NamedTuple):
@@ -15,9 +18,8 @@ class Model(NamedTuple):
 
 
 def models() -> list[Model]:
-    """The demo model on `stdlib`, and the second model on the text that lies beside it."""
-    found = [Model("demo", "demo", "stdlib")]
-    second = HERE / "second_model"
-    if (second / "model.safetensors").exists():
-        found.append(Model("second", str(second), str(second / "text.jsonl")))
-    return found
+    """The demo model on `stdlib`, and the second model on docstrings."""
+    if not TEXT.exists():
+        TEXT.parent.mkdir(exist_ok=True)
+        write_sample(TEXT)
+    return [Model("demo", "demo", "stdlib"), Model("second", str(SECOND), str(TEXT))]

@@ -85,6 +85,32 @@ def test_compressed_tensors_mixed_bits(tiny, tmp_path: Path) -> None:
     assert all(check["ok"] for check in checked.checks), checked.checks
 
 
+FEW = (Edit("*/*/mlp", (Step("rtn", {"bits": 4, "group": 32}),)),)
+
+
+def test_a_joint_plan_is_compared_with_the_best_single_technique(tiny, tmp_path: Path) -> None:
+    model = tiny("llama")
+    plan = plan_of(model, FEW, target="compressed-tensors", wiring={"decoder": [0, 1, 3]})
+    apply_plan(model, plan, tmp_path / "out")
+    naive = verify(model, tmp_path / "out", QUICK).rows[2]
+    assert naive["bytes"] <= Checkpoint(tmp_path / "out").nbytes
+
+
+def test_dense_edits_are_compared_at_packed_size(tiny, tmp_path: Path) -> None:
+    model = tiny("gpt2")
+    apply_plan(model, plan_of(model, FEW), tmp_path / "out")
+    naive = verify(model, tmp_path / "out", QUICK).rows[2]
+    assert naive["what"].startswith("uniform") and "as is" not in naive["what"]
+
+
+def test_a_plan_that_changes_nothing_costs_nothing(tiny, tmp_path: Path) -> None:
+    model = tiny("llama")
+    apply_plan(model, plan_of(model), tmp_path / "out")
+    found = verify(model, tmp_path / "out", QUICK)
+    assert found.rows[1]["kl"] == [0.0, 0.0, 0.0] and found.ratio is None
+    assert any("nothing to compare" in warning for warning in found.warnings)
+
+
 @pytest.mark.parametrize("kind", ["demo"])
 def test_planned_bytes_are_the_bytes_written(kind: str, tmp_path: Path) -> None:
     request = Request(kind, Budget(bits=3.0), score="lim", data=SMALL)

@@ -2,9 +2,9 @@
 
 from layerwise.export import compressed_tensors as _ct
 from layerwise.export import hf as _hf
-from layerwise.export.compressed_tensors import compressed_tensors
+from layerwise.export.compressed_tensors import PACKED, compressed_tensors
 from layerwise.export.hf import hf
 
 TARGETS = {t.name: t for t in (_hf.TARGET, _ct.TARGET)}
 
-__all__ = ["TARGETS", "compressed_tensors", "hf"]
+__all__ = ["PACKED", "TARGETS", "compressed_tensors", "hf"]

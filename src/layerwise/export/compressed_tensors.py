@@ -144,3 +144,6 @@ def _refuses(matrix: Matrix, module: nn.Module, chain: Sequence[Step]) -> str | 
 
 
 TARGET = Target("compressed-tensors", True, _refuses, _nbytes)
+
+#: A price list, not a format: packed bytes of any matrix, whatever module holds it.
+PACKED = Target("packed", True, lambda matrix, module, chain: None, _nbytes)

@@ -4,55 +4,71 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.data import windows
+from layerwise.core.errors import LayerwiseError
 from layerwise.core.network import Network, forward_arguments, open_network
-from layerwise.core.plan import Plan, describe
+from layerwise.core.plan import Plan, chain_for, describe
 from layerwise.core.quality import Quality, measure_quality
-from layerwise.export import TARGETS
+from layerwise.export import PACKED, TARGETS
 from layerwise.jobs.bits import plan_bits
-from layerwise.jobs.depth import assemble_depth
+from layerwise.jobs.depth import assemble_depth, layers_to_drop
 from layerwise.jobs.request import Request
 from layerwise.jobs.session import Budget, Progress, load_tokenizer, silent, texts_of
 from layerwise.jobs.solve import needs_of, solve
 from layerwise.jobs.stock import logits_of
 
 
-def build_naive(
-    model: str | Path,
-    plan: Plan,
-    folder: Path,
-    original: nn.Module,
-    batches: Sequence[Any],
-    dtype: str,
-    device: str,
-    progress: Progress,
-) -> tuple[str, Quality, int]:
-    """What a user would do without a planner, at the same size: its name, quality and bytes."""
-    if plan.wiring:
-        return naive_depth(model, plan, original, batches, dtype, device)
-    return naive_bits(model, plan, folder, original, batches, dtype, device, progress)
+class Contest(NamedTuple):
+    """What the candidates are measured on, and how many bytes they may take."""
+
+    model: str | Path
+    plan: Plan
+    nbytes: int
+    original: nn.Module
+    batches: Sequence[Any]
+    dtype: str
+    device: str
 
 
-def naive_depth(
-    model: str | Path,
-    plan: Plan,
-    original: nn.Module,
-    batches: Sequence[Any],
-    dtype: str,
-    device: str,
-) -> tuple[str, Quality, int]:
+class Naive(NamedTuple):
+    """A plan that nobody had to think about: what it is, its quality, its bytes."""
+
+    what: str
+    quality: Quality
+    nbytes: int
+
+
+def build_naive(contest: Contest, progress: Progress = silent) -> Naive | None:
+    """What a user would do without a planner, at the same size.
+
+    For a plan of both depth and bits it is the better one of the two alone. There is none for a
+    plan that changes nothing, or where no single technique gets as small.
+    """
+    found = []
+    if contest.plan.wiring:
+        found.append(naive_depth(contest))
+    if contest.plan.edits:
+        found.append(naive_bits(contest, progress))
+    built = [naive for naive in found if naive is not None]
+    return min(built, key=lambda naive: naive.quality.estimate("kl").value, default=None)
+
+
+def naive_depth(contest: Contest) -> Naive | None:
     """The best of: last k dropped, last k but the final one, the median of 5 random choices."""
-    network = open_network(model, device=device, dtype=dtype)
+    model, device = contest.model, contest.device
+    network = open_network(model, device=device, dtype=contest.dtype)
     depth = len(network.stack.layers)
-    count = depth - len(next(iter(plan.wiring.values())))
-    generator = torch.Generator().manual_seed(plan.data.seed)
+    try:
+        count = layers_to_drop(Budget(bytes=contest.nbytes), network)
+    except LayerwiseError:
+        return None
+    generator = torch.Generator().manual_seed(contest.plan.data.seed)
     drawn = [
         sorted(torch.randperm(depth, generator=generator)[: depth - count].tolist())
         for _ in range(5)
@@ -60,13 +76,11 @@ def naive_depth(
     tails = [list(range(depth - count)), [*range(depth - count - 1), depth - 1]]
 
     def quality(kept: list[int]) -> Quality:
-        wired = open_network(
-            model,
-            wiring={network.stack.name: kept},
-            device=device,
-            dtype=dtype,
-        ).load()
-        return measure_quality(batches, logits_of(wired.module), logits_of(original))
+        wiring = {network.stack.name: kept}
+        wired = open_network(model, wiring=wiring, device=device, dtype=contest.dtype).load()
+        return measure_quality(
+            contest.batches, logits_of(wired.module), logits_of(contest.original)
+        )
 
     random = sorted((quality(kept) for kept in drawn), key=lambda q: q.estimate("loss").value)
     found = [
@@ -77,37 +91,37 @@ def naive_depth(
     name, best = min(found, key=lambda item: item[1].estimate("loss").value)
     request = Request(model, Budget(depth=depth - count), target="hf")
     planned = assemble_depth(request, network, tails[0], None)
-    return f"best naive: {name}", best, planned.nbytes
+    return Naive(f"best naive: {name}", best, planned.nbytes)
 
 
-def naive_bits(
-    model: str | Path,
-    plan: Plan,
-    folder: Path,
-    original: nn.Module,
-    batches: Sequence[Any],
-    dtype: str,
-    device: str,
-    progress: Progress,
-) -> tuple[str, Quality, int]:
-    """The same solver, one option everywhere, the largest that fits, the rest in order."""
+def naive_bits(contest: Contest, progress: Progress) -> Naive | None:
+    """The same solver, one option everywhere, the largest that fits, the rest in order.
+
+    A dense target stores no fewer bytes for fewer bits; there both plans are priced packed.
+    """
+    model, plan = contest.model, contest.plan
+    target = TARGETS[plan.target] if TARGETS[plan.target].by_bits else PACKED
+    network = open_network(model, device=contest.device)
     steps = [edit.chain[-1] for edit in plan.edits if edit.chain]
     rest = {k: v for k, v in steps[0].options.items() if k not in ("bits", "group")}
     widths = sorted({s.options.get("group", 128) for s in steps})
     request = Request(
         model,
-        Budget(bytes=Checkpoint(folder).nbytes),
+        Budget(bytes=contest.nbytes if target is not PACKED else packed_size(contest)),
         target=plan.target,
         method=steps[0].method,
         allocator="uniform",
         data=plan.data,
         keep=plan.fixed,
         settings={steps[0].method: rest, "menu": {"group": widths}},
-        device=device,
+        device=contest.device,
     )
-    network = open_network(model, device=device)
-    planned = plan_bits(request, network, TARGETS[plan.target], silent)
+    try:
+        planned = plan_bits(request, network, target, silent)
+    except LayerwiseError:
+        return None
     dense = solved_in_memory(model, network, planned.plan, progress)
+    original = contest.original
 
     def run(batch: Any) -> Tensor:
         inputs = {k: v.to(next(original.parameters()).device) for k, v in batch.items()}
@@ -115,8 +129,18 @@ def naive_bits(
             original, dense, (), forward_arguments(original, inputs), strict=False
         ).logits
 
-    quality = measure_quality(batches, run, logits_of(original))
-    return f"uniform: {describe(planned.plan)}", quality, planned.nbytes
+    quality = measure_quality(contest.batches, run, logits_of(original))
+    return Naive(f"uniform: {describe(planned.plan)}", quality, planned.nbytes)
+
+
+def packed_size(contest: Contest) -> int:
+    """Bytes of the plan's result if its matrices were stored packed."""
+    wired = open_network(contest.model, wiring=contest.plan.wiring)
+    itemsize = wired.stored.dtype.itemsize
+    matrices = [m for stack in wired.stacks for m in stack.matrices()]
+    chains = {m.key: chain_for(contest.plan.edits, m) for m in matrices}
+    saved = sum(m.size * itemsize - PACKED.nbytes(m, chains[m.key], itemsize) for m in matrices)
+    return contest.nbytes - saved
 
 
 def solved_in_memory(

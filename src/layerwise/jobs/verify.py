@@ -17,7 +17,7 @@ from layerwise.export import TARGETS
 from layerwise.jobs.checks import decode_checks, rebuild_check, reload_checks
 from layerwise.jobs.depth import layer_bytes
 from layerwise.jobs.measure import peak_memory, speeds
-from layerwise.jobs.naive import build_naive
+from layerwise.jobs.naive import Contest, build_naive
 from layerwise.jobs.session import Progress, load_tokenizer, silent
 from layerwise.jobs.stock import load_stock, logits_of
 
@@ -89,11 +89,14 @@ def verify(
     ratio, warnings = None, []
     if settings.naive:
         progress("building the naive plan", 2, 3)
-        name, naive, nbytes = build_naive(
-            model, plan, folder, original, batches, settings.dtype, settings.device, progress
-        )
-        rows.append(quality_row("naive", naive, before, nbytes, name))
-        ratio = {"field": "kl", "value": list(after.against(naive, "kl"))}
+        size = Checkpoint(folder).nbytes
+        contest = Contest(model, plan, size, original, batches, settings.dtype, settings.device)
+        naive = build_naive(contest, progress)
+        if naive is None:
+            warnings.append("nothing to compare with: no naive plan has this size")
+        else:
+            rows.append(quality_row("naive", naive.quality, before, naive.nbytes, naive.what))
+            ratio = {"field": "kl", "value": list(after.against(naive.quality, "kl"))}
     else:
         warnings.append("no naive plan was built (--no-naive)")
     _speeds(rows, original, edited, batches, settings)
@@ -139,9 +142,6 @@ def quality_row(
         "memory": None,
         "cached": None,
     }
-
-
-# -- the report ------------------------------------------------------------------------------
 
 
 def layer_rows(model: str | Path, plan: Plan, folder: Path) -> list[dict[str, Any]]:
