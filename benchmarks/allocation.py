@@ -4,16 +4,18 @@ from torch.func import functional_call
 
 from benchmarks.models import Model, models
 from benchmarks.timing import table
-from layerwise.core.data import Texts, samples_of
-from layerwise.core.network import forward_arguments, open_network
+from layerwise.core.data import Texts
+from layerwise.core.network import open_network
 from layerwise.core.plan import DataSpec
 from layerwise.core.quality import Quality, measure_quality
+from layerwise.core.reader import samples_of
+from layerwise.core.task import answer, forward_arguments
 from layerwise.export import PACKED
 from layerwise.jobs.bits import plan_bits
 from layerwise.jobs.naive import solved_in_memory
 from layerwise.jobs.request import Request
-from layerwise.jobs.session import Budget, load_tokenizer, silent
-from layerwise.jobs.stock import load_stock, logits_of
+from layerwise.jobs.session import Budget, load_reader, silent
+from layerwise.jobs.stock import answers_of, load_stock
 
 BUDGETS = (2.5, 3.0, 4.0)
 WAYS = (
@@ -35,10 +37,9 @@ def main() -> None:
 def compare(model: Model, documents: int = 48, length: int = 256) -> None:
     """KL of every way at every budget, with its ratio to uniform bits."""
     data = DataSpec(source=model.data, samples=64, length=256)
-    tokenizer = load_tokenizer(model.folder)
     texts = Texts(model.data, 0, 0, length)
-    batches = samples_of(tokenizer, texts, "evaluate", documents)
     network = open_network(model.folder)
+    batches = samples_of(load_reader(network), texts, "evaluate", documents)
     original = load_stock(network.checkpoint.folder, "float32", network.device)
 
     def quality(plan) -> Quality:
@@ -46,9 +47,9 @@ def compare(model: Model, documents: int = 48, length: int = 256) -> None:
 
         def run(batch):
             given = forward_arguments(original, batch)
-            return functional_call(original, dense, (), given, strict=False).logits
+            return answer(functional_call(original, dense, (), given, strict=False), batch)
 
-        return measure_quality(batches, run, logits_of(original))
+        return measure_quality(batches, run, answers_of(original))
 
     rows = []
     for bits in BUDGETS:

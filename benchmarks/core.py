@@ -9,14 +9,15 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.timing import interleaved, table
-from layerwise.core.data import Texts, windows
+from layerwise.core.data import Texts
 from layerwise.core.find import find_stacks
 from layerwise.core.hollow import build_hollow
 from layerwise.core.lockstep import Stop, walk
 from layerwise.core.network import Network, open_network
+from layerwise.core.reader import windows
 from layerwise.core.stats import observe
 from layerwise.edit.weight.gptq import gptq
-from layerwise.jobs.session import load_tokenizer
+from layerwise.jobs.session import load_reader
 from layerwise.measure import residual_cosine, second_moment, update_norm
 
 
@@ -77,7 +78,7 @@ def _through(network: Network, batches: list) -> None:
 def inspecting() -> None:
     """One pass with probes over one plain forward of the same batches."""
     network = open_network("demo", dtype="float32").load()
-    batches = windows(load_tokenizer("demo"), Texts(samples=16, length=512), "calibrate")
+    batches = windows(load_reader(network), Texts(samples=16, length=512), "calibrate")
     cheap = {"cosine": residual_cosine(), "norm": update_norm()}
 
     def moments_alone() -> None:

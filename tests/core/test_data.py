@@ -5,7 +5,6 @@ import sysconfig
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,17 +14,16 @@ from layerwise.core.data import (
     Document,
     Texts,
     documents,
-    samples_of,
     stdlib_documents,
     use_of,
-    windows,
 )
 from layerwise.core.errors import LayerwiseError
+from layerwise.core.reader import Reader, samples_of, windows
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tiny: Callable[..., Path]) -> Any:
-    return AutoTokenizer.from_pretrained(tiny("llama"))
+def reader(tiny: Callable[..., Path]) -> Reader:
+    return Reader("causal", AutoTokenizer.from_pretrained(tiny("llama")))
 
 
 def paragraphs(count: int) -> list[str]:
@@ -108,6 +106,7 @@ def test_only_messages_go_through_the_chat_template(
     tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny("llama"))
+    reader = Reader("causal", tokenizer)
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     path = tmp_path / "a.jsonl"
     said = ["nobody", "somebody", "anybody", "everybody"]
@@ -118,7 +117,7 @@ def test_only_messages_go_through_the_chat_template(
         tokenizer.decode(batch["input_ids"][0])
         for use in ("calibrate", "select", "evaluate")
         if any(documents(path, use))
-        for batch in samples_of(tokenizer, Texts(str(path)), use)
+        for batch in samples_of(reader, Texts(str(path)), use)
     ]
     expected = [f"<user>{word * 20}" for word in said] + [row["text"] for row in rows[4:]]
     assert sorted(found) == sorted(f"<s>{text}" for text in expected)
@@ -160,40 +159,40 @@ def test_sources_that_hold_nothing(tmp_path: Path) -> None:
         list(documents(tmp_path / "nothing.txt"))
 
 
-def test_windows(tokenizer: Any, rows: Path) -> None:
+def test_windows(reader: Reader, rows: Path) -> None:
     texts = Texts(str(rows), samples=20, length=24)
-    batches = windows(tokenizer, texts, "calibrate", batch=8)
+    batches = windows(reader, texts, "calibrate", batch=8)
     assert [tuple(b["input_ids"].shape) for b in batches] == [(8, 24), (8, 24), (4, 24)]
     assert all(b["input_ids"].dtype == torch.int64 for b in batches)
     joined = torch.cat([b["input_ids"].reshape(-1) for b in batches])
-    stream = [i for d in texts.documents("calibrate") for i in _with_start(tokenizer, d)]
+    stream = [i for d in texts.documents("calibrate") for i in _with_start(reader, d)]
     assert joined.tolist() == stream[: 20 * 24]
-    other = torch.cat([b["input_ids"] for b in windows(tokenizer, texts, "evaluate")])
+    other = torch.cat([b["input_ids"] for b in windows(reader, texts, "evaluate")])
     assert not any((joined.reshape(20, 24) == row).all(1).any() for row in other)
 
 
-def _with_start(tokenizer: Any, document: Document) -> list[int]:
-    return [tokenizer.bos_token_id, *tokenizer(document.text)["input_ids"]]
+def _with_start(reader: Reader, document: Document) -> list[int]:
+    return [reader.processor.bos_token_id, *reader.processor(document.text)["input_ids"]]
 
 
-def test_fewer_windows_where_the_text_is_short(tokenizer: Any, rows: Path) -> None:
-    batches = windows(tokenizer, Texts(str(rows), samples=1000, length=512), "select")
+def test_fewer_windows_where_the_text_is_short(reader: Reader, rows: Path) -> None:
+    batches = windows(reader, Texts(str(rows), samples=1000, length=512), "select")
     assert 0 < sum(len(b["input_ids"]) for b in batches) < 1000
     with pytest.raises(LayerwiseError, match=r"one window of 9999999 tokens.*tokens for the use"):
-        windows(tokenizer, Texts(str(rows), length=9_999_999), "select")
+        windows(reader, Texts(str(rows), length=9_999_999), "select")
 
 
-def test_samples_are_beginnings_of_documents(tokenizer: Any, rows: Path) -> None:
+def test_samples_are_beginnings_of_documents(reader: Reader, rows: Path) -> None:
     texts = Texts(str(rows), length=24)
-    found = samples_of(tokenizer, texts, "evaluate", count=5)
+    found = samples_of(reader, texts, "evaluate", count=5)
     chosen = texts.documents("evaluate")[:5]
     assert [b["input_ids"][0].tolist() for b in found] == [
-        _with_start(tokenizer, d)[:24] for d in chosen
+        _with_start(reader, d)[:24] for d in chosen
     ]
 
 
-def test_samples_need_documents_of_some_length(tokenizer: Any, tmp_path: Path) -> None:
+def test_samples_need_documents_of_some_length(reader: Reader, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": f"{i}"}) + "\n" for i in range(50)))
     with pytest.raises(LayerwiseError, match="more than 16 tokens"):
-        samples_of(tokenizer, Texts(str(path)), "evaluate")
+        samples_of(reader, Texts(str(path)), "evaluate")

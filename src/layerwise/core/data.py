@@ -1,4 +1,4 @@
-"""Documents, their three uses, and token batches made from them."""
+"""Documents and their three uses: calibrate, select, evaluate."""
 
 import hashlib
 import json
@@ -9,9 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
-from torch import Tensor
-
 from layerwise.core.errors import LayerwiseError
 
 Use = Literal["calibrate", "select", "evaluate"]
@@ -20,17 +17,22 @@ Use = Literal["calibrate", "select", "evaluate"]
 class Document(NamedTuple):
     """One unit of data: what is split, counted and resampled as a whole.
 
-    The text of a `chat` is the JSON of its messages.
+    The text of a `chat` is the JSON of its messages; `target` is what a seq2seq model shall say
+    to the text; an image has a path, and the name of its folder as its label.
     """
 
-    key: str
+    key: str | bytes
     text: str
     chat: bool = False
+    target: str = ""
+    path: Path | None = None
+    label: str = ""
 
 
-def use_of(key: str) -> Use:
+def use_of(key: str | bytes) -> Use:
     """Decide what a document is for: sha256 of its key modulo 10; 0-5, 6-7, 8-9."""
-    digit = int(hashlib.sha256(key.encode()).hexdigest(), 16) % 10
+    data = key.encode() if isinstance(key, str) else key
+    digit = int(hashlib.sha256(data).hexdigest(), 16) % 10
     return "calibrate" if digit < 6 else "select" if digit < 8 else "evaluate"
 
 
@@ -51,10 +53,11 @@ def stdlib_documents(use: Use | None = None) -> Iterator[Document]:
 
 
 def documents(source: str | Path, use: Use | None = None) -> Iterator[Document]:
-    """The documents, all or those of one use: `stdlib`, a text file, a folder, or a JSONL file.
+    """The documents, all or those of one use.
 
-    A text file is cut into blocks of about 4 KiB at blank lines; a JSONL row needs `text`, or
-    `messages` for the chat template.
+    A source is `stdlib`, a text file, a folder of them, a JSONL or Parquet file, or the id of a
+    data set on the hub. A text file is cut into blocks of about 4 KiB at blank lines; a row needs
+    `text` (and may have a `target`), or `messages` for the chat template.
 
     Raises:
         LayerwiseError: the source does not exist, is empty, or a row has neither field.
@@ -66,6 +69,30 @@ def documents(source: str | Path, use: Use | None = None) -> Iterator[Document]:
     yield from (d for d in found if use in (None, use_of(d.key)))
 
 
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def image_documents(source: str | Path, use: Use | None = None) -> Iterator[Document]:
+    """The images below a folder; the name of the folder that holds one is its label.
+
+    Raises:
+        LayerwiseError: the source is no folder of images.
+    """
+    root = Path(source)
+    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGES)
+    if not files:
+        raise LayerwiseError(
+            f"data {source}",
+            allowed="a folder of images, in one folder per class where classes are known",
+            found="no image" if root.is_dir() else "no such folder",
+            fix="give one with --data",
+        )
+    for file in files:
+        data = file.read_bytes()
+        if use in (None, use_of(data)):
+            yield Document(data, "", path=file, label=file.parent.name)
+
+
 def _read_documents(path: Path) -> Iterator[Document]:
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
@@ -73,15 +100,52 @@ def _read_documents(path: Path) -> Iterator[Document]:
             yield Document(_read(file), _read(file))
     elif path.suffix == ".jsonl" and path.is_file():
         yield from _rows(path)
+    elif path.suffix == ".parquet" and path.is_file():
+        yield from _parquet(path)
     elif path.is_file():
         yield from (Document(block, block) for block in _blocks(_read(path)))
     else:
+        yield from _hub(path)
+
+
+def _hub(path: Path) -> Iterator[Document]:
+    """Rows of a data set on the hub: its `train` part, or the first it has."""
+    try:
+        if path.is_absolute() or path.parts[:1] in ((".",), ("..",)) or len(path.parts) > 2:
+            raise FileNotFoundError("no such file or folder")
+        from datasets import load_dataset
+
+        parts = load_dataset(str(path))
+    except Exception as error:
         raise LayerwiseError(
             f"data {path}",
-            allowed="`stdlib`, a text file, a folder of text files, or a .jsonl file",
-            found="no such file or folder",
+            allowed="`stdlib`, a text file, a folder of text files, a .jsonl or .parquet file, or "
+            "the id of a data set on the hub (pip install datasets)",
+            found=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}",
             fix="check the path",
-        )
+        ) from None
+    rows = parts["train"] if "train" in parts else next(iter(parts.values()))
+    for number, row in enumerate(rows, 1):
+        yield _document(row, f"data {path}, row {number}", str(row)[:80])
+
+
+def _parquet(path: Path) -> Iterator[Document]:
+    try:
+        from pyarrow.parquet import ParquetFile
+
+        table = ParquetFile(path)
+        number = 0
+        for part in table.iter_batches():
+            for row in part.to_pylist():
+                number += 1
+                yield _document(row, f"data {path}, row {number}", str(row)[:80])
+    except (ImportError, OSError, ValueError) as error:
+        raise LayerwiseError(
+            f"data {path}",
+            allowed="a Parquet file, read by pyarrow",
+            found=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}",
+            fix="copy the file again, or pip install pyarrow",
+        ) from None
 
 
 def _read(path: Path) -> str:
@@ -110,17 +174,26 @@ def _rows(path: Path) -> Iterator[Document]:
             continue
         try:
             row = json.loads(line)
-            chat = "text" not in row
-            text = json.dumps(row["messages"]) if chat else row["text"]
-            text.encode()  # half a surrogate pair is no text
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise LayerwiseError(
-                f"data {path}, line {number}",
-                allowed="a JSON object with `text` or `messages`",
-                found=line[:80],
-                fix="mend or remove the line",
-            ) from None
-        yield Document(text, text, chat)
+        except (ValueError, RecursionError):
+            row = None
+        yield _document(row, f"data {path}, line {number}", line[:80])
+
+
+def _document(row: Any, where: str, shown: str) -> Document:
+    """The document of a row with `text`, perhaps a `target`, or with `messages`."""
+    try:
+        chat = "text" not in row
+        text = json.dumps(row["messages"]) if chat else row["text"]
+        target = row.get("target") or ""
+        (text + target).encode()  # half a surrogate pair is no text
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise LayerwiseError(
+            where,
+            allowed="an object with `text` or `messages`",
+            found=shown,
+            fix="mend or remove the line",
+        ) from None
+    return Document(text, text, chat, target)
 
 
 class Texts(NamedTuple):
@@ -131,13 +204,13 @@ class Texts(NamedTuple):
     samples: int = 128
     length: int = 512
 
-    def documents(self, use: Use) -> list[Document]:
+    def documents(self, use: Use, images: bool = False) -> list[Document]:
         """Documents of one use, shuffled by the seed.
 
         Raises:
             LayerwiseError: there are none.
         """
-        chosen = list(documents(self.source, use))
+        chosen = list(image_documents(self.source, use) if images else documents(self.source, use))
         random.Random(self.seed).shuffle(chosen)
         if not chosen:
             raise LayerwiseError(
@@ -147,49 +220,3 @@ class Texts(NamedTuple):
                 fix="give more documents; a few dozen at least",
             )
         return chosen
-
-
-def _tokens(tokenizer: Any, document: Document) -> list[int]:
-    text = document.text
-    if document.chat and tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(json.loads(text), tokenize=False)
-    ids = tokenizer(text, verbose=False)["input_ids"]
-    start = tokenizer.bos_token_id
-    return ids if start is None or ids[:1] == [start] else [start, *ids]
-
-
-def windows(tokenizer: Any, texts: Texts, use: Use, batch: int = 8) -> list[dict[str, Tensor]]:
-    """`samples` windows of `length` tokens out of the joined documents, `batch` at a time.
-
-    Raises:
-        LayerwiseError: the documents have fewer tokens than one window.
-    """
-    stream: list[int] = []
-    for document in texts.documents(use):
-        stream += _tokens(tokenizer, document)
-        if len(stream) >= texts.samples * texts.length:
-            break
-    count = min(texts.samples, len(stream) // texts.length)
-    if count == 0:
-        raise LayerwiseError(
-            f"data {texts.source}",
-            allowed=f"at least one window of {texts.length} tokens",
-            found=f"{len(stream)} tokens for the use {use!r}",
-            fix="give more text, or a smaller --set data.length",
-        )
-    ids = torch.tensor(stream[: count * texts.length]).reshape(count, texts.length)
-    return [{"input_ids": ids[i : i + batch]} for i in range(0, count, batch)]
-
-
-def samples_of(tokenizer: Any, texts: Texts, use: Use, count: int = 64) -> list[dict[str, Tensor]]:
-    """The first `length` tokens of `count` documents, one document a batch, nothing padded."""
-    rows = (_tokens(tokenizer, d)[: texts.length] for d in texts.documents(use))
-    long_enough = [row for row in rows if len(row) > 16][:count]
-    if not long_enough:
-        raise LayerwiseError(
-            f"data {texts.source}",
-            allowed=f"documents of more than 16 tokens for the use {use!r}",
-            found="none",
-            fix="give longer documents",
-        )
-    return [{"input_ids": torch.tensor([row])} for row in long_enough]

@@ -119,8 +119,11 @@ def choose_stacks(chains: list[list[Call]]) -> list[list[Call]]:
     return [c for c in chosen if len(c) > 1 or longest_length == 1]
 
 
-def find_stacks(model: nn.Module, run: Callable[[], Any], name: str = "decoder") -> list[Stack]:
+def find_stacks(model: nn.Module, run: Callable[[], Any]) -> list[Stack]:
     """Find the stacks of a hollow model by one short-circuited forward.
+
+    A stack whose layers let no position see a later one is a `decoder`, any other an `encoder`;
+    the second of a name is `decoder2`. The longest comes first.
 
     Raises:
         LayerwiseError: no container's members feed one another.
@@ -141,9 +144,11 @@ def find_stacks(model: nn.Module, run: Callable[[], Any], name: str = "decoder")
             fix="give the network's stack of layers as an nn.Sequential",
         )
     anatomies: dict[Any, tuple[tuple[Part, ...], list[Matrix]]] = {}
-    stacks = []
-    for number, chain in enumerate(chains):
-        title = name if number == 0 else f"{name}{number + 1}"
+    stacks: list[Stack] = []
+    for chain in chains:
+        name = "encoder" if _sees_ahead(chain[0]) else "decoder"
+        count = sum(stack.name.startswith(name) for stack in stacks)
+        title = f"{name}{count + 1}" if count else name
         layers: dict[int, Layer] = {}
         visits = []
         for call in chain:
@@ -185,7 +190,14 @@ def _layer(stack: str, index: int, call: Call, anatomies: dict) -> Layer:
         )
         for m in found
     )
-    return Layer(stack, index, call.path, call.module, parts, matrices)
+    return Layer(stack, index, call.path, call.module, parts, matrices, _keeps_shape(call))
+
+
+def _keeps_shape(call: Call) -> bool:
+    """Whether a layer returns a hidden state of the shape that it received."""
+    received = [t for t in tensors_in((call.args, call.kwargs)) if t.is_floating_point()]
+    returned = [t for t in tensors_in(call.output) if t.is_floating_point()]
+    return bool(received and returned) and received[0].shape == returned[0].shape
 
 
 def dissect(call: Call) -> tuple[tuple[Part, ...], list[Matrix]]:
@@ -239,13 +251,24 @@ def _mixes(child: Call, layer: Call) -> bool:
     hidden = next((t for t in tensors_in((layer.args, layer.kwargs)) if t.ndim == 3), None)
     inputs = tensors_in((child.args, child.kwargs))
     x = next((t for t in inputs if hidden is not None and t.shape == hidden.shape), None)
-    if x is None or not x.is_floating_point():
-        return False
+    return x is not None and x.is_floating_point() and _depends(child, x, position=-1) is True
+
+
+def _sees_ahead(layer: Call) -> bool:
+    """Whether the first position of a layer's output depends on later ones; so do images."""
+    inputs = [t for t in tensors_in((layer.args, layer.kwargs)) if t.is_floating_point()]
+    if not inputs or inputs[0].ndim != 3:
+        return True
+    return _depends(layer, inputs[0], position=0) is True
+
+
+def _depends(child: Call, x: Tensor, position: int) -> bool | None:
+    """Whether one position of the output depends on the others of `x`; None if it cannot run."""
     generator = torch.Generator().manual_seed(0)
     first = torch.randn(x.shape, generator=generator).to(x.dtype)
-    second = first.clone()
-    second[:, :-1] = torch.randn(second[:, :-1].shape, generator=generator).to(x.dtype)
-    last = []
+    second = torch.randn(x.shape, generator=generator).to(x.dtype)
+    second[:, position] = first[:, position]
+    kept = []
     for value in (first, second):
         swapped = tree_map(
             lambda t, v=value: v.clone() if t is x else t, (child.args, child.kwargs)
@@ -254,12 +277,12 @@ def _mixes(child: Call, layer: Call) -> bool:
             with torch.no_grad(), ShortCircuit():
                 out = child.module(*swapped[0], **swapped[1])
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
-            return False
+            return None
         found = [t for t in tensors_in(out) if t.ndim == 3 and t.shape[:2] == x.shape[:2]]
         if not found:
-            return False
-        last.append(found[0][:, -1].float())
-    return not torch.allclose(last[0], last[1], rtol=1e-4, atol=1e-6)
+            return None
+        kept.append(found[0][:, position].float())
+    return not torch.allclose(kept[0], kept[1], rtol=1e-4, atol=1e-6)
 
 
 def _matrices(uses: list[Use], names: dict[str, str], shapes: dict) -> list[Matrix]:

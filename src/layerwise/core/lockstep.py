@@ -19,8 +19,9 @@ from torch.overrides import TorchFunctionMode
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.find import tensors_in
 from layerwise.core.hollow import operands
-from layerwise.core.network import Network, forward_arguments
+from layerwise.core.network import Network
 from layerwise.core.stack import Layer, Matrix
+from layerwise.core.task import forward_arguments
 
 Batch = Mapping[str, Tensor]
 Edits = dict[str, Tensor]

@@ -1,9 +1,8 @@
 """An opened network: its module, its stacks, and where the weights live."""
 
 import copy
-import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from layerwise.core.errors import LayerwiseError
 from layerwise.core.find import find_stacks
 from layerwise.core.hollow import Source, build_hollow, hollow_parameter
 from layerwise.core.stack import Layer, Stack
+from layerwise.core.task import Task, example_inputs, forward_arguments, task_of
 from layerwise.core.wiring import edited_config, parse_wiring
 
 
@@ -33,6 +33,7 @@ class Network:
     stacks: tuple[Stack, ...]
     device: torch.device
     dtype: torch.dtype
+    task: Task
     source: Source | None = None
     origins: Mapping[str, str] = field(default_factory=dict)
 
@@ -102,8 +103,8 @@ class Network:
         """The same network computing in float32."""
         source, kind = self.stored, type(self.model)
         module = build_hollow(kind, self.model.config, torch.float32, source.is_stored)
-        stacks = tuple(find_stacks(module, lambda: module(**_trial(module))))
-        wide = Network(module, stacks, self.device, torch.float32, source, self.origins)
+        stacks, task = _examine(module)
+        wide = Network(module, stacks, self.device, torch.float32, task, source, self.origins)
         _bring_outside(wide)
         return wide
 
@@ -111,7 +112,7 @@ class Network:
         """Fill in every layer, so that the network can be run many times."""
         for layer in self.layers():
             self.bring(layer)
-        return Network(self.module, self.stacks, self.device, self.dtype)
+        return Network(self.module, self.stacks, self.device, self.dtype, self.task)
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], device: torch.device) -> None:
@@ -179,13 +180,24 @@ def choose_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.
 
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The class that a configuration names, else the causal language model of its type."""
+    """The class that a configuration names, else the first of its type that has a head.
+
+    Raises:
+        LayerwiseError: transformers has no such class.
+    """
     for name in config.architectures or ():
         if name in dir(transformers):
             return getattr(transformers, name)
-    mapping: Any = transformers.AutoModelForCausalLM._model_mapping
-    if type(config) in mapping:
-        return mapping[type(config)]
+    for auto in (
+        transformers.AutoModelForCausalLM,
+        transformers.AutoModelForSeq2SeqLM,
+        transformers.AutoModelForMaskedLM,
+        transformers.AutoModelForImageClassification,
+        transformers.AutoModel,
+    ):
+        mapping: Any = auto._model_mapping
+        if type(config) in mapping:
+            return mapping[type(config)]
     raise LayerwiseError(
         f"config of type {config.model_type!r}",
         allowed="architectures that transformers knows",
@@ -228,7 +240,7 @@ def open_network(
     origins: dict[str, str] = {}
     if wiring:
         base = build_hollow(kind, copy.deepcopy(config), kept, source.is_stored)
-        for stack in find_stacks(base, lambda: base(**_trial(base))):
+        for stack in _examine(base)[0]:
             order = stack.wiring
             if stack.name in wiring:
                 order = parse_wiring(
@@ -238,8 +250,8 @@ def open_network(
             for new, visit in enumerate(order):
                 origins[f"{stack.name}/{new}"] = stack.layers[visit.layer].path
     module = build_hollow(kind, shape, kept, source.is_stored)
-    stacks = tuple(find_stacks(module, lambda: module(**_trial(module))))
-    network = Network(module, stacks, where, kept, source, origins)
+    stacks, task = _examine(module)
+    network = Network(module, stacks, where, kept, task, source, origins)
     _bring_outside(network)
     return network
 
@@ -264,21 +276,14 @@ def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
     return AutoConfig.from_pretrained(checkpoint.folder)
 
 
-def _trial(module: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
-    return forward_arguments(module, example_inputs(module) if inputs is None else inputs)
-
-
-def example_inputs(module: nn.Module) -> dict[str, Tensor]:
-    """Two short sequences of token ids, for trial forwards of a hollow model."""
-    vocabulary = module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    ids = torch.arange(1, 15).reshape(2, 7) % vocabulary
-    return {"input_ids": ids}
-
-
-def forward_arguments(module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Inputs of a forward that keeps no cache, where there is one."""
-    known = inspect.signature(module.forward).parameters
-    return {**inputs, **({"use_cache": False} if "use_cache" in known else {})}
+def _examine(
+    module: nn.Module, inputs: Mapping[str, Tensor] | None = None
+) -> tuple[tuple[Stack, ...], Task]:
+    """The stacks and the task of a hollow model, by one trial forward."""
+    given = forward_arguments(module, example_inputs(module) if inputs is None else inputs)
+    outputs: list[Any] = []
+    stacks = tuple(find_stacks(module, lambda: outputs.append(module(**given))))
+    return stacks, task_of(module, outputs[0], stacks[0].name.startswith("encoder"))
 
 
 def _bring_outside(network: Network) -> None:
@@ -295,22 +300,18 @@ def _open_module(
     module: nn.Module, inputs: Mapping[str, Tensor] | None, device: torch.device
 ) -> Network:
     """Open a module that is already in memory; a hollow twin is examined in its place."""
-    given = _trial(module, inputs)
     memo: dict[int, Any] = {id(p): hollow_parameter(p.shape, p.dtype) for p in module.parameters()}
     twin = copy.deepcopy(module, memo).eval()
-    found = find_stacks(twin, lambda: twin(**given))
+    found, task = _examine(twin, inputs)
     own = dict(module.named_modules())
     stacks = tuple(
         Stack(
             s.name,
             s.container,
-            tuple(
-                Layer(la.stack, la.index, la.path, own[la.path], la.parts, la.matrices)
-                for la in s.layers
-            ),
+            tuple(replace(la, module=own[la.path]) for la in s.layers),
             s.wiring,
         )
         for s in found
     )
     first = next(module.parameters())
-    return Network(module.eval(), stacks, first.device, first.dtype)
+    return Network(module.eval(), stacks, first.device, first.dtype, task)

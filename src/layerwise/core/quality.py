@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from layerwise.core.task import labels_of
+
 
 class Estimate(NamedTuple):
     """A value with its 95% bootstrap interval over documents."""
@@ -53,23 +55,22 @@ def ratio(above: np.ndarray, below: np.ndarray, draws: int = 2000) -> Estimate:
 
 
 def compare(
-    original: Float[Tensor, "batch seq words"] | None,
-    edited: Float[Tensor, "batch seq words"],
-    ids: Int[Tensor, "batch seq"],
-) -> tuple[float, float, float, float]:
-    """Tokens, loss, KL(original || edited) and agreements of one document, in float32.
+    original: Float[Tensor, "rows classes"] | None,
+    edited: Float[Tensor, "rows classes"],
+    labels: Int[Tensor, " rows"] | None,
+) -> Float[Tensor, "rows 4"]:
+    """Count, loss, KL(original || edited) and agreement of every row of an answer.
 
-    `KL = sum_w p(w) (log p(w) - log q(w))`, summed over the positions that predict a token.
+    `KL = sum_c p(c) (log p(c) - log q(c))`, in float32. Where nobody knows the labels, they are
+    what the original answers.
     """
-    targets = ids[:, 1:].to(edited.device)
-    q = edited[:, :-1].float().log_softmax(-1)
-    loss = -q.gather(-1, targets[..., None]).double().sum().item()
-    if original is None:
-        return float(targets.numel()), loss, 0.0, float(targets.numel())
-    p = original[:, :-1].float().log_softmax(-1)
-    kl = (p.exp() * (p - q)).sum(-1).double().sum().item()
-    agree = (p.argmax(-1) == q.argmax(-1)).sum().item()
-    return float(targets.numel()), loss, max(kl, 0.0), float(agree)
+    q = edited.float().log_softmax(-1)
+    p = q if original is None else original.float().log_softmax(-1)
+    wanted = p.argmax(-1) if labels is None else labels.to(q.device)
+    loss = -q.gather(-1, wanted[:, None])[:, 0]
+    kl = (p.exp() * (p - q)).sum(-1) if original is not None else torch.zeros_like(loss)
+    agree = (p.argmax(-1) == q.argmax(-1)).to(loss)
+    return torch.stack([torch.ones_like(loss), loss, kl, agree], 1).double().cpu()
 
 
 def measure_quality(
@@ -77,11 +78,16 @@ def measure_quality(
     edited: Callable[[Any], Tensor],
     original: Callable[[Any], Tensor] | None = None,
 ) -> Quality:
-    """Run both models on every document and gather the sums."""
+    """Run both models on every document, batch -> answer, and gather the sums.
+
+    A batch is one document, but where its inputs get one answer each, they are.
+    """
     rows = []
     with torch.no_grad():
         for batch in batches:
             before = None if original is None else original(batch)
-            rows.append(compare(before, edited(batch), batch["input_ids"]))
-    tokens, loss, kl, agree = (np.array(column) for column in zip(*rows, strict=True))
-    return Quality(tokens, loss, kl, agree)
+            found = compare(before, edited(batch), labels_of(batch))
+            inputs = len(next(iter(batch.values())))
+            rows.extend(found if len(found) == inputs else [found.sum(0)])
+    tokens, loss, kl, agree = torch.stack(rows).numpy().T
+    return Quality(tokens, loss, np.maximum(kl, 0.0), agree)

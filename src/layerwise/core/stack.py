@@ -53,7 +53,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Layer:
-    """One link of a stack."""
+    """One link of a stack; one that keeps the shape of its input can be left out."""
 
     stack: str
     index: int
@@ -61,6 +61,7 @@ class Layer:
     module: nn.Module
     parts: tuple[Part, ...]
     matrices: tuple[Matrix, ...]
+    keeps_shape: bool = True
 
     @property
     def key(self) -> str:

@@ -5,26 +5,27 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from layerwise.core.checkpoint import write_safetensors
-from layerwise.core.data import windows
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.lockstep import walk
 from layerwise.core.method import find
 from layerwise.core.network import Network, open_network
 from layerwise.core.plan import Plan, chain_for, check_model, check_selectors, label
+from layerwise.core.reader import windows
 from layerwise.core.stack import Layer
 from layerwise.core.target import Target
+from layerwise.core.task import answer, example_inputs
 from layerwise.core.weight import Weight
 from layerwise.export import TARGETS
 from layerwise.export._writer import Records
-from layerwise.jobs.session import Progress, load_tokenizer, silent, texts_of
+from layerwise.jobs.session import Progress, load_reader, silent, texts_of
 from layerwise.jobs.solve import needs_of, solve
 
-#: logits computed while the folder was written, for whoever reloads it
+#: an input and the answer computed while the folder was written, for whoever reloads it
 CHECK = "layerwise.check"
+CHECKED = "layerwise.answer"
 
 
 class Applied(NamedTuple):
@@ -72,8 +73,8 @@ def apply_plan(
         )
     network = open_network(model, wiring=plan.wiring, device=device, dtype=dtype)
     check_plan(network, plan, other_weights)
-    tokenizer = load_tokenizer(model) if needs_of(plan.edits) else None
-    batches = windows(tokenizer, texts_of(plan.data), "calibrate") if tokenizer else []
+    reader = load_reader(network) if needs_of(plan.edits) else None
+    batches = windows(reader, texts_of(plan.data), "calibrate") if reader else []
     part, journal_folder = beside(out, "part"), beside(out, "journal")
     job = {
         "plan": plan.to_yaml(),
@@ -102,24 +103,20 @@ def apply_plan(
 
 
 def write_check(network: Network, records: Records, path: Path) -> None:
-    """Logits of the edited network on a fixed input, walked layer by layer from the records.
+    """The answer of the edited network to a fixed input, walked layer by layer from the records.
 
     Held in float32: the weights as they are written, computed as a float32 reload computes.
     """
     wide = network.widened()
-    vocabulary = wide.module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    ids = (torch.arange(1, 33)[None] * 7) % vocabulary
+    batch = example_inputs(wide.module)
     found: list[Tensor] = []
-    stops = walk(
-        wide, [{"input_ids": ids}], finish=lambda i, clean, out: found.append(out.logits[:, -4:])
-    )
+    stops = walk(wide, [batch], finish=lambda i, clean, out: found.append(answer(out, batch)))
     for stop in stops:
         if stop.kind == "enter":
             for key, record in records(stop.layer).items():
                 matrix = next(m for m in stop.layer.matrices if m.key == key)
                 stop.substitute(matrix, record.dense())
-    held = {"ids": ids, "logits": found[0].float().cpu().contiguous()}
-    write_safetensors(path, held)
+    write_safetensors(path, {**batch, CHECKED: found[0].float().cpu().contiguous()})
 
 
 def beside(out: Path, what: str) -> Path:

@@ -11,9 +11,9 @@ from torch import nn
 from layerwise.core.checkpoint import read_header, read_tensor
 from layerwise.core.network import choose_device, find_folder, open_network
 from layerwise.core.plan import Plan
-from layerwise.jobs.apply import CHECK
-from layerwise.jobs.measure import agrees_cached
-from layerwise.jobs.stock import load_stock, logits_of
+from layerwise.jobs.apply import CHECK, CHECKED
+from layerwise.jobs.measure import agrees_cached, generates
+from layerwise.jobs.stock import answers_of, load_stock
 
 
 def reload_checks(folder: Path, edited: nn.Module) -> list[dict[str, Any]]:
@@ -23,9 +23,9 @@ def reload_checks(folder: Path, edited: nn.Module) -> list[dict[str, Any]]:
         return []
     held = {name: read_tensor(info) for name, info in read_header(path).items()}
     with torch.no_grad():
-        got = logits_of(edited)({"input_ids": held["ids"]})[:, -held["logits"].shape[1] :].cpu()
-    top = held["logits"].abs().max().item()
-    off = (got.float() - held["logits"]).abs().max().item() / max(top, 1e-30)
+        wanted = held.pop(CHECKED)
+        got = answers_of(edited)(held).cpu().float()
+    off = (got - wanted).abs().max().item() / max(wanted.abs().max().item(), 1e-30)
     packed = "quantization_config" in json.loads((folder / "config.json").read_text())
     limit = 1e-3 if packed else 1e-4
     return [
@@ -38,7 +38,9 @@ def reload_checks(folder: Path, edited: nn.Module) -> list[dict[str, Any]]:
 
 
 def decode_checks(edited: nn.Module, batches: Sequence[Any]) -> list[dict[str, Any]]:
-    """Cached against uncached greedy decoding."""
+    """Cached against uncached greedy decoding, where the model generates."""
+    if not generates(edited):
+        return []
     same, total = agrees_cached(edited, batches[0]["input_ids"][:, :32])
     return [
         {
@@ -63,7 +65,7 @@ def rebuild_check(
             kept = nn.ModuleList([layers[i] for i in order])  # type: ignore[index]
             setattr(original.get_submodule(parent), leaf, kept)
     with torch.no_grad():
-        wanted, got = logits_of(original)(batch), logits_of(edited)(batch)
+        wanted, got = answers_of(original)(batch), answers_of(edited)(batch)
     off = ((got - wanted).abs().max() / wanted.abs().max()).item()
     found = f"largest difference {off:.1e} of the largest logit, allowed 1e-04"
     return {

@@ -12,7 +12,7 @@ from layerwise.core.search import Space
 from layerwise.core.stats import Scores
 from layerwise.jobs.request import Planned, Request, identity
 from layerwise.jobs.scoring import Trials, make_scores
-from layerwise.jobs.session import Budget, Progress, load_tokenizer, texts_of
+from layerwise.jobs.session import Budget, Progress, load_reader, texts_of
 
 
 def plan_depth(request: Request, network: Network, progress: Progress) -> Planned:
@@ -108,7 +108,7 @@ def search_depth(
     request: Request, network: Network, name: str, count: int, progress: Progress
 ) -> tuple[int, ...]:
     """Search the layers to leave out on the measured loss of the select split."""
-    trials = Trials(network, load_tokenizer(request.model), texts_of(request.data))
+    trials = Trials(network, load_reader(network), texts_of(request.data))
     depth = len(network.stack.layers)
     total = sum(depth - i for i in range(count)) + 1
     done = iter(range(1, 1 << 60))

@@ -4,12 +4,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from layerwise.core.data import Texts, windows
+from layerwise.core.data import Texts
 from layerwise.core.method import find
 from layerwise.core.network import Network, open_network
+from layerwise.core.reader import windows
 from layerwise.core.stats import Stats, observe
 from layerwise.jobs.depth import layer_bytes
-from layerwise.jobs.session import Progress, load_tokenizer, silent
+from layerwise.jobs.session import Progress, load_reader, silent
 
 MEASURES = ("residual_cosine", "update_norm")
 
@@ -45,7 +46,7 @@ def inspect_model(
         One row per layer with its parts, bytes and every measure that is a number.
     """
     network = open_network(model, device=device, dtype=dtype)
-    batches = windows(load_tokenizer(model), texts, "calibrate")
+    batches = windows(load_reader(network), texts, "calibrate")
     probes = {find(name, "measure").name: find(name, "measure").bind()() for name in measures}
     stats = observe(network, batches, probes, partial(progress, "measuring layers"))
     sizes = layer_bytes(network)

@@ -12,6 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layerwise.core.task import example_inputs, takes_images
+from layerwise.jobs.stock import answers_of, load_stock
+
+
+def generates(module: nn.Module) -> bool:
+    """Whether a model continues a sequence of tokens."""
+    return "can_generate" in dir(module) and bool(module.can_generate())  # type: ignore[operator]
+
 
 def greedy_tokens(module: nn.Module, ids: Tensor, count: int, cached: bool) -> Tensor:
     """Continue by the most likely token, stock `generate`, never stopping early."""
@@ -26,7 +34,8 @@ def greedy_tokens(module: nn.Module, ids: Tensor, count: int, cached: bool) -> T
             use_cache=cached,
             pad_token_id=0,
         )
-    return found[:, ids.shape[1] :].cpu()
+    config: Any = module.config
+    return found[:, 1 if config.is_encoder_decoder else ids.shape[1] :].cpu()
 
 
 def agrees_cached(module: nn.Module, ids: Tensor, count: int = 32) -> tuple[int, int]:
@@ -39,8 +48,13 @@ def agrees_cached(module: nn.Module, ids: Tensor, count: int = 32) -> tuple[int,
 
 def speeds(
     modules: Sequence[nn.Module], batches: Sequence[Any], repeats: int = 3
-) -> list[tuple[float, float]]:
-    """Median prefill and decode tokens per second of each model, interleaved; batch 1, 128 in."""
+) -> list[tuple[float, float | None]]:
+    """Median prefill and decode tokens per second of each model, interleaved; batch 1, 128 in.
+
+    Models that do not generate are timed on the first batch: tokens or images per second.
+    """
+    if not generates(modules[0]):
+        return [(speed, None) for speed in _passes(modules, batches[0], repeats)]
     ids = torch.cat([b["input_ids"] for b in batches if b["input_ids"].shape[0] == 1], 1)[:, :128]
     prefill: list[list[float]] = [[] for _ in modules]
     decode: list[list[float]] = [[] for _ in modules]
@@ -58,8 +72,20 @@ def speeds(
     ]
 
 
+def _passes(modules: Sequence[nn.Module], batch: Any, repeats: int) -> list[float]:
+    main = batch["pixel_values"][:, 0, 0, 0] if "pixel_values" in batch else batch["input_ids"]
+    times: list[list[float]] = [[] for _ in modules]
+    for _ in range(repeats):
+        for number, module in enumerate(modules):
+            began = time.perf_counter()
+            with torch.no_grad():
+                answers_of(module)(batch)
+            times[number].append(main.numel() / (time.perf_counter() - began))
+    return [statistics.median(found) for found in times]
+
+
 def peak_memory(folder: Path, dtype: str) -> int | None:
-    """Peak anonymous memory of a fresh process that loads the model and runs 128 tokens."""
+    """Peak anonymous memory of a fresh process that loads the model and runs a small batch."""
     command = [sys.executable, "-m", "layerwise.jobs.measure", str(folder), dtype]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     last = found.stdout.strip().splitlines()[-1:] or [""]
@@ -99,11 +125,12 @@ class PeakMemory:
 
 
 def _main(folder: str, dtype: str) -> None:
-    from layerwise.jobs.stock import load_stock, logits_of
-
     with PeakMemory() as memory, torch.no_grad():
         module = load_stock(Path(folder), dtype, torch.device("cpu"))
-        logits_of(module)({"input_ids": torch.arange(1, 129)[None] % 1000})
+        inputs = example_inputs(module)
+        if not takes_images(module):
+            inputs = {key: ids.repeat(1, 16) for key, ids in inputs.items()}
+        answers_of(module)(inputs)
     print(memory.peak - memory.start)
 
 

@@ -10,18 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from layerwise.core.data import windows
 from layerwise.core.errors import LayerwiseError
-from layerwise.core.network import Network, forward_arguments, open_network
+from layerwise.core.network import Network, open_network
 from layerwise.core.plan import Plan, chain_for, describe
 from layerwise.core.quality import Quality, measure_quality
+from layerwise.core.reader import windows
+from layerwise.core.task import answer, forward_arguments
 from layerwise.export import PACKED, TARGETS
 from layerwise.jobs.bits import plan_bits
 from layerwise.jobs.depth import assemble_depth, layers_to_drop
 from layerwise.jobs.request import Request
-from layerwise.jobs.session import Budget, Progress, load_tokenizer, silent, texts_of
+from layerwise.jobs.session import Budget, Progress, load_reader, silent, texts_of
 from layerwise.jobs.solve import needs_of, solve
-from layerwise.jobs.stock import logits_of
+from layerwise.jobs.stock import answers_of
 
 
 class Contest(NamedTuple):
@@ -79,7 +80,7 @@ def naive_depth(contest: Contest) -> Naive | None:
         wiring = {network.stack.name: kept}
         wired = open_network(model, wiring=wiring, device=device, dtype=contest.dtype).load()
         return measure_quality(
-            contest.batches, logits_of(wired.module), logits_of(contest.original)
+            contest.batches, answers_of(wired.module), answers_of(contest.original)
         )
 
     random = sorted((quality(kept) for kept in drawn), key=lambda q: q.estimate("loss").value)
@@ -125,11 +126,10 @@ def naive_bits(contest: Contest, progress: Progress) -> Naive | None:
 
     def run(batch: Any) -> Tensor:
         inputs = {k: v.to(next(original.parameters()).device) for k, v in batch.items()}
-        return functional_call(
-            original, dense, (), forward_arguments(original, inputs), strict=False
-        ).logits
+        given = forward_arguments(original, inputs)
+        return answer(functional_call(original, dense, (), given, strict=False), batch)
 
-    quality = measure_quality(contest.batches, run, logits_of(original))
+    quality = measure_quality(contest.batches, run, answers_of(original))
     return Naive(f"uniform: {describe(planned.plan)}", quality, planned.nbytes)
 
 
@@ -148,7 +148,7 @@ def solved_in_memory(
 ) -> dict[str, Tensor]:
     """Solve a plan and give every edited parameter in its dense form, in float32."""
     data = needs_of(plan.edits)
-    batches = windows(load_tokenizer(model), texts_of(plan.data), "calibrate") if data else []
+    batches = windows(load_reader(network), texts_of(plan.data), "calibrate") if data else []
     folder = Path(tempfile.mkdtemp(prefix="layerwise-naive-"))
     try:
         journal = solve(network, plan.edits, batches, folder, {}, progress)

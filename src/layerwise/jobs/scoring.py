@@ -8,15 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from layerwise.core.data import Texts, samples_of, windows
+from layerwise.core.data import Texts
 from layerwise.core.lockstep import hidden
 from layerwise.core.method import find
-from layerwise.core.network import Network, forward_arguments
+from layerwise.core.network import Network
 from layerwise.core.plan import Step
 from layerwise.core.quality import Quality, measure_quality
+from layerwise.core.reader import Reader, samples_of, windows
 from layerwise.core.stats import Probe, Scores, Stats, observe
+from layerwise.core.task import answer, forward_arguments
 from layerwise.jobs.request import Request
-from layerwise.jobs.session import Progress, load_tokenizer, texts_of
+from layerwise.jobs.session import Progress, load_reader, texts_of
 from layerwise.jobs.solve import run_chain
 
 #: what the kept outputs of the original's layers may take
@@ -30,16 +32,16 @@ class Trials:
     computed again, where layers hand on a tensor and nothing else.
     """
 
-    def __init__(self, network: Network, tokenizer: Any, texts: Texts, count: int = 8) -> None:
+    def __init__(self, network: Network, reader: Reader, texts: Texts, count: int = 8) -> None:
         self.dtype = network.source.dtype if network.source else network.dtype
         self.network = (network.widened() if network.source else network).load()
-        self.batches = samples_of(tokenizer, texts._replace(length=256), "select", count)
+        self.batches = samples_of(reader, texts._replace(length=256), "select", count)
         self._original: list[Tensor] = []
         self._kept: list[list[Tensor]] = []
         self._remember()
 
     def _remember(self) -> None:
-        """Run the original once; keep its logits and, if it may be reused, what layers gave."""
+        """Run the original once; keep its answers and, if it may be reused, what layers gave."""
         layers = self.network.stack.layers
         plain = True
         for batch in self.batches:
@@ -49,7 +51,7 @@ class Trials:
                 into.append(output)
 
             hooks = [layer.module.register_forward_hook(keep) for layer in layers]
-            self._original.append(self.logits(batch, {}))
+            self._original.append(self.answer(batch, {}))
             for hook in hooks:
                 hook.remove()
             plain &= len(given) == len(layers) and all(isinstance(x, Tensor) for x in given)
@@ -62,7 +64,7 @@ class Trials:
     def _reuse_is_exact(self) -> bool:
         middle = len(self.network.stack.layers) // 2
         with _Standing(self.network.stack.layers, self._before(0, middle)):
-            again = self.logits(self.batches[0], {})
+            again = self.answer(self.batches[0], {})
         return torch.equal(again, self._original[0])
 
     def _before(self, batch: int, first: int) -> dict[int, Tensor | None]:
@@ -71,13 +73,14 @@ class Trials:
             return {}
         return {i: self._kept[batch][first - 1] for i in range(first)}
 
-    def logits(self, batch: Any, edits: Mapping[str, Tensor]) -> Tensor:
-        """Logits with some parameters replaced for this call only."""
+    def answer(self, batch: Any, edits: Mapping[str, Tensor]) -> Tensor:
+        """The answer with some parameters replaced for this call only."""
         module = self.network.module
         inputs = {k: v.to(self.network.device) for k, v in batch.items()}
         arguments = forward_arguments(module, inputs)
         with torch.no_grad():
-            return functional_call(module, dict(edits), (), arguments, strict=False).logits
+            output = functional_call(module, dict(edits), (), arguments, strict=False)
+        return answer(output, batch)
 
     def quality(self, edits: Mapping[str, Tensor], first: int, gone: Sequence[int] = ()) -> Quality:
         """Quality with some parameters replaced and some layers left out, none before `first`."""
@@ -86,7 +89,7 @@ class Trials:
         def edited(batch: Any) -> Tensor:
             standing = self._before(numbers[id(batch)], first) | dict.fromkeys(gone)
             with _Standing(self.network.stack.layers, standing):
-                return self.logits(batch, edits)
+                return self.answer(batch, edits)
 
         return measure_quality(self.batches, edited, lambda b: self._original[numbers[id(b)]])
 
@@ -148,10 +151,10 @@ def make_scores(request: Request, network: Network, name: str, progress: Progres
     stats = Stats({})
     given: dict[str, Any] = {}
     if probes:
-        batches = windows(load_tokenizer(request.model), texts, "calibrate")
+        batches = windows(load_reader(network), texts, "calibrate")
         stats = observe(network, batches, probes, partial(progress, "measuring layers"))
     if {"evaluate", "without"} & set(method.given):
-        trials = Trials(network, load_tokenizer(request.model), texts)
+        trials = Trials(network, load_reader(network), texts)
         total = len(network.stack.groups() if "evaluate" in method.given else network.layers())
         count = iter(range(1, 1 << 60))
 

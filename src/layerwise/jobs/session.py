@@ -3,15 +3,16 @@
 import math
 import re
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from transformers import AutoTokenizer
+from transformers import AutoImageProcessor, AutoTokenizer
 
 from layerwise.core.data import Texts
 from layerwise.core.errors import LayerwiseError
-from layerwise.core.network import find_folder
+from layerwise.core.network import Network
 from layerwise.core.plan import DataSpec
+from layerwise.core.reader import Reader
+from layerwise.core.task import config_value, takes_images
 
 #: (what is done, steps done, steps in all)
 Progress = Callable[[str, int, int], None]
@@ -21,22 +22,32 @@ def silent(what: str, done: int, total: int) -> None:
     """No progress."""
 
 
-def load_tokenizer(model: str | Path) -> Any:
-    """The tokenizer of a model folder.
+def load_reader(network: Network) -> Reader:
+    """What turns documents into batches of a network: its tokenizer or image processor.
 
     Raises:
-        LayerwiseError: there is none.
+        LayerwiseError: there is none in its folder.
     """
-    folder = find_folder(model)
+    folder, module = network.checkpoint.folder, network.module
+    images = takes_images(module)
+    config = network.model.config
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        if images:
+            processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        else:
+            processor = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
+        files = "preprocessor_config.json" if images else "tokenizer.json, tokenizer_config.json"
         raise LayerwiseError(
-            f"tokenizer of {folder}",
-            allowed="tokenizer files beside config.json",
-            found=str(error).splitlines()[0],
-            fix="copy tokenizer.json and tokenizer_config.json into the folder",
+            f"{'image processor' if images else 'tokenizer'} of {folder}",
+            allowed=f"{files} beside config.json",
+            found=str(error).strip().partition("\n")[0],
+            fix="copy them into the folder",
         ) from None
+    start = config_value(config, "decoder_start_token_id")
+    start = config_value(config, "bos_token_id") if start is None else start
+    classes = {str(name): int(number) for name, number in (config.label2id or {}).items()}
+    return Reader(network.task, processor, images, start or 0, classes)
 
 
 def texts_of(data: DataSpec) -> Texts:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from layerwise.core.network import forward_arguments, model_class
+from layerwise.core.network import model_class
+from layerwise.core.task import answer, forward_arguments
 
 
 def load_stock(folder: Path, dtype: str, device: torch.device) -> nn.Module:
@@ -19,12 +20,12 @@ def load_stock(folder: Path, dtype: str, device: torch.device) -> nn.Module:
     return nn.Module.to(module, device).eval()
 
 
-def logits_of(module: nn.Module) -> Callable[[Any], Tensor]:
-    """Batch -> logits, without a cache."""
+def answers_of(module: nn.Module) -> Callable[[Any], Tensor]:
+    """Batch -> answer `[rows, classes]`, without a cache."""
     device = next(module.parameters()).device
 
     def run(batch: Any) -> Tensor:
         inputs = {k: v.to(device) for k, v in batch.items()}
-        return module(**forward_arguments(module, inputs)).logits
+        return answer(module(**forward_arguments(module, inputs)), batch)
 
     return run

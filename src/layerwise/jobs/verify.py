@@ -9,17 +9,18 @@ import torch
 from torch import nn
 
 from layerwise.core.checkpoint import Checkpoint
-from layerwise.core.data import Texts, samples_of
+from layerwise.core.data import Texts
 from layerwise.core.network import choose_device, find_folder, open_network
 from layerwise.core.plan import Plan, chain_for, describe, label, read_plan
 from layerwise.core.quality import Estimate, Quality, measure_quality
+from layerwise.core.reader import samples_of
 from layerwise.export import TARGETS
 from layerwise.jobs.checks import decode_checks, rebuild_check, reload_checks
 from layerwise.jobs.depth import layer_bytes
 from layerwise.jobs.measure import peak_memory, speeds
 from layerwise.jobs.naive import Contest, build_naive
-from layerwise.jobs.session import Progress, load_tokenizer, silent
-from layerwise.jobs.stock import load_stock, logits_of
+from layerwise.jobs.session import Progress, load_reader, silent
+from layerwise.jobs.stock import answers_of, load_stock
 
 
 class Settings(NamedTuple):
@@ -67,16 +68,16 @@ def verify(
         LayerwiseError: the folder holds no plan, or stock transformers cannot load it.
     """
     plan = read_plan(folder / "plan.yaml")
-    tokenizer = load_tokenizer(model)
+    reader = load_reader(open_network(model))
     texts = Texts(settings.data or plan.data.source, plan.data.seed, 0, settings.length)
-    batches = samples_of(tokenizer, texts, "evaluate", settings.documents)
+    batches = samples_of(reader, texts, "evaluate", settings.documents)
     device = choose_device(settings.device)
     progress("loading models", 0, 3)
     original = load_stock(find_folder(model), settings.dtype, device)
     edited = load_stock(folder, settings.dtype, device)
     progress("evaluating", 1, 3)
-    before = measure_quality(batches, logits_of(original))
-    after = measure_quality(batches, logits_of(edited), logits_of(original))
+    before = measure_quality(batches, answers_of(original))
+    after = measure_quality(batches, answers_of(edited), answers_of(original))
     rows = [
         quality_row("original", before, None, Checkpoint(find_folder(model)).nbytes, "as it is"),
         quality_row("plan", after, before, Checkpoint(folder).nbytes, describe(plan)),
