@@ -23,6 +23,12 @@ TASKS = {
 
 #: field name -> small value; the first pattern that matches the whole name decides
 SMALL: tuple[tuple[str, Any], ...] = (
+    (r"(mamba_|ssm_)?chunk_size", 8),
+    (r"mamba_(n|num)_heads|n_mamba_heads", 4),
+    (r"mamba_(d_head|head_dim|headdim)", 32),
+    (r"mamba_d_ssm", 128),
+    (r"mamba_d_state|ssm_state_size|state_size|mamba_state_dim", 8),
+    (r"(mamba_)?n_groups|mamba_ngroups", 1),
     (r".*vocab_size.*", VOCABULARY),
     (
         r"(pad|bos|eos|sep|cls|mask|unk|decoder_start|image|video|audio|boi|eoi|.*_token)(_.*)?_(id|index)",
@@ -181,6 +187,8 @@ def build(entry: Entry) -> nn.Module:
     )
     config = small_config(kind.config_class, asked)
     config.architectures = [entry.class_name]
+    if config.is_encoder_decoder and vars(config).get("decoder_start_token_id") is None:
+        config.decoder_start_token_id = 0
     torch.manual_seed(0)
     model = kind(config).float().eval()
     with torch.no_grad():

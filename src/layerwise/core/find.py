@@ -4,6 +4,7 @@ A stack is a chain of calls in which a tensor that one call returns is a tensor 
 receives. What the modules inside a layer are for is read off how they behave.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
+from transformers import Cache
 
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.hollow import ShortCircuit
@@ -47,11 +49,17 @@ class Use(NamedTuple):
     x: Tensor
     output: Tensor
     consumed_transposed: bool
+    conv: bool = False
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
     """All tensors of a nest of tuples, lists and dictionaries."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _snapshot(tree: Any) -> Any:
+    """Arguments as they are now: what a call changes beside its tensors is copied."""
+    return tree_map(lambda leaf: copy.deepcopy(leaf) if isinstance(leaf, Cache) else leaf, tree)
 
 
 def record_calls(modules: dict[str, nn.Module], run: Callable[[], Any]) -> list[Call]:
@@ -62,7 +70,7 @@ def record_calls(modules: dict[str, nn.Module], run: Callable[[], Any]) -> list[
 
     def enter(path: str) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            open_calls.append((path, module, args, kwargs, next(clock)))
+            open_calls.append((path, module, *_snapshot((args, kwargs)), next(clock)))
 
         return hook
 
@@ -144,11 +152,10 @@ def find_stacks(model: nn.Module, run: Callable[[], Any]) -> list[Stack]:
             fix="give the network's stack of layers as an nn.Sequential",
         )
     anatomies: dict[Any, tuple[tuple[Part, ...], list[Matrix]]] = {}
+    titles = _titles(chains)
     stacks: list[Stack] = []
-    for chain in chains:
-        name = "encoder" if _sees_ahead(chain[0]) else "decoder"
-        count = sum(stack.name.startswith(name) for stack in stacks)
-        title = f"{name}{count + 1}" if count else name
+    for number, chain in enumerate(chains):
+        title = titles[number]
         layers: dict[int, Layer] = {}
         visits = []
         for call in chain:
@@ -159,6 +166,16 @@ def find_stacks(model: nn.Module, run: Callable[[], Any]) -> list[Stack]:
         container = chain[0].path.rpartition(".")[0]
         stacks.append(Stack(title, container, tuple(layers.values()), wiring))
     return stacks
+
+
+def _titles(chains: list[list[Call]]) -> dict[int, str]:
+    """Names of the stacks, counted in the order in which they run."""
+    titles: dict[int, str] = {}
+    for number in sorted(range(len(chains)), key=lambda i: chains[i][0].began):
+        name = "encoder" if _sees_ahead(chains[number][0]) else "decoder"
+        count = sum(title.rstrip("0123456789") == name for title in titles.values())
+        titles[number] = f"{name}{count + 1}" if count else name
+    return titles
 
 
 def _wiring(visits: list[int]) -> Any:
@@ -190,7 +207,8 @@ def _layer(stack: str, index: int, call: Call, anatomies: dict) -> Layer:
         )
         for m in found
     )
-    return Layer(stack, index, call.path, call.module, parts, matrices, _keeps_shape(call))
+    alone = isinstance(call.output, Tensor)
+    return Layer(stack, index, call.path, call.module, parts, matrices, _keeps_shape(call), alone)
 
 
 def _keeps_shape(call: Call) -> bool:
@@ -207,14 +225,15 @@ def dissect(call: Call) -> tuple[tuple[Part, ...], list[Matrix]]:
     shapes = {n: p.shape for n, p in layer.named_parameters()}
     uses: list[Use] = []
 
-    def seen(x: Tensor, weight: Tensor, transposed: bool, output: Tensor) -> None:
+    def seen(x: Tensor, weight: Tensor, transposed: bool, output: Tensor, conv: bool) -> None:
         name = where.get(weight.untyped_storage().data_ptr())
         if name is not None and all(u.parameter != name for u in uses):
-            uses.append(Use(name, x, output, transposed))
+            uses.append(Use(name, x, output, transposed, conv))
 
     with torch.no_grad(), ShortCircuit(seen):
         children = dict(layer.named_children())
-        calls = record_calls(children, lambda: layer(*call.args, **call.kwargs))
+        args, kwargs = _snapshot((call.args, call.kwargs))
+        calls = record_calls(children, lambda: layer(*args, **kwargs))
     mixing = {c.path: _mixes(c, call) for c in calls}
     names = _part_names(children, mixing, uses)
     parts = tuple(
@@ -271,7 +290,7 @@ def _depends(child: Call, x: Tensor, position: int) -> bool | None:
     kept = []
     for value in (first, second):
         swapped = tree_map(
-            lambda t, v=value: v.clone() if t is x else t, (child.args, child.kwargs)
+            lambda t, v=value: v.clone() if t is x else t, _snapshot((child.args, child.kwargs))
         )
         try:
             with torch.no_grad(), ShortCircuit():
@@ -303,8 +322,9 @@ def _matrices(uses: list[Use], names: dict[str, str], shapes: dict) -> list[Matr
     matrices = []
     for (use, part, inputs, fusion), role in zip(rows, roles, strict=True):
         shape = shapes[use.parameter]
-        experts = range(shape[0]) if len(shape) == 3 else [None]
-        tail = shape[1:] if len(shape) == 3 else shape
+        stacked = len(shape) == 3 and not use.conv
+        experts = range(shape[0]) if stacked else [None]
+        tail = shape[1:] if stacked else shape
         out, in_ = tail[0], math.prod(tail[1:])
         size = (in_, out) if use.consumed_transposed else (out, in_)
         for expert in experts:

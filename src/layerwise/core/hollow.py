@@ -79,9 +79,14 @@ def is_hollow(tensor: Tensor) -> bool:
 
 
 def ramp(x: Tensor, size: int) -> Tensor:
-    """The short-circuited result: mean over the last axis times a ramp from -1 to 1."""
+    """The short-circuited result: a mean over the last axis times a ramp from -1 to 1.
+
+    The mean is an uneven one: a layer norm before the call makes the even one 0.
+    """
+    width = x.shape[-1]
+    uneven = 1 + torch.cos(torch.arange(width, dtype=torch.float32, device=x.device))
     steps = torch.linspace(-1, 1, size, dtype=torch.float32, device=x.device) + 0.1
-    return (x.float().mean(-1, keepdim=True) * steps).to(x.dtype)
+    return ((x.float() @ uneven[:, None] / width) * steps).to(x.dtype)
 
 
 #: function -> (argument of the input, argument of the weight, whether the weight is [in, out])
@@ -102,6 +107,30 @@ CONSUMERS: dict[Any, tuple[int, int, bool]] = {
 }
 if "grouped_mm" in dir(F):
     CONSUMERS[F.grouped_mm] = (0, 1, True)
+
+
+CONVOLUTIONS = (F.conv1d, F.conv2d)
+
+
+def conv_rows(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The patches `[positions, in * height * width]` that a convolution multiplies.
+
+    Empty for a convolution in groups, whose outputs do not all see the same input.
+    """
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    given: dict[str, Any] = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+    given |= dict(zip(names, args, strict=False)) | dict(kwargs)
+    x, weight = given["input"], given["weight"]
+    if given["groups"] != 1 or given["padding"] == "same":
+        return x.new_zeros(0, weight[0].numel())
+    options = {n: given[n] for n in ("stride", "padding", "dilation")}
+    options["padding"] = 0 if options["padding"] == "valid" else options["padding"]
+    if func is F.conv1d:
+        first = {k: v if isinstance(v, int) else v[0] for k, v in options.items()}
+        options = {k: (0 if k == "padding" else 1, v) for k, v in first.items()}
+        x, weight = x.unsqueeze(-2), weight.unsqueeze(-2)
+    patches = F.unfold(x, weight.shape[2:], **options)
+    return patches.transpose(1, 2).reshape(-1, patches.shape[1])
 
 
 def operands(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple | None:
@@ -131,13 +160,15 @@ _FLIPS = {
 
 
 class ShortCircuit(TorchFunctionMode):
-    """Replaces calls on hollow weights, and tells `seen(input, weight, transposed, output)`.
+    """Replaces calls on hollow weights, and tells `seen(input, weight, transposed, output, conv)`.
 
-    `transposed` is about the stored parameter: whether it is `[in, out]`. Strides of 0 do not
-    show a transposition, so the views that make one are followed.
+    Convolutions run as they are. `transposed` is about the stored parameter: whether it is
+    `[in, out]`. Strides of 0 do not show a transposition, so the views that make one are followed.
     """
 
-    def __init__(self, seen: Callable[[Tensor, Tensor, bool, Tensor], None] | None = None) -> None:
+    def __init__(
+        self, seen: Callable[[Tensor, Tensor, bool, Tensor, bool], None] | None = None
+    ) -> None:
         super().__init__()
         self.seen = seen
         self._flipped: dict[int, Tensor] = {}
@@ -153,12 +184,16 @@ class ShortCircuit(TorchFunctionMode):
             phase = args[0].to(torch.float32)[..., None] * 0.37 + 1
             return torch.sin(phase * torch.arange(1, args[1].shape[-1] + 1)).to(args[1].dtype)
         found = operands(func, args, kwargs)
-        if found is None or not is_hollow(found[1]) or func in (F.conv1d, F.conv2d):
+        if found is None or not is_hollow(found[1]):
             return func(*args, **kwargs)
         x, weight, transposed = found
-        output = ramp(x, weight.shape[-1] if transposed else weight.shape[0])
+        if func in CONVOLUTIONS:
+            output = func(*args, **kwargs)
+        else:
+            output = ramp(x, weight.shape[-1] if transposed else weight.shape[0])
         if self.seen is not None:
-            self.seen(x, weight, transposed != (id(weight) in self._flipped), output)
+            turned = transposed != (id(weight) in self._flipped)
+            self.seen(x, weight, turned, output, func in CONVOLUTIONS)
         return output
 
 
@@ -213,13 +248,13 @@ class Source:
         names = [
             stored
             for stored, name in self.owner.items()
-            if name.startswith(prefix) and not (apart and name.startswith(apart))
+            if name.startswith(prefix) and not name.startswith(apart)
         ]
         settings = LoadStateDictConfig(dtype=self.dtype, weight_mapping=self.mapping)
         convert_and_load_state_dict_in_model(self.model, self.checkpoint.read(names), settings)
-        return self._take()
+        return self._take(prefix, apart)
 
-    def _take(self) -> dict[str, Tensor]:
+    def _take(self, prefix: str, apart: tuple[str, ...]) -> dict[str, Tensor]:
         """Everything that was just loaded, leaving the model on meta again."""
         taken: dict[str, Tensor] = {}
         for path, module in self.model.named_modules():
@@ -231,4 +266,4 @@ class Source:
                         module._parameters[name] = nn.Parameter(empty, requires_grad=False)
                     else:
                         module._buffers[name] = empty
-        return taken
+        return {n: t for n, t in taken.items() if n.startswith(prefix) and not n.startswith(apart)}

@@ -9,6 +9,7 @@ edited in place, so that a clean stream can run beside the edited one.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import copy_context
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.find import tensors_in
-from layerwise.core.hollow import operands
+from layerwise.core.hollow import CONVOLUTIONS, conv_rows, operands
 from layerwise.core.network import Network
 from layerwise.core.stack import Layer, Matrix
 from layerwise.core.task import forward_arguments
@@ -45,12 +46,16 @@ class Lane:
 
 @dataclass
 class Pause:
-    """An operation about to run: its parameter, expert (or None for all), and its input."""
+    """An operation about to run: its parameter, expert (or None for all), and its input.
+
+    `rows` gives the rows that a convolution multiplies.
+    """
 
     parameter: str
     expert: int | None
     x: Tensor
     offsets: Tensor | None
+    rows: Callable[[], Tensor] | None = None
 
     @property
     def key(self) -> tuple[int, str]:
@@ -131,7 +136,7 @@ class Walk(TorchFunctionMode):
         self.edits: Edits = {}
         self.lanes: list[Lane] = []
         self.engine = getcurrent()
-        self._storages: dict[int, str] = {}
+        self._storages: dict[int, list[str]] = {}
         self._visited: set[tuple[int, str, int | None]] = set()
         self._current: Lane | None = None
         self._closing = False
@@ -141,9 +146,10 @@ class Walk(TorchFunctionMode):
         self.layer = layer
         self.network.bring(layer)
         self.parameters = dict(layer.module.named_parameters(remove_duplicate=False))
-        self._storages = {
-            p.untyped_storage().data_ptr(): n for n, p in self.parameters.items() if p.ndim > 1
-        }
+        self._storages = {}
+        for name, p in self.parameters.items():
+            if p.ndim > 1:
+                self._storages.setdefault(p.untyped_storage().data_ptr(), []).append(name)
         self.edits, self._visited = {}, set()
 
     def close(self) -> None:
@@ -194,12 +200,13 @@ class Walk(TorchFunctionMode):
         if found is None:
             return func(*args, **kwargs)
         x, weight, _ = found
-        name = self._storages.get(weight.untyped_storage().data_ptr())
+        name = self._owner(weight)
         if name is None:
             return func(*args, **kwargs)
         lane = self._lane()
         if lane is not None and self.matrices:
-            self._stop_at(lane, name, weight, x, kwargs.get("offs"))
+            rows = partial(conv_rows, func, args, kwargs) if func in CONVOLUTIONS else None
+            self._stop_at(lane, name, weight, Pause(name, None, x, kwargs.get("offs"), rows))
         edited = self.edits.get(name)
         if edited is None or (lane is not None and lane.clean):
             return func(*args, **kwargs)
@@ -209,17 +216,22 @@ class Walk(TorchFunctionMode):
         kwargs = {k: new if v is weight else v for k, v in kwargs.items()}
         return func(*args, **kwargs)
 
-    def _stop_at(
-        self, lane: Lane, name: str, weight: Tensor, x: Tensor, offsets: Tensor | None
-    ) -> None:
+    def _owner(self, weight: Tensor) -> str | None:
+        """The parameter of the open layer that a weight is, or is a part of."""
+        for name in self._storages.get(weight.untyped_storage().data_ptr(), ()):
+            p = self.parameters[name]
+            if p.storage_offset() <= weight.storage_offset() < p.storage_offset() + p.numel():
+                return name
+        return None
+
+    def _stop_at(self, lane: Lane, name: str, weight: Tensor, pause: "Pause") -> None:
         parameter = self.parameters[name]
-        expert = None
         if parameter.ndim == 3 and weight.ndim == 2:
-            expert = (weight.storage_offset() - parameter.storage_offset()) // parameter.stride(0)
-        if not self.needs_stop(lane, name, expert):
-            return
-        lane.pause = Pause(name, expert, x, offsets)
-        self.pause()
+            offset = weight.storage_offset() - parameter.storage_offset()
+            pause.expert = offset // parameter.stride(0)
+        if self.needs_stop(lane, name, pause.expert):
+            lane.pause = pause
+            self.pause()
 
     def needs_stop(self, lane: Lane, name: str, expert: int | None) -> bool:
         """Once per lane and input group: what shares the memory shares the stop."""
@@ -286,7 +298,7 @@ class Walk(TorchFunctionMode):
 
 def _rows_of(pause: Pause, matrix: Matrix) -> Tensor:
     """Rows `[tokens, in]` of an operation's input that one matrix sees."""
-    x = pause.x
+    x = pause.x if pause.rows is None else pause.rows()
     if matrix.expert is None or pause.expert is not None:
         return x.reshape(-1, x.shape[-1])
     if pause.offsets is not None:

@@ -1,7 +1,7 @@
 """An opened network: its module, its stacks, and where the weights live."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -36,6 +36,8 @@ class Network:
     task: Task
     source: Source | None = None
     origins: Mapping[str, str] = field(default_factory=dict)
+    #: paths of all layers of the checkpoint, those that a wiring leaves out as well
+    stored_layers: tuple[str, ...] = ()
 
     @property
     def stack(self) -> Stack:
@@ -77,13 +79,13 @@ class Network:
         """The layer's tensors as stored, by their name inside the layer."""
         if self.source is None:
             return dict(layer.module.state_dict())
-        origin = self.origins.get(layer.key, layer.path) + "."
+        origin = self.origins.get(layer.path, layer.path) + "."
         loaded = self.source.load(origin)
         return {name.removeprefix(origin): tensor for name, tensor in loaded.items()}
 
     def fetch_outside(self) -> dict[str, Tensor]:
         """The tensors as stored that belong to no layer: embeddings, final norm, head."""
-        return self.stored.load("", apart=tuple(f"{stack.container}." for stack in self.stacks))
+        return self.stored.load("", apart=tuple(f"{path}." for path in self.stored_layers))
 
     def bring(self, layer: Layer) -> None:
         """Put the layer's real weights in place."""
@@ -104,7 +106,8 @@ class Network:
         source, kind = self.stored, type(self.model)
         module = build_hollow(kind, self.model.config, torch.float32, source.is_stored)
         stacks, task = _examine(module)
-        wide = Network(module, stacks, self.device, torch.float32, task, source, self.origins)
+        kind = torch.float32
+        wide = replace(self, module=module, stacks=stacks, dtype=kind, task=task)
         _bring_outside(wide)
         return wide
 
@@ -123,6 +126,8 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], device: torch.device)
         held: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
         before = held[leaf]
         moved = tensor.to(device, before.dtype if before is not None else tensor.dtype)
+        if moved.untyped_storage().nbytes() != moved.nbytes:
+            moved = moved.clone()  # a slice of a fused tensor would keep all of it
         held[leaf] = (
             nn.Parameter(moved, requires_grad=False) if held is owner._parameters else moved
         )
@@ -186,8 +191,9 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
         LayerwiseError: transformers has no such class.
     """
     for name in config.architectures or ():
-        if name in dir(transformers):
-            return getattr(transformers, name)
+        kind = getattr(transformers, name, None)
+        if kind is not None:
+            return kind
     for auto in (
         transformers.AutoModelForCausalLM,
         transformers.AutoModelForSeq2SeqLM,
@@ -237,23 +243,61 @@ def open_network(
     kept = choose_dtype(dtype, stored, where)
     source = Source(kind, checkpoint, copy.deepcopy(config), stored)
     shape = copy.deepcopy(config)
-    origins: dict[str, str] = {}
-    if wiring:
-        base = build_hollow(kind, copy.deepcopy(config), kept, source.is_stored)
-        for stack in _examine(base)[0]:
-            order = stack.wiring
-            if stack.name in wiring:
-                order = parse_wiring(
-                    list(wiring[stack.name]), len(stack.layers), f"wiring {stack.name}"
-                )
-            shape = edited_config(kind, shape, stack, order)
-            for new, visit in enumerate(order):
-                origins[f"{stack.name}/{new}"] = stack.layers[visit.layer].path
     module = build_hollow(kind, shape, kept, source.is_stored)
     stacks, task = _examine(module)
-    network = Network(module, stacks, where, kept, task, source, origins)
+    paths = tuple(layer.path for stack in stacks for layer in stack.layers)
+    origins: dict[str, Layer] = {}
+    if wiring:
+        for stack in stacks_named(stacks, wiring):
+            entries, place = list(wiring[stack.name]), f"wiring {stack.name}"
+            order = parse_wiring(entries, len(stack.layers), place)
+            shape = edited_config(kind, shape, stack, order)
+            for new, visit in enumerate(order):
+                origins[f"{stack.container}.{new}"] = stack.layers[visit.layer]
+        module = build_hollow(kind, shape, kept, source.is_stored)
+        stacks, task = _examine(module)
+        check_rebuilt([stack for stack in stacks if stack.name in wiring], origins)
+    known = {path: layer.path for path, layer in origins.items()}
+    network = Network(module, stacks, where, kept, task, source, known, paths)
     _bring_outside(network)
     return network
+
+
+def stacks_named(stacks: Sequence[Stack], names: Iterable[str]) -> list[Stack]:
+    """The stacks of these names.
+
+    Raises:
+        LayerwiseError: there is none of a name.
+    """
+    known = {stack.name: stack for stack in stacks}
+    for name in names:
+        if name not in known:
+            raise LayerwiseError(
+                f"wiring of {name!r}", allowed=", ".join(known), found=name, fix="name a stack"
+            )
+    return [known[name] for name in names]
+
+
+def check_rebuilt(stacks: Sequence[Stack], origins: Mapping[str, Layer]) -> None:
+    """A layer of the rebuilt network must hold the tensors of the one that it stands for.
+
+    Raises:
+        LayerwiseError: the architecture decides by the index what a layer is.
+    """
+    for layer in (layer for stack in stacks for layer in stack.layers):
+        before = origins.get(layer.path)
+        here, there = (
+            {n: p.shape for n, p in la.module.named_parameters()} if la else {}
+            for la in (layer, before)
+        )
+        if before is None or here != there:
+            name = before.key if before else "no layer"
+            raise LayerwiseError(
+                f"wiring, layer {layer.key}",
+                allowed="layers that are of the same kind at their new place",
+                found=f"{name} has other tensors than the architecture wants at {layer.path}",
+                fix="drop layers so that the kinds keep their rhythm, such as whole periods",
+            )
 
 
 def read_config(checkpoint: Checkpoint) -> PretrainedConfig:

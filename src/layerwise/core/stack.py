@@ -53,7 +53,10 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Layer:
-    """One link of a stack; one that keeps the shape of its input can be left out."""
+    """One link of a stack; one that keeps the shape of its input can be left out.
+
+    `alone` tells whether it returns its hidden state and nothing beside it.
+    """
 
     stack: str
     index: int
@@ -62,6 +65,7 @@ class Layer:
     parts: tuple[Part, ...]
     matrices: tuple[Matrix, ...]
     keeps_shape: bool = True
+    alone: bool = True
 
     @property
     def key(self) -> str:

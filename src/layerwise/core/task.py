@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 #: `causal`: the next token; `masked`: the hidden tokens; `seq2seq`: the next token of the target;
 #: `classify`: one class per input; `embed`: no head, so the answer is who is nearest to whom.
@@ -26,17 +27,13 @@ def config_value(config: Any, name: str) -> Any:
     values = vars(config)
     if values.get(name) is not None:
         return values[name]
-    nested = (v for v in values.values() if "model_type" in dir(v) and "to_dict" in dir(v))
+    nested = (v for v in values.values() if isinstance(v, PretrainedConfig))
     return next((found for n in nested if (found := config_value(n, name)) is not None), None)
 
 
 def takes_images(module: nn.Module) -> bool:
     """Whether the network's main input is an image."""
-    return vars(type(module)).get("main_input_name", _inherited(module)) == "pixel_values"
-
-
-def _inherited(module: nn.Module) -> str:
-    return module.main_input_name if "main_input_name" in dir(module) else ""  # type: ignore[return-value]
+    return isinstance(module, PreTrainedModel) and module.main_input_name == "pixel_values"
 
 
 def example_inputs(module: nn.Module) -> dict[str, Tensor]:
@@ -70,7 +67,7 @@ def task_of(module: nn.Module, output: Any, two_way: bool) -> Task:
         return "embed"
     if logits.ndim == 2:
         return "classify"
-    if "config" in dir(module) and module.config.is_encoder_decoder:  # type: ignore[union-attr]
+    if isinstance(module, PreTrainedModel) and module.config.is_encoder_decoder:
         return "seq2seq"
     return "masked" if two_way else "causal"
 

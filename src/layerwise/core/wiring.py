@@ -1,7 +1,7 @@
 """A new execution order as an ordinary configuration: depth, and lists with one entry a layer."""
 
 import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -37,52 +37,113 @@ def parse_wiring(text: list[Any], depth: int, where: str) -> Wiring:
     return tuple(visits)
 
 
-def _configs(config: PretrainedConfig) -> list[PretrainedConfig]:
-    """A configuration and those nested in it."""
-    nested = [v for v in vars(config).values() if isinstance(v, PretrainedConfig)]
-    return [config, *(inner for n in nested for inner in _configs(n))]
+Tree = dict[str, Any]
+
+#: what configurations of backbones derive from their depth
+_DERIVED = ("stage_names", "out_features", "out_indices")
+
+
+class DepthField(NamedTuple):
+    """Where a configuration says how deep a stack is: in a number, or one of a list of stages.
+
+    `config` counts the nested configurations; without a name the per-layer lists say it alone.
+    """
+
+    config: int
+    name: str
+    stage: int | None = None
+
+
+def _configs(tree: Tree) -> list[Tree]:
+    """The values of a configuration and of those nested in it."""
+    nested = [v for v in tree.values() if isinstance(v, dict) and "model_type" in v]
+    return [tree, *(inner for n in nested for inner in _configs(n))]
 
 
 def depth_fields(
     kind: type[PreTrainedModel], config: PretrainedConfig, stack: Stack
-) -> list[tuple[int, str]]:
-    """Fields (number of the nested config, name) that set the stack's length.
+) -> list[DepthField]:
+    """The fields that set the stack's length.
 
     A field counts when it equals the depth and the stack on the meta device is one layer longer
-    after it was raised by one, together with the lists that have one entry a layer.
+    after it was raised by one, together with what has one entry a layer.
     """
     depth = len(stack.layers)
     found = []
-    for number, part in enumerate(_configs(config)):
-        for name, value in vars(part).items():
-            if type(value) is int and value == depth:
-                trial = copy.deepcopy(config)
-                _stretch(_configs(trial)[number], name, depth, [*range(depth), depth - 1])
-                if _length(kind, trial, stack.container) == depth + 1:
-                    found.append((number, name))
+    for number, part in enumerate(_configs(config.to_dict())):
+        alone = DepthField(number, "")
+        if _per_layer(part, depth) and _gives(kind, config, stack, [alone]):
+            return [alone]
+        for name, value in part.items():
+            field = DepthField(number, name)
+            if type(value) is int and value == depth and _gives(kind, config, stack, [field]):
+                found.append(field)
+            elif isinstance(value, list | tuple):
+                stages = [DepthField(number, name, i) for i, v in enumerate(value) if v == depth]
+                found += [f for f in stages if _gives(kind, config, stack, [f])]
     return found
 
 
-def _stretch(part: PretrainedConfig, name: str, depth: int, order: list[int]) -> None:
-    """Set the depth and put every per-layer list into the new order."""
-    for key, value in list(vars(part).items()):
-        if isinstance(value, list) and len(value) == depth and not _are_indices(value, depth):
-            vars(part)[key] = [value[i] for i in order]
-    vars(part)[name] = len(order)
+def _gives(
+    kind: type[PreTrainedModel], config: PretrainedConfig, stack: Stack, fields: list[DepthField]
+) -> bool:
+    """Whether these fields, raised by one, give one layer more."""
+    depth = len(stack.layers)
+    try:
+        trial = _edited(config, fields, depth, [*range(depth), depth - 1])
+        with torch.device("meta"):
+            layers = kind(trial).get_submodule(stack.container).children()
+        return len(list(layers)) == depth + 1
+    except Exception:  # a trial value that the architecture refuses is simply not the depth
+        return False
+
+
+def _edited(
+    config: PretrainedConfig, fields: list[DepthField], depth: int, order: list[int]
+) -> PretrainedConfig:
+    """The configuration with its depth set and everything per layer in the new order."""
+    tree = copy.deepcopy(config.to_dict())
+    parts = _configs(tree)
+    for field in fields:
+        part = parts[field.config]
+        if field.stage is None:
+            for name in _per_layer(part, depth):
+                part[name] = _reordered(part[name], order)
+            part |= {field.name: len(order)} if field.name else {}
+        else:
+            stages = list(part[field.name])
+            stages[field.stage] = len(order)
+            part[field.name] = stages
+        for name in _DERIVED if "stage_names" in part else ():
+            part.pop(name, None)
+    return type(config).from_dict(tree)
+
+
+def _per_layer(part: Tree, depth: int) -> list[str]:
+    """Names of the values with one entry a layer: lists, and what is kept under layer numbers."""
+    return [
+        name
+        for name, value in part.items()
+        if (isinstance(value, list) and len(value) == depth and not _are_indices(value, depth))
+        or (isinstance(value, dict) and value and all(_is_layer(k, depth) for k in value))
+    ]
+
+
+def _is_layer(key: object, depth: int) -> bool:
+    return str(key).isdecimal() and int(str(key)) < depth
+
+
+def _reordered(value: Any, order: list[int]) -> Any:
+    if isinstance(value, list):
+        return [value[i] for i in order]
+    own = {int(key): entry for key, entry in value.items()}
+    return {new: own[old] for new, old in enumerate(order) if old in own}
 
 
 def _are_indices(values: list[Any], depth: int) -> bool:
     """Whether a list names layers instead of describing each of them."""
     whole = all(isinstance(v, int) and not isinstance(v, bool) for v in values)
     return whole and len(values) > 2 and values == sorted(set(values)) and values[-1] < depth
-
-
-def _length(kind: type[PreTrainedModel], config: PretrainedConfig, container: str) -> int:
-    try:
-        with torch.device("meta"):
-            return len(list(kind(config).get_submodule(container).children()))
-    except Exception:  # a trial value that the architecture refuses is simply not the depth
-        return -1
 
 
 def edited_config(
@@ -104,7 +165,4 @@ def edited_config(
             found=f"no field of {type(config).__name__} changes the length of {stack.container}",
             fix="keep the depth of this stack",
         )
-    edited = copy.deepcopy(config)
-    for number, name in fields:
-        _stretch(_configs(edited)[number], name, len(stack.layers), order)
-    return edited
+    return _edited(config, fields, len(stack.layers), order)

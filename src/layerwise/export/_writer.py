@@ -1,5 +1,6 @@
 """Writing a model folder layer by layer, under the names that `save_pretrained` would use."""
 
+import copy
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -46,14 +47,11 @@ def on_disk(network: Network, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def write_config(network: Network, path: Path, extra: Mapping[str, Any]) -> None:
     """The configuration of the network as it is built, under its stored dtype."""
-    config = network.model.config
+    config = copy.deepcopy(network.model.config)
     config.architectures = [type(network.model).__name__]
     config.dtype = str(network.stored.dtype).removeprefix("torch.")
-    for key, value in extra.items():
-        config.__dict__[key] = value
+    vars(config).update(extra)
     config.save_pretrained(path)
-    for key in extra:
-        del config.__dict__[key]
 
 
 def copy_companions(source: Path, path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from layerwise.core.task import example_inputs, takes_images
 from layerwise.jobs.stock import answers_of, load_stock
@@ -18,7 +19,7 @@ from layerwise.jobs.stock import answers_of, load_stock
 
 def generates(module: nn.Module) -> bool:
     """Whether a model continues a sequence of tokens."""
-    return "can_generate" in dir(module) and bool(module.can_generate())  # type: ignore[operator]
+    return isinstance(module, PreTrainedModel) and module.can_generate()
 
 
 def greedy_tokens(module: nn.Module, ids: Tensor, count: int, cached: bool) -> Tensor:

@@ -1,6 +1,6 @@
 """Scores for a planner: the probes they need in one pass, and trial edits on the model."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from layerwise.core.data import Texts
-from layerwise.core.lockstep import hidden
 from layerwise.core.method import find
 from layerwise.core.network import Network
 from layerwise.core.plan import Step
@@ -20,6 +19,7 @@ from layerwise.core.task import answer, forward_arguments
 from layerwise.jobs.request import Request
 from layerwise.jobs.session import Progress, load_reader, texts_of
 from layerwise.jobs.solve import run_chain
+from layerwise.jobs.stock import StandIns
 
 #: what the kept outputs of the original's layers may take
 KEPT_BYTES = 1_000_000_000
@@ -63,7 +63,7 @@ class Trials:
 
     def _reuse_is_exact(self) -> bool:
         middle = len(self.network.stack.layers) // 2
-        with _Standing(self.network.stack.layers, self._before(0, middle)):
+        with StandIns(self.network.stack.layers, self._before(0, middle)):
             again = self.answer(self.batches[0], {})
         return torch.equal(again, self._original[0])
 
@@ -88,7 +88,7 @@ class Trials:
 
         def edited(batch: Any) -> Tensor:
             standing = self._before(numbers[id(batch)], first) | dict.fromkeys(gone)
-            with _Standing(self.network.stack.layers, standing):
+            with StandIns(self.network.stack.layers, standing):
                 return self.answer(batch, edits)
 
         return measure_quality(self.batches, edited, lambda b: self._original[numbers[id(b)]])
@@ -119,26 +119,6 @@ class Trials:
         """Loss in nats per token when the named layers hand their input on."""
         first = min(gone, default=0)
         return self.quality({}, first, gone).estimate("loss").value
-
-
-class _Standing:
-    """While it lasts, some layers hand on a given tensor, or their input, and compute nothing."""
-
-    def __init__(self, layers: Sequence[Any], given: Mapping[int, Tensor | None]) -> None:
-        self.modules = {i: layers[i].module for i in given}
-        self.given = given
-
-    def __enter__(self) -> None:
-        for i, module in self.modules.items():
-            module.forward = partial(self._hand_on, self.given[i], module.forward)
-
-    @staticmethod
-    def _hand_on(value: Tensor | None, forward: Callable, *args: Any, **kwargs: Any) -> Any:
-        return hidden((args, kwargs)) if value is None else value
-
-    def __exit__(self, *exception: object) -> None:
-        for module in self.modules.values():
-            del module.forward
 
 
 def make_scores(request: Request, network: Network, name: str, progress: Progress) -> Scores:

@@ -1,14 +1,19 @@
 """Models as stock transformers loads them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from transformers import AutoConfig
 
+from layerwise.core.find import tensors_in
+from layerwise.core.lockstep import hidden
 from layerwise.core.network import model_class
+from layerwise.core.stack import Layer
 from layerwise.core.task import answer, forward_arguments
 
 
@@ -18,6 +23,41 @@ def load_stock(folder: Path, dtype: str, device: torch.device) -> nn.Module:
     kind = model_class(config)
     module = kind.from_pretrained(folder, dtype=getattr(torch, dtype))
     return nn.Module.to(module, device).eval()
+
+
+class StandIns:
+    """While it lasts, some layers hand on a given tensor, or their input, and compute nothing.
+
+    A layer that returns more than its hidden state still runs when it hands its input on, for
+    the rest of what it returns.
+    """
+
+    def __init__(self, layers: Sequence[Layer], given: Mapping[int, Tensor | None]) -> None:
+        self.layers = {i: layers[i] for i in given}
+        self.given = given
+
+    def __enter__(self) -> None:
+        for i, layer in self.layers.items():
+            module = layer.module
+            module.forward = partial(self._hand_on, layer, self.given[i], module.forward)
+
+    @staticmethod
+    def _hand_on(
+        layer: Layer, value: Tensor | None, forward: Callable, *args: Any, **kwargs: Any
+    ) -> Any:
+        if value is not None:
+            return value
+        if layer.alone:
+            return hidden((args, kwargs))
+        output = forward(*args, **kwargs)
+        replaced = hidden(output)
+        inputs = tensors_in((args, kwargs))
+        handed = next(t for t in inputs if t.shape == replaced.shape)
+        return tree_map(lambda leaf: handed if leaf is replaced else leaf, output)
+
+    def __exit__(self, *exception: object) -> None:
+        for layer in self.layers.values():
+            del layer.module.forward
 
 
 def answers_of(module: nn.Module) -> Callable[[Any], Tensor]:

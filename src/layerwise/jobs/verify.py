@@ -68,7 +68,8 @@ def verify(
         LayerwiseError: the folder holds no plan, or stock transformers cannot load it.
     """
     plan = read_plan(folder / "plan.yaml")
-    reader = load_reader(open_network(model))
+    network = open_network(model)
+    reader = load_reader(network)
     texts = Texts(settings.data or plan.data.source, plan.data.seed, 0, settings.length)
     batches = samples_of(reader, texts, "evaluate", settings.documents)
     device = choose_device(settings.device)
@@ -84,9 +85,7 @@ def verify(
     ]
     checks = [*reload_checks(folder, edited), *decode_checks(edited, batches)]
     if plan.wiring:
-        checks.append(
-            rebuild_check(model, plan, edited, batches[0], settings.dtype, settings.device)
-        )
+        checks += rebuild_check(original, network, plan, edited, batches[0])
     ratio, warnings = None, []
     if settings.naive:
         progress("building the naive plan", 2, 3)
@@ -155,7 +154,7 @@ def layer_rows(model: str | Path, plan: Plan, folder: Path) -> list[dict[str, An
     nbytes, itemsize = TARGETS[plan.target].nbytes, original.stored.dtype.itemsize
     rows = []
     for layer, size in zip(original.stack.layers, layer_bytes(original), strict=True):
-        origins = (edited.origins.get(new.key, new.path) for new in edited.stack.layers)
+        origins = (edited.origins.get(new.path, new.path) for new in edited.stack.layers)
         visits = [
             new for new, at in zip(edited.stack.layers, origins, strict=True) if at == layer.path
         ]

@@ -1,0 +1,192 @@
+"""What must hold for an architecture, from the file to greedy decoding; stages in their order."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from build import Entry, example
+from torch import Tensor, nn
+
+from layerwise.core.checkpoint import Checkpoint
+from layerwise.core.errors import LayerwiseError
+from layerwise.core.lockstep import walk
+from layerwise.core.network import Network, open_network
+from layerwise.core.plan import DataSpec, Edit, Identity, Plan, Step
+from layerwise.core.stack import Stack
+from layerwise.core.task import answer, forward_arguments
+from layerwise.jobs.apply import apply_plan
+from layerwise.jobs.checks import rebuild_check, reload_checks
+from layerwise.jobs.measure import agrees_cached, generates
+from layerwise.jobs.stock import answers_of, load_stock
+
+STAGES = ("stack", "streaming", "lockstep", "rounding", "drop", "decoding")
+
+
+class StockFails(Exception):
+    """The untouched model of stock transformers does not do this either."""
+
+
+class Subject:
+    """A saved tiny model and what was made of it so far."""
+
+    def __init__(self, entry: Entry, model: nn.Module, folder: Path) -> None:
+        self.entry, self.folder = entry, folder
+        self.inputs = example(entry, model)
+        model.save_pretrained(folder / "model")  # type: ignore[operator]
+        self.stock = load_stock(folder / "model", "float32", torch.device("cpu"))
+
+    def network(self) -> Network:
+        return open_network(self.folder / "model", dtype="float32")
+
+    def plan(self, **fields: Any) -> Plan:
+        held = Checkpoint(self.folder / "model")
+        identity = Identity(held.structure, held.weights)
+        return Plan(model=identity, data=DataSpec(samples=1, length=16), **fields)
+
+    def sound(self, out: Path) -> nn.Module:
+        """The written folder, loaded by stock transformers, after its own check."""
+        edited = load_stock(out, "float32", torch.device("cpu"))
+        for check in reload_checks(out, edited):
+            assert check["ok"], check["found"]
+        return edited
+
+
+def stack(subject: Subject) -> None:
+    """Stacks are found, and `output_hidden_states` counts as many layers as one of them."""
+    network = subject.network()
+    assert all(layer.matrices for layer in network.stack.layers[:1]), "a layer without matrices"
+    with torch.no_grad():
+        given = forward_arguments(subject.stock, subject.inputs)
+        output = subject.stock(**given, output_hidden_states=True)
+    seen = [
+        len(states)
+        for key in ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
+        if (states := output.get(key)) is not None
+    ]
+    visits = [len(found.wiring) for found in network.stacks]
+    if seen and len(visits) < 4:
+        assert any(count - 1 in (visit, visit + 1) for count in seen for visit in visits), (
+            f"hidden states {seen}, visits {visits}"
+        )
+
+
+def streaming(subject: Subject) -> None:
+    """What is brought in layer by layer equals what `from_pretrained` loads, bit for bit."""
+    network = subject.network().load()
+    ours, theirs = network.module.state_dict(), subject.stock.state_dict()
+    assert set(ours) == set(theirs)
+    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert not different, f"differ: {different[:3]}"
+
+
+def lockstep(subject: Subject) -> None:
+    """A streamed walk that pauses at every matrix gives the plain forward's output."""
+    network = subject.network()
+    plain = subject.network().load().module
+    found: dict[int, Tensor] = {}
+    keep = lambda number, clean, output: found.__setitem__(number, answer(output, subject.inputs))  # noqa: E731
+    batches = [subject.inputs, {k: v.flip(0) for k, v in subject.inputs.items()}]
+    for _ in walk(network, batches, matrices="pause", finish=keep):
+        pass
+    for number, batch in enumerate(batches):
+        with torch.no_grad():
+            assert torch.equal(found[number], answers_of(plain)(batch))
+
+
+def rounding(subject: Subject) -> None:
+    """One group rounded to 4 bits, saved, loaded by stock transformers."""
+    network = subject.network()
+    group = network.stack.groups()[0]
+    edits = tuple(Edit(m.key, (Step("rtn", {"bits": 4}),)) for m in group.matrices)
+    out = subject.folder / "rounded"
+    apply_plan(subject.folder / "model", subject.plan(edits=edits), out, dtype="float32")
+    edited = subject.sound(out)
+    with torch.no_grad():
+        got, plain = (answers_of(m)(subject.inputs) for m in (edited, subject.stock))
+    assert not torch.equal(got, plain), "nothing changed"
+
+
+def drop(subject: Subject) -> None:
+    """A middle layer left out: the stock rebuild gives what the original gives without it."""
+    network = subject.network()
+    chosen = max(network.stacks, key=lambda s: sum(la.keeps_shape for la in s.layers))
+    depth = len(chosen.layers)
+    assert len(chosen.wiring) == depth > 1, "layers that share their weights"
+    kept = next(k for k in _choices(chosen) if _is_accepted(subject, {chosen.name: k}))
+    plan = subject.plan(wiring={chosen.name: kept})
+    out = subject.folder / "dropped"
+    apply_plan(subject.folder / "model", plan, out, dtype="float32")
+    edited = subject.sound(out)
+    for check in rebuild_check(subject.stock, network, plan, edited, subject.inputs):
+        assert check["ok"], check["found"]
+
+
+def _choices(stack: Stack) -> list[list[int]]:
+    """What may be kept: without a middle layer that is not the only one of its kind, else
+    without a pair, for architectures whose kinds have a rhythm."""
+    depth = len(stack.layers)
+    kinds = [[(m.parameter, m.shape) for m in layer.matrices] for layer in stack.layers]
+    able = [la.index for la in stack.layers if la.keeps_shape and la.index > 0]
+    peers = [i for i in able if kinds.count(kinds[i]) > 1] or able
+    middle = sorted(peers, key=lambda i: abs(i - (depth - 1) / 2))
+    pairs = [(i, i + 1) for i in able if i + 1 in able]
+    return [
+        [i for i in range(depth) if i not in gone] for gone in [*((i,) for i in middle), *pairs]
+    ]
+
+
+def _is_accepted(subject: Subject, wiring: dict[str, list[int]]) -> bool:
+    """Whether the network can be rebuilt with these layers; a refusal is an error that says why."""
+    try:
+        open_network(subject.folder / "model", wiring=wiring, dtype="float32")
+    except LayerwiseError as error:
+        if "kind" in str(error):
+            return False
+        raise
+    return True
+
+
+def decoding(subject: Subject) -> None:
+    """After the drop, greedy decoding with a cache gives the tokens that it gives without."""
+    if subject.entry.task in ("causal", "seq2seq") and generates(subject.stock):
+        ids = subject.inputs["input_ids"][:1]
+        try:
+            same, total = agrees_cached(subject.stock, ids, 8)
+        except Exception as error:
+            raise StockFails(told(error)) from error
+        if same < total:
+            raise StockFails(f"cached and uncached decoding differ after {same} of {total} tokens")
+        edited = load_stock(subject.folder / "dropped", "float32", torch.device("cpu"))
+        same, total = agrees_cached(edited, ids, 8)
+        assert same == total, f"{same} of {total} tokens"
+
+
+CHECKS: dict[str, Callable[[Subject], None]] = {
+    function.__name__: function
+    for function in (stack, streaming, lockstep, rounding, drop, decoding)
+}
+
+
+def run(entry: Entry, build: Callable[[Entry], nn.Module], folder: Path) -> dict[str, str]:
+    """Stage -> "" where it passed, else the exception; `build` alone where it cannot be built."""
+    try:
+        model = build(entry)
+        with torch.no_grad():
+            model(**forward_arguments(model, example(entry, model)))
+        subject = Subject(entry, model, folder)
+    except Exception as error:
+        return {"build": told(error)}
+    results = {"build": ""}
+    for name, check in CHECKS.items():
+        try:
+            check(subject)
+            results[name] = ""
+        except Exception as error:
+            results[name] = told(error)
+    return results
+
+
+def told(error: Exception) -> str:
+    """An exception on one line, without what changes from run to run."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:160]
