@@ -10,9 +10,11 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import msgspec
+from outputs import refreshed
 
 import layerwise.families as families
 from layerwise.core.method import FAMILIES, Method, find, methods
@@ -120,7 +122,14 @@ def pages() -> dict[Path, str]:
     made[HERE / "command-line.md"] = command_line()
     made[HERE / "plan.schema.json"] = schema(Plan)
     made[HERE / "answer.schema.json"] = schema(Answer)
+    for page in sorted((HERE / "guide").glob("*.md")):
+        made[page] = refreshed(page.read_text(), partial(tell, page))
     return made
+
+
+def tell(page: Path, drift: str) -> None:
+    """Say on which page an output differs, and how."""
+    print(f"{page.relative_to(ROOT)}: {drift}", file=sys.stderr)
 
 
 def main() -> None:
