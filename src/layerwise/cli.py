@@ -34,8 +34,9 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 Dtype = Annotated[str, typer.Option(help="Compute type; auto is the checkpoint's.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 Data = Annotated[str, typer.Option(help="stdlib, a text file, a folder or a .jsonl file.")]
-Samples = Annotated[int, typer.Option(help="Windows of text to calibrate on.")]
-Length = Annotated[int, typer.Option(help="Tokens in a window.")]
+Samples = Annotated[int, typer.Option(min=1, help="Windows of text to calibrate on.")]
+Length = Annotated[int, typer.Option(min=16, help="Tokens in a window.")]
+Documents = Annotated[int, typer.Option(min=1, help="Documents to evaluate on.")]
 Size = Annotated[str, typer.Option(help="Share of the input's bytes that may remain: 20%.")]
 Bytes = Annotated[str, typer.Option("--bytes", help="Bytes of the result: 2GB, 1.5GiB.")]
 Bits = Annotated[float, typer.Option(help="Mean bits per weight of the allocatable matrices.")]
@@ -121,7 +122,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _quiet() -> None:
-    """Keep transformers' own progress bars and advice off the terminal."""
+    """Keep other libraries' progress bars and advice off the terminal."""
+    os.environ["TQDM_DISABLE"] = "1"
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -132,7 +134,6 @@ def _quiet() -> None:
         logger.disable("compressed_tensors")
     except ImportError:
         pass
-    os.environ["TQDM_DISABLE"] = "1"
 
 
 @command
@@ -230,7 +231,7 @@ def verify(
     model: Model,
     folder: Annotated[str, typer.Argument(help="What `apply` wrote.")],
     data: Data = "",
-    documents: Annotated[int, typer.Option(help="Documents to evaluate on.")] = 64,
+    documents: Documents = 64,
     length: Length = 512,
     naive: Annotated[bool, typer.Option(help="Build the naive plan of the same size.")] = True,
     speed: Annotated[bool, typer.Option(help="Measure speed.")] = True,
@@ -264,7 +265,7 @@ def compress(
     data: Data = "stdlib",
     samples: Samples = 128,
     length: Length = 512,
-    documents: Annotated[int, typer.Option(help="Documents to evaluate on.")] = 64,
+    documents: Documents = 64,
     naive: Annotated[bool, typer.Option(help="Build the naive plan of the same size.")] = True,
     seed: Seed = 0,
     keep: Keep = [],
@@ -397,8 +398,8 @@ def _layers(folder: Path, text: str, share: Callable[[str, str], float]) -> int:
 
 
 def _plan(output: Output, request: Any) -> Any:
-    from layerwise.jobs.plan import make_plan
-    from layerwise.report.terminal import progress_bar, show_bytes
+    from layerwise.jobs.plan import make_plan, reached
+    from layerwise.report.terminal import progress_bar
 
     _say_data(output, request.data.source)
     with progress_bar(output.as_json) as progress:
@@ -406,7 +407,7 @@ def _plan(output: Output, request: Any) -> Any:
     key = "group" if planned.menus else "layer"
     output.table("plan", planned.rows, key, "option", "bytes", "importance", "damage")
     output.more["bytes"] = planned.nbytes
-    output.say(f"{show_bytes(planned.nbytes)} of tensors in all")
+    output.say(reached(planned))
     return planned
 
 
@@ -428,7 +429,7 @@ def _apply(
     read = read_plan(Path(plan))
     if dry_run:
         rows = preview(model, read, other_weights)
-        output.table("would be applied", rows, "layer", "options", "bytes")
+        output.table("would be applied", rows, "layer", "from", "options", "bytes")
         return
     with progress_bar(output.as_json) as progress:
         applied = apply_plan(
@@ -440,7 +441,7 @@ def _apply(
             other_weights=other_weights,
             progress=progress,
         )
-    output.table("applied", applied.rows, "layer", "options", "bytes", "error", "seconds")
+    output.table("applied", applied.rows, "layer", "from", "options", "bytes", "error", "seconds")
     output.files.append(out)
     output.more["bytes"] = applied.nbytes
     write_card(Path(out), model, read)
@@ -457,8 +458,10 @@ def _verify(output: Output, model: str, folder: Path, settings: Any) -> None:
 
     with progress_bar(output.as_json) as progress:
         found = run(model, folder, settings, progress)
-    columns = ("name", "bytes", "loss", "kl", "agree", "prefill", "decode", "memory", "what")
+    columns = ("name", "bytes", "loss", "kl", "agree", "prefill", "decode", "memory")
     output.table("verified", found.rows, *columns)
+    for row in found.rows[1:]:
+        output.say(f"{row['name']}: {row['what']}")
     output.warnings += found.warnings
     output.more |= {"checks": found.checks, "ratio": found.ratio, "verdict": found.verdict}
     for check in found.checks:

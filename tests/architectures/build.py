@@ -194,7 +194,7 @@ def build(entry: Entry) -> nn.Module:
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim > 1:
-                p.copy_(torch.randn_like(p) * (0.5 / p.shape[-1] ** 0.5))
+                p.copy_(torch.randn_like(p) * (0.5 / p[0].numel() ** 0.5))
     return model
 
 

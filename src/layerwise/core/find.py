@@ -6,7 +6,7 @@ receives. What the modules inside a layer are for is read off how they behave.
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -127,8 +127,10 @@ def choose_stacks(chains: list[list[Call]]) -> list[list[Call]]:
     return [c for c in chosen if len(c) > 1 or longest_length == 1]
 
 
-def find_stacks(model: nn.Module, run: Callable[[], Any]) -> list[Stack]:
-    """Find the stacks of a hollow model by one short-circuited forward.
+def find_stacks(
+    model: nn.Module, run: Callable[[], Any], containers: Collection[str] = ()
+) -> list[Stack]:
+    """Find the stacks of a hollow model, or those of known containers, by a trial forward.
 
     A stack whose layers let no position see a later one is a `decoder`, any other an `encoder`;
     the second of a name is `decoder2`. The longest comes first.
@@ -143,7 +145,9 @@ def find_stacks(model: nn.Module, run: Callable[[], Any]) -> list[Stack]:
         for key, child in module.named_children()
     }
     with torch.no_grad(), ShortCircuit():
-        chains = choose_stacks(find_chains(record_calls(children, run)))
+        found = find_chains(record_calls(children, run))
+    known = [chain for chain in found if _container(chain) in containers]
+    chains = known or choose_stacks(found)
     if not chains:
         raise LayerwiseError(
             type(model).__name__,
@@ -163,9 +167,12 @@ def find_stacks(model: nn.Module, run: Callable[[], Any]) -> list[Stack]:
                 layers[id(call.module)] = _layer(title, len(layers), call, anatomies)
             visits.append(layers[id(call.module)].index)
         wiring = plain_wiring(len(layers)) if len(layers) == len(chain) else _wiring(visits)
-        container = chain[0].path.rpartition(".")[0]
-        stacks.append(Stack(title, container, tuple(layers.values()), wiring))
+        stacks.append(Stack(title, _container(chain), tuple(layers.values()), wiring))
     return stacks
+
+
+def _container(chain: list[Call]) -> str:
+    return chain[0].path.rpartition(".")[0]
 
 
 def _titles(chains: list[list[Call]]) -> dict[int, str]:

@@ -1,7 +1,7 @@
 """An opened network: its module, its stacks, and where the weights live."""
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -38,6 +38,8 @@ class Network:
     origins: Mapping[str, str] = field(default_factory=dict)
     #: paths of all layers of the checkpoint, those that a wiring leaves out as well
     stored_layers: tuple[str, ...] = ()
+    #: (depth in the checkpoint, layers in their new order) of every rewired stack
+    orders: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
     @property
     def stack(self) -> Stack:
@@ -85,7 +87,25 @@ class Network:
 
     def fetch_outside(self) -> dict[str, Tensor]:
         """The tensors as stored that belong to no layer: embeddings, final norm, head."""
-        return self.stored.load("", apart=tuple(f"{path}." for path in self.stored_layers))
+        loaded = self.stored.load("", apart=tuple(f"{path}." for path in self.stored_layers))
+        wanted = self.module.state_dict(keep_vars=True)
+        return {n: self._rearranged(n, t, wanted[n]) for n, t in loaded.items() if n in wanted}
+
+    def _rearranged(self, name: str, tensor: Tensor, wanted: Tensor) -> Tensor:
+        """A tensor outside of the layers that has a block per layer, its blocks in new order."""
+        if tensor.shape == wanted.shape:
+            return tensor
+        for depth, order in self.orders:
+            for axis, (old, new) in enumerate(zip(tensor.shape, wanted.shape, strict=False)):
+                if old != new and old % depth == 0 and old // depth * len(order) == new:
+                    blocks = tensor.chunk(depth, axis)
+                    return torch.cat([blocks[i] for i in order], axis)
+        raise LayerwiseError(
+            f"{self.checkpoint.folder}, tensor {name!r}",
+            allowed=f"shape {list(wanted.shape)}",
+            found=list(tensor.shape),
+            fix="this depth needs other tensors outside of the layers; keep the layers",
+        )
 
     def bring(self, layer: Layer) -> None:
         """Put the layer's real weights in place."""
@@ -105,7 +125,7 @@ class Network:
         """The same network computing in float32."""
         source, kind = self.stored, type(self.model)
         module = build_hollow(kind, self.model.config, torch.float32, source.is_stored)
-        stacks, task = _examine(module)
+        stacks, task = _examine(module, containers=[stack.container for stack in self.stacks])
         kind = torch.float32
         wide = replace(self, module=module, stacks=stacks, dtype=kind, task=task)
         _bring_outside(wide)
@@ -242,25 +262,57 @@ def open_network(
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else floats[0]
     kept = choose_dtype(dtype, stored, where)
     source = Source(kind, checkpoint, copy.deepcopy(config), stored)
-    shape = copy.deepcopy(config)
-    module = build_hollow(kind, shape, kept, source.is_stored)
+    module = build_hollow(kind, copy.deepcopy(config), kept, source.is_stored)
     stacks, task = _examine(module)
+    network = Network(module, stacks, where, kept, task, source)
     paths = tuple(layer.path for stack in stacks for layer in stack.layers)
-    origins: dict[str, Layer] = {}
+    network = replace(network, stored_layers=paths)
     if wiring:
-        for stack in stacks_named(stacks, wiring):
-            entries, place = list(wiring[stack.name]), f"wiring {stack.name}"
-            order = parse_wiring(entries, len(stack.layers), place)
-            shape = edited_config(kind, shape, stack, order)
-            for new, visit in enumerate(order):
-                origins[f"{stack.container}.{new}"] = stack.layers[visit.layer]
-        module = build_hollow(kind, shape, kept, source.is_stored)
-        stacks, task = _examine(module)
-        check_rebuilt([stack for stack in stacks if stack.name in wiring], origins)
-    known = {path: layer.path for path, layer in origins.items()}
-    network = Network(module, stacks, where, kept, task, source, known, paths)
+        network = _rewired(network, wiring)
     _bring_outside(network)
     return network
+
+
+def _rewired(network: Network, wiring: Mapping[str, Sequence[Any]]) -> Network:
+    """The hollow network in another order of layers, built from its edited configuration.
+
+    Lists of layer numbers in the configuration follow the layers if nothing else fits.
+    """
+    kind, stacks = type(network.model), network.stacks
+    chosen = stacks_named(stacks, wiring)
+    orders = [parse_wiring(list(wiring[s.name]), len(s.layers), f"wiring {s.name}") for s in chosen]
+    origins = {
+        f"{stack.container}.{new}": stack.layers[visit.layer]
+        for stack, order in zip(chosen, orders, strict=True)
+        for new, visit in enumerate(order)
+    }
+    refused: LayerwiseError | None = None
+    for renumber in (False, True):
+        shape = copy.deepcopy(network.model.config)
+        for stack, order in zip(chosen, orders, strict=True):
+            shape = edited_config(kind, shape, stack, order, renumber)
+        module = build_hollow(kind, shape, network.dtype, network.stored.is_stored)
+        rebuilt, task = _examine(module, containers=[stack.container for stack in stacks])
+        try:
+            check_rebuilt(
+                [s for s in rebuilt if s.container in {c.container for c in chosen}], origins
+            )
+        except LayerwiseError as error:
+            refused = refused or error
+            continue
+        return replace(
+            network,
+            module=module,
+            stacks=rebuilt,
+            task=task,
+            origins={path: layer.path for path, layer in origins.items()},
+            orders=tuple(
+                (len(stack.layers), tuple(visit.layer for visit in order))
+                for stack, order in zip(chosen, orders, strict=True)
+            ),
+        )
+    assert refused is not None
+    raise refused
 
 
 def stacks_named(stacks: Sequence[Stack], names: Iterable[str]) -> list[Stack]:
@@ -321,12 +373,14 @@ def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
 
 
 def _examine(
-    module: nn.Module, inputs: Mapping[str, Tensor] | None = None
+    module: nn.Module,
+    inputs: Mapping[str, Tensor] | None = None,
+    containers: Collection[str] = (),
 ) -> tuple[tuple[Stack, ...], Task]:
     """The stacks and the task of a hollow model, by one trial forward."""
     given = forward_arguments(module, example_inputs(module) if inputs is None else inputs)
     outputs: list[Any] = []
-    stacks = tuple(find_stacks(module, lambda: outputs.append(module(**given))))
+    stacks = tuple(find_stacks(module, lambda: outputs.append(module(**given)), containers))
     return stacks, task_of(module, outputs[0], stacks[0].name.startswith("encoder"))
 
 

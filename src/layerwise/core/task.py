@@ -46,7 +46,7 @@ def example_inputs(module: nn.Module) -> dict[str, Tensor]:
         channels = config_value(config, "num_channels") or 3
         steps = torch.arange(2 * channels * height * width, dtype=torch.float32)
         return {"pixel_values": torch.sin(steps).reshape(2, channels, height, width)}
-    vocabulary = module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    vocabulary = config_value(config, "vocab_size") or 8
     found = {"input_ids": torch.arange(1, 15).reshape(2, 7) % vocabulary}
     if "decoder_input_ids" in known and config.is_encoder_decoder:
         found["decoder_input_ids"] = torch.arange(2, 12).reshape(2, 5) % vocabulary

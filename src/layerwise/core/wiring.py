@@ -99,9 +99,16 @@ def _gives(
 
 
 def _edited(
-    config: PretrainedConfig, fields: list[DepthField], depth: int, order: list[int]
+    config: PretrainedConfig,
+    fields: list[DepthField],
+    depth: int,
+    order: list[int],
+    renumber: bool = False,
 ) -> PretrainedConfig:
-    """The configuration with its depth set and everything per layer in the new order."""
+    """The configuration with its depth set and everything per layer in the new order.
+
+    With `renumber` lists of layer numbers name the same layers as before.
+    """
     tree = copy.deepcopy(config.to_dict())
     parts = _configs(tree)
     for field in fields:
@@ -110,6 +117,8 @@ def _edited(
             for name in _per_layer(part, depth):
                 part[name] = _reordered(part[name], order)
             part |= {field.name: len(order)} if field.name else {}
+            for name in _numbering(part, depth) if renumber else ():
+                part[name] = [new for new, old in enumerate(order) if old in part[name]]
         else:
             stages = list(part[field.name])
             stages[field.stage] = len(order)
@@ -125,8 +134,26 @@ def _per_layer(part: Tree, depth: int) -> list[str]:
         name
         for name, value in part.items()
         if (isinstance(value, list) and len(value) == depth and not _are_indices(value, depth))
-        or (isinstance(value, dict) and value and all(_is_layer(k, depth) for k in value))
+        or (isinstance(value, dict) and value and _is_by_layer(value, depth))
     ]
+
+
+def _numbering(part: Tree, depth: int) -> list[str]:
+    """Names of the lists that may name layers."""
+    return [
+        name
+        for name, value in part.items()
+        if isinstance(value, list)
+        and value
+        and all(type(v) is int for v in value)
+        and value == sorted(set(value))
+        and all(_is_layer(v, depth) for v in value)
+    ]
+
+
+def _is_by_layer(value: dict[Any, Any], depth: int) -> bool:
+    """Whether a dictionary holds settings under layer numbers."""
+    return all(_is_layer(k, depth) and isinstance(v, dict) for k, v in value.items())
 
 
 def _is_layer(key: object, depth: int) -> bool:
@@ -147,7 +174,11 @@ def _are_indices(values: list[Any], depth: int) -> bool:
 
 
 def edited_config(
-    kind: type[PreTrainedModel], config: PretrainedConfig, stack: Stack, wiring: Wiring
+    kind: type[PreTrainedModel],
+    config: PretrainedConfig,
+    stack: Stack,
+    wiring: Wiring,
+    renumber: bool = False,
 ) -> PretrainedConfig:
     """The configuration under which the stock class builds the stack in its new order.
 
@@ -165,4 +196,4 @@ def edited_config(
             found=f"no field of {type(config).__name__} changes the length of {stack.container}",
             fix="keep the depth of this stack",
         )
-    return _edited(config, fields, len(stack.layers), order)
+    return _edited(config, fields, len(stack.layers), order, renumber)

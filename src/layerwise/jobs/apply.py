@@ -94,7 +94,7 @@ def apply_plan(
     plan.save(part / "plan.yaml")
     write_check(network, records, part / CHECK)
     rows = [
-        layer_row(layer, plan, journal.lines.get(layer.key, {}).get("report", {}))
+        layer_row(network, layer, plan, journal.lines.get(layer.key, {}).get("report", {}))
         for layer in network.layers()
     ]
     os.replace(part, out)
@@ -124,12 +124,13 @@ def beside(out: Path, what: str) -> Path:
     return out.with_name(f".{out.name}.{what}")
 
 
-def layer_row(layer: Layer, plan: Plan, report: dict[str, Any]) -> dict[str, Any]:
-    """What one layer got and what came true of it."""
+def layer_row(network: Network, layer: Layer, plan: Plan, report: dict[str, Any]) -> dict[str, Any]:
+    """What one layer got and what came true of it; `from` is its place in the original."""
     chains = {label(chain_for(plan.edits, m)): m for m in layer.matrices}
     errors = list(report.get("errors", {}).values())
     return {
         "layer": layer.key,
+        "from": network.origins.get(layer.path),
         "options": sorted(chains),
         "groups": {m.fusion: label(chain_for(plan.edits, m)) for m in layer.matrices},
         "bytes": report.get("bytes"),
@@ -174,7 +175,7 @@ def preview(model: str | Path, plan: Plan, other_weights: bool = False) -> list[
     target = check_plan(network, plan, other_weights)
     size = network.stored.dtype.itemsize
     return [
-        layer_row(layer, plan, {})
+        layer_row(network, layer, plan, {})
         | {"bytes": sum(target.nbytes(m, chain_for(plan.edits, m), size) for m in layer.matrices)}
         for layer in network.layers()
     ]

@@ -179,8 +179,13 @@ def assemble(
         edits=tuple(edits),
         fixed=request.keep,
     )
-    outside = network.checkpoint.nbytes - sum(m.options[0].bytes for m in menus.values())
-    return Planned(plan, rows, cost(menus, choice) + outside, menus, damage, scores)
+    whole = network.checkpoint.nbytes
+    outside = whole - sum(m.options[0].bytes for m in menus.values())
+    open_ = {group: menu for group, menu in menus.items() if len(menu.options) > 1}
+    weights = sum(m.size for group in open_ for m in _members(network, group))
+    bits = 8 * cost(open_, choice) / weights if weights else None
+    total = cost(menus, choice) + outside
+    return Planned(plan, rows, total, menus, damage, scores, whole, bits)
 
 
 def _members(network: Network, group: str) -> list[Matrix]:

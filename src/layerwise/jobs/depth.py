@@ -60,7 +60,7 @@ def assemble_depth(
         fixed=request.keep,
     )
     nbytes = network.checkpoint.nbytes - sum(sizes[i] for i in gone)
-    return Planned(plan, rows, nbytes, {}, None, scores)
+    return Planned(plan, rows, nbytes, {}, None, scores, network.checkpoint.nbytes)
 
 
 def layer_bytes(network: Network) -> list[int]:

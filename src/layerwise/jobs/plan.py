@@ -7,8 +7,21 @@ from layerwise.jobs.bits import plan_bits
 from layerwise.jobs.depth import plan_depth
 from layerwise.jobs.request import Planned, Request
 from layerwise.jobs.session import Progress, silent
+from layerwise.report.terminal import show_bytes
 
-__all__ = ["Planned", "Request", "make_plan"]
+__all__ = ["Planned", "Request", "make_plan", "reached"]
+
+
+def reached(planned: Planned) -> str:
+    """What a plan comes to: bytes, their share of the original, and the mean bits of a weight."""
+    words = [f"{show_bytes(planned.nbytes)} of tensors in all"]
+    words.append(f"{100 * planned.nbytes / planned.original:.1f}% of the original's")
+    if planned.bits is not None:
+        words.append(f"{planned.bits:.2f} bits per weight of the matrices that may change")
+    total = sum(row.get("damage") or 0.0 for row in planned.rows)
+    if total:
+        words.append(f"predicted damage {total:.3g}")
+    return ", ".join(words)
 
 
 def make_plan(request: Request, progress: Progress = silent) -> Planned:

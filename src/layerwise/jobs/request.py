@@ -40,6 +40,8 @@ class Planned(NamedTuple):
     menus: Mapping[str, Menu]
     damage: Damage | None
     scores: Scores | None
+    original: int
+    bits: float | None = None
 
 
 def identity(network: Network) -> Identity:

@@ -149,7 +149,7 @@ def layer_rows(model: str | Path, plan: Plan, folder: Path) -> list[dict[str, An
     original = open_network(model)
     edited = open_network(model, wiring=plan.wiring) if plan.wiring else original
     report = folder / "report.json"
-    known = json.loads(report.read_text())["rows"] if report.exists() else []
+    known = json.loads(report.read_text()).get("rows", []) if report.exists() else []
     errors = {row["layer"]: row.get("error") for row in known}
     nbytes, itemsize = TARGETS[plan.target].nbytes, original.stored.dtype.itemsize
     rows = []

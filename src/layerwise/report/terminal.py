@@ -51,7 +51,7 @@ def show(value: Any, digits: int = 4) -> str:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "NO"
-    if isinstance(value, list | tuple) and len(value) == 3:
+    if _is_interval(value):
         middle, low, high = value
         return f"{middle:.{digits}g} [{low:.{digits}g}, {high:.{digits}g}]"
     if isinstance(value, list | tuple):
@@ -59,16 +59,26 @@ def show(value: Any, digits: int = 4) -> str:
     return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
 
 
+def _is_interval(value: Any) -> bool:
+    """A figure with the ends of its interval."""
+    three = isinstance(value, list | tuple) and len(value) == 3
+    return three and all(isinstance(x, int | float) for x in value)
+
+
+_UNITS = {"loss": "loss (nats)", "kl": "KL (nats)", "prefill": "prefill /s", "decode": "decode /s"}
+
+
 def print_table(title: str, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
-    """A table of chosen columns; bytes and intervals in words."""
+    """A table of chosen columns, but those without any value; bytes and intervals in words."""
     table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
-    for column in columns:
+    filled = [c for c in columns if any(row.get(c) is not None for row in rows)]
+    for column in filled:
         numeric = any(isinstance(row.get(column), int | float) for row in rows)
-        table.add_column(column.replace("_", " "), justify="right" if numeric else "left")
+        name = _UNITS.get(column, column.replace("_", " "))
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         cells = [
-            show_bytes(row.get(c)) if c in ("bytes", "memory") else show(row.get(c))
-            for c in columns
+            show_bytes(row.get(c)) if c in ("bytes", "memory") else show(row.get(c)) for c in filled
         ]
         table.add_row(*cells)
-    Console().print(table)
+    Console(markup=False, highlight=False).print(table)

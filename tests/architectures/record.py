@@ -1,0 +1,53 @@
+"""Write `passes.json`: what every architecture does, and the exception of what it does not.
+
+    python tests/architectures/record.py [KEY ...]
+
+Run after a new version of transformers, or when more works. A stage that passed before and does
+not pass now is a regression: it is said, and the list keeps it.
+"""
+
+import json
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from build import Entry, entries
+from checks import run
+
+LIST = Path(__file__).with_name("passes.json")
+
+
+def recorded(entry: Entry) -> tuple[str, dict[str, str]]:
+    import torch
+    import transformers
+
+    import layerwise.families as families
+
+    assert families
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        return entry.key, run(entry, Path(folder))
+
+
+def main() -> None:
+    known = json.loads(LIST.read_text()) if LIST.exists() else {}
+    chosen = [e for e in entries() if not sys.argv[1:] or e.key in sys.argv[1:]]
+    with ProcessPoolExecutor(2, get_context("spawn"), max_tasks_per_child=40) as pool:
+        for key, found in pool.map(recorded, chosen):
+            for stage, reason in known.get(key, {}).items():
+                if reason == "" and found.get(stage, found["build"]):
+                    print(f"{key}, {stage}: passed before, now {found.get(stage, found['build'])}")
+                    found = {"build": "", **found, stage: ""}
+            known[key] = found
+            wrong = {stage: reason for stage, reason in found.items() if reason}
+            print(key, wrong or "ok", flush=True)
+            LIST.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
