@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import msgspec
+from architectures import architectures
 from outputs import refreshed
 
 import layerwise.families as families
@@ -119,6 +120,7 @@ def pages() -> dict[Path, str]:
     present = [f for f in FAMILIES if methods(f)]
     made = {HERE / "reference" / f"{family}.md": reference(family) for family in present}
     made[HERE / "papers.md"] = papers()
+    made[HERE / "architectures.md"] = architectures()
     made[HERE / "command-line.md"] = command_line()
     made[HERE / "plan.schema.json"] = schema(Plan)
     made[HERE / "answer.schema.json"] = schema(Answer)

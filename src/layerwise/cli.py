@@ -165,7 +165,8 @@ def inspect(
             progress=progress,
         )
     columns = ("layer", "parts", "bytes", "residual_cosine", "update_norm", "block_influence")
-    output.table(f"{model}: {found.network.stack.container}", found.rows, *columns)
+    stacks = ", ".join(stack.container for stack in found.network.stacks)
+    output.table(f"{model}: {stacks}", found.rows, *columns)
     if out:
         from layerwise.jobs.pages import inspect_section, write_page
 
@@ -394,7 +395,7 @@ def _layers(folder: Path, text: str, share: Callable[[str, str], float]) -> int:
         return int(text)
     from layerwise.core.network import open_network
 
-    return max(1, int(share(text, "--depth") * len(open_network(folder).stack.layers)))
+    return max(1, int(share(text, "--depth") * len(open_network(folder).layers())))
 
 
 def _plan(output: Output, request: Any) -> Any:

@@ -37,7 +37,7 @@ def recorded(entry: Entry) -> tuple[str, dict[str, str]]:
 def main() -> None:
     known = json.loads(LIST.read_text()) if LIST.exists() else {}
     chosen = [e for e in entries() if not sys.argv[1:] or e.key in sys.argv[1:]]
-    with ProcessPoolExecutor(2, get_context("spawn"), max_tasks_per_child=40) as pool:
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         for key, found in pool.map(recorded, chosen):
             for stage, reason in known.get(key, {}).items():
                 if reason == "" and found.get(stage, found["build"]):

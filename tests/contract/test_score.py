@@ -40,8 +40,8 @@ def score(method: Method, stats: Stats, stack: Stack, **options: Any) -> Scores:
     def evaluate(chains: Mapping[str, Any]) -> tuple[float, float]:
         return float(len(str(sorted(chains)))), 0.1
 
-    def without(gone: tuple[int, ...]) -> float:
-        return 2.0 + sum((i - 1.5) ** 2 for i in gone)
+    def without(gone: tuple[str, ...]) -> float:
+        return 2.0 + sum((int(key.split("/")[1]) - 1.5) ** 2 for key in gone)
 
     given = {"fetch": fetch, "evaluate": evaluate, "without": without}
     return method.bind(options, **given)(stack, stats)

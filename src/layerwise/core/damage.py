@@ -44,7 +44,8 @@ def predict_damage(
 
     Measured scores (nats) are linear in the squared relative error, so that
     `damage[g][o] = score[g] * error[g][o] / error of the trial` (linearity theorem, arXiv
-    2411.17525). Other scores are first mapped onto (0, 1].
+    2411.17525). Other scores only rank: they are mapped onto 1 to 2, so that the least important
+    unit counts half as much as the most.
 
     Args:
         scores: per group, or per layer.
@@ -61,7 +62,7 @@ def predict_damage(
         if scores.nats:
             importance[group] = max(score, 0.0) / max(scores.trial[unit], 1e-12)
         else:
-            importance[group] = 0.01 + 0.99 * (score - low) / spread
+            importance[group] = 1 + (score - low) / spread
     damage = {g: tuple(importance[g] * e for e in found) for g, found in errors.items()}
     return Damage(damage, importance)
 

@@ -133,7 +133,7 @@ def find_stacks(
     """Find the stacks of a hollow model, or those of known containers, by a trial forward.
 
     A stack whose layers let no position see a later one is a `decoder`, any other an `encoder`;
-    the second of a name is `decoder2`. The longest comes first.
+    the second of a name is `decoder2`. They come in the order in which they run.
 
     Raises:
         LayerwiseError: no container's members feed one another.
@@ -147,7 +147,7 @@ def find_stacks(
     with torch.no_grad(), ShortCircuit():
         found = find_chains(record_calls(children, run))
     known = [chain for chain in found if _container(chain) in containers]
-    chains = known or choose_stacks(found)
+    chains = sorted(known or choose_stacks(found), key=lambda chain: chain[0].began)
     if not chains:
         raise LayerwiseError(
             type(model).__name__,
@@ -156,10 +156,8 @@ def find_stacks(
             fix="give the network's stack of layers as an nn.Sequential",
         )
     anatomies: dict[Any, tuple[tuple[Part, ...], list[Matrix]]] = {}
-    titles = _titles(chains)
     stacks: list[Stack] = []
-    for number, chain in enumerate(chains):
-        title = titles[number]
+    for title, chain in zip(_titles(chains), chains, strict=True):
         layers: dict[int, Layer] = {}
         visits = []
         for call in chain:
@@ -175,13 +173,12 @@ def _container(chain: list[Call]) -> str:
     return chain[0].path.rpartition(".")[0]
 
 
-def _titles(chains: list[list[Call]]) -> dict[int, str]:
-    """Names of the stacks, counted in the order in which they run."""
-    titles: dict[int, str] = {}
-    for number in sorted(range(len(chains)), key=lambda i: chains[i][0].began):
-        name = "encoder" if _sees_ahead(chains[number][0]) else "decoder"
-        count = sum(title.rstrip("0123456789") == name for title in titles.values())
-        titles[number] = f"{name}{count + 1}" if count else name
+def _titles(chains: list[list[Call]]) -> list[str]:
+    titles: list[str] = []
+    for chain in chains:
+        name = "encoder" if _sees_ahead(chain[0]) else "decoder"
+        count = sum(title.rstrip("0123456789") == name for title in titles)
+        titles.append(f"{name}{count + 1}" if count else name)
     return titles
 
 

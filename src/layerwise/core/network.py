@@ -43,8 +43,8 @@ class Network:
 
     @property
     def stack(self) -> Stack:
-        """The first stack; most networks have one."""
-        return self.stacks[0]
+        """The longest stack, the first of equals; most networks have one."""
+        return max(self.stacks, key=lambda stack: len(stack.layers))
 
     @property
     def stored(self) -> Source:
@@ -381,7 +381,7 @@ def _examine(
     given = forward_arguments(module, example_inputs(module) if inputs is None else inputs)
     outputs: list[Any] = []
     stacks = tuple(find_stacks(module, lambda: outputs.append(module(**given)), containers))
-    return stacks, task_of(module, outputs[0], stacks[0].name.startswith("encoder"))
+    return stacks, task_of(module, outputs[0], stacks[-1].name.startswith("encoder"))
 
 
 def _bring_outside(network: Network) -> None:

@@ -51,12 +51,12 @@ def inspect_model(
     stats = observe(network, batches, probes, partial(progress, "measuring layers"))
     sizes = layer_bytes(network)
     rows = []
-    for layer in network.stack.layers:
+    for layer in network.layers():
         row: dict[str, Any] = {
             "layer": layer.key,
             "parts": [part.name for part in layer.parts],
             "matrices": len(layer.matrices),
-            "bytes": sizes[layer.index],
+            "bytes": sizes[layer.key],
         }
         for name, value in stats.at(layer.key).items():
             if isinstance(value, float):

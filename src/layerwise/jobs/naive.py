@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from layerwise.core.reader import windows
 from layerwise.core.task import answer, forward_arguments
 from layerwise.export import PACKED, TARGETS
 from layerwise.jobs.bits import plan_bits
-from layerwise.jobs.depth import assemble_depth, layers_to_drop
+from layerwise.jobs.depth import able_to_go, assemble_depth, layers_to_drop, wiring_without
 from layerwise.jobs.request import Request
 from layerwise.jobs.session import Budget, Progress, load_reader, silent, texts_of
 from layerwise.jobs.solve import needs_of, solve
@@ -64,33 +65,35 @@ def naive_depth(contest: Contest) -> Naive | None:
     """The best of: last k dropped, last k but the final one, the median of 5 random choices."""
     model, device = contest.model, contest.device
     network = open_network(model, device=device, dtype=contest.dtype)
-    depth = len(network.stack.layers)
+    keys = [layer.key for layer in able_to_go(network, contest.plan.fixed)]
     try:
         count = layers_to_drop(Budget(bytes=contest.nbytes), network)
     except LayerwiseError:
         return None
     generator = torch.Generator().manual_seed(contest.plan.data.seed)
-    drawn = [
-        sorted(torch.randperm(depth, generator=generator)[: depth - count].tolist())
-        for _ in range(5)
-    ]
-    tails = [list(range(depth - count)), [*range(depth - count - 1), depth - 1]]
+    orders = (torch.randperm(len(keys), generator=generator).tolist() for _ in range(1000))
+    drawn = ([keys[i] for i in order[:count]] for order in orders)
+    whole = (gone for gone in drawn if all(wiring_without(network, gone).values()))
+    chosen = list(islice(whole, 5))
+    tails = [keys[len(keys) - count :], keys[len(keys) - count - 1 : len(keys) - 1]]
 
-    def quality(kept: list[int]) -> Quality:
-        wiring = {network.stack.name: kept}
+    def quality(gone: list[str]) -> Quality:
+        wiring = wiring_without(network, gone)
         wired = open_network(model, wiring=wiring, device=device, dtype=contest.dtype).load()
         return measure_quality(
             contest.batches, answers_of(wired.module), answers_of(contest.original)
         )
 
-    random = sorted((quality(kept) for kept in drawn), key=lambda q: q.estimate("loss").value)
-    found = [
-        (f"last {count} dropped", quality(tails[0])),
-        (f"last {count} but the final one dropped", quality(tails[1])),
-        (f"{count} at random dropped, median of 5", random[2]),
-    ]
+    random = sorted((quality(gone) for gone in chosen), key=lambda q: q.estimate("loss").value)
+    found = [(f"{count} at random dropped, median of 5", random[len(random) // 2])]
+    for name, gone in (
+        ("last {} dropped", tails[0]),
+        ("last {} but the final one dropped", tails[1]),
+    ):
+        if all(wiring_without(network, gone).values()):
+            found.append((name.format(count), quality(gone)))
     name, best = min(found, key=lambda item: item[1].estimate("loss").value)
-    request = Request(model, Budget(depth=depth - count), target="hf")
+    request = Request(model, Budget(bytes=contest.nbytes), target="hf")
     planned = assemble_depth(request, network, tails[0], None)
     return Naive(f"best naive: {name}", best, planned.nbytes)
 

@@ -16,7 +16,7 @@ def inspect_section(model: str, found: Inspected, data: str) -> dict[str, Any]:
     return {
         "kind": "inspect",
         "model": str(model),
-        "stack": found.network.stack.name,
+        "stack": ", ".join(stack.name for stack in found.network.stacks),
         "layers": found.rows,
         "note": f"one pass over the calibrate part of {data}",
     }

@@ -1,6 +1,7 @@
 """Scores for a planner: the probes they need in one pass, and trial edits on the model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -36,13 +37,14 @@ class Trials:
         self.dtype = network.source.dtype if network.source else network.dtype
         self.network = (network.widened() if network.source else network).load()
         self.batches = samples_of(reader, texts._replace(length=256), "select", count)
+        self.layers = self.network.layers()
         self._original: list[Tensor] = []
         self._kept: list[list[Tensor]] = []
         self._remember()
 
     def _remember(self) -> None:
         """Run the original once; keep its answers and, if it may be reused, what layers gave."""
-        layers = self.network.stack.layers
+        layers = self.layers
         plain = True
         for batch in self.batches:
             given: list[Tensor] = []
@@ -62,16 +64,14 @@ class Trials:
             self._kept = []
 
     def _reuse_is_exact(self) -> bool:
-        middle = len(self.network.stack.layers) // 2
-        with StandIns(self.network.stack.layers, self._before(0, middle)):
+        middle = len(self.layers) // 2
+        with StandIns(self.layers, self._before(0, middle)):
             again = self.answer(self.batches[0], {})
         return torch.equal(again, self._original[0])
 
     def _before(self, batch: int, first: int) -> dict[int, Tensor | None]:
-        """Stand-ins for the layers before `first`: only the last one's output is read."""
-        if not self._kept or first == 0:
-            return {}
-        return {i: self._kept[batch][first - 1] for i in range(first)}
+        """Stand-ins for the layers before `first`: what they gave in the original."""
+        return {i: self._kept[batch][i] for i in range(first)} if self._kept else {}
 
     def answer(self, batch: Any, edits: Mapping[str, Tensor]) -> Tensor:
         """The answer with some parameters replaced for this call only."""
@@ -88,7 +88,7 @@ class Trials:
 
         def edited(batch: Any) -> Tensor:
             standing = self._before(numbers[id(batch)], first) | dict.fromkeys(gone)
-            with StandIns(self.network.stack.layers, standing):
+            with StandIns(self.layers, standing):
                 return self.answer(batch, edits)
 
         return measure_quality(self.batches, edited, lambda b: self._original[numbers[id(b)]])
@@ -97,13 +97,13 @@ class Trials:
         """KL and relative squared error of trial chains, by fusion group."""
         edits: dict[str, Tensor] = {}
         above = below = 0.0
-        first = len(self.network.stack.layers)
-        for layer in self.network.layers():
+        first = len(self.layers)
+        for number, layer in enumerate(self.layers):
             parameters = dict(layer.module.named_parameters(remove_duplicate=False))
             for matrix in layer.matrices:
                 if matrix.fusion not in chains:
                     continue
-                first = min(first, layer.index if layer.stack == self.network.stack.name else 0)
+                first = min(first, number)
                 name = f"{layer.path}.{matrix.parameter}"
                 original = parameters[matrix.parameter].detach()
                 value = edits.setdefault(name, original.clone())
@@ -115,10 +115,10 @@ class Trials:
                 matrix.view(value).copy_(dense)
         return self.quality(edits, first).estimate("kl").value, above / max(below, 1e-300)
 
-    def without(self, gone: tuple[int, ...]) -> float:
+    def without(self, gone: Collection[str]) -> float:
         """Loss in nats per token when the named layers hand their input on."""
-        first = min(gone, default=0)
-        return self.quality({}, first, gone).estimate("loss").value
+        numbers = [i for i, layer in enumerate(self.layers) if layer.key in gone]
+        return self.quality({}, min(numbers, default=0), numbers).estimate("loss").value
 
 
 def make_scores(request: Request, network: Network, name: str, progress: Progress) -> Scores:
@@ -135,14 +135,15 @@ def make_scores(request: Request, network: Network, name: str, progress: Progres
         stats = observe(network, batches, probes, partial(progress, "measuring layers"))
     if {"evaluate", "without"} & set(method.given):
         trials = Trials(network, load_reader(network), texts)
-        total = len(network.stack.groups() if "evaluate" in method.given else network.layers())
+        groups = [group for stack in network.stacks for group in stack.groups()]
+        total = len(groups if "evaluate" in method.given else network.layers())
         count = iter(range(1, 1 << 60))
 
         def evaluate(chains: Mapping[str, tuple[Step, ...]]) -> tuple[float, float]:
             progress("trial edits", next(count), total)
             return trials.chains(chains)
 
-        def without(gone: tuple[int, ...]) -> float:
+        def without(gone: tuple[str, ...]) -> float:
             progress("leaving layers out", next(count), total + 1)
             return trials.without(gone)
 
@@ -153,4 +154,12 @@ def make_scores(request: Request, network: Network, name: str, progress: Progres
         tensors = network.fetch(layers[key])
         return {m.key: m.view(tensors[m.parameter]) for m in layers[key].matrices}
 
-    return method.bind(request.options(method.name), fetch=fetch, **given)(network.stack, stats)
+    score = method.bind(request.options(method.name), fetch=fetch, **given)
+    return _merged([score(stack, stats) for stack in network.stacks])
+
+
+def _merged(found: Sequence[Scores]) -> Scores:
+    """The scores of all stacks together."""
+    values = {key: value for scores in found for key, value in scores.values.items()}
+    trial = {key: value for scores in found for key, value in scores.trial.items()}
+    return replace(found[0], values=values, trial=trial)

@@ -153,10 +153,11 @@ def layer_rows(model: str | Path, plan: Plan, folder: Path) -> list[dict[str, An
     errors = {row["layer"]: row.get("error") for row in known}
     nbytes, itemsize = TARGETS[plan.target].nbytes, original.stored.dtype.itemsize
     rows = []
-    for layer, size in zip(original.stack.layers, layer_bytes(original), strict=True):
-        origins = (edited.origins.get(new.path, new.path) for new in edited.stack.layers)
+    sizes = layer_bytes(original)
+    for layer in original.layers():
+        size = sizes[layer.key]
         visits = [
-            new for new, at in zip(edited.stack.layers, origins, strict=True) if at == layer.path
+            new for new in edited.layers() if edited.origins.get(new.path, new.path) == layer.path
         ]
         chains = {m: chain_for(plan.edits, m) for m in (visits[0].matrices if visits else ())}
         saved = sum(m.size * itemsize - nbytes(m, chain, itemsize) for m, chain in chains.items())

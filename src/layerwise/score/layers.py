@@ -154,14 +154,14 @@ def sensitivity(
 
 
 @method("score", aliases=("measured",))
-def removal(stack: Stack, stats: Stats, *, without: Callable[[tuple[int, ...]], float]) -> Scores:
+def removal(stack: Stack, stats: Stats, *, without: Callable[[tuple[str, ...]], float]) -> Scores:
     """Measured rise of the loss when one layer is left out, layer by layer.
 
     Args:
         stack: the layers.
         stats: not used.
-        without: given; left-out layers -> loss in nats per token.
+        without: given; keys of left-out layers -> loss in nats per token.
     """
     base = without(())
-    values = {la.key: without((la.index,)) - base for la in stack.layers}
+    values = {la.key: without((la.key,)) - base for la in stack.layers}
     return Scores(values, "layer", "removal")
