@@ -6,6 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
+#: the lines of every table so far
+PRINTED: list[str] = []
+
+
 def interleaved(
     tasks: Mapping[str, Callable[[], Any]], repeats: int = 7
 ) -> dict[str, tuple[float, float]]:
@@ -28,8 +32,7 @@ def _summary(found: list[float]) -> tuple[float, float]:
 
 def table(title: str, header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
     """Print a Markdown table."""
-    print(f"\n### {title}\n")
-    print("| " + " | ".join(header) + " |")
-    print("|" + "---|" * len(header))
-    for row in rows:
-        print("| " + " | ".join(str(cell) for cell in row) + " |", flush=True)
+    lines = [f"\n## {title}\n", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+    print("\n".join(lines), flush=True)
+    PRINTED.extend(lines)

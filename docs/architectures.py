@@ -61,7 +61,9 @@ def _shares(known: dict[str, dict[str, str]]) -> list[str]:
         mine = [found for key, found in known.items() if key.startswith(f"{task}/")]
         built = [found for found in mine if not found["build"]]
         counts = [sum(_fine(found[stage]) for found in built) for stage in STAGES]
-        lines.append(f"| {title} | " + " | ".join(map(str, (len(mine), len(built), *counts))) + " |")
+        lines.append(
+            f"| {title} | " + " | ".join(map(str, (len(mine), len(built), *counts))) + " |"
+        )
     return lines
 
 

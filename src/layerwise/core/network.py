@@ -268,15 +268,18 @@ def open_network(
     paths = tuple(layer.path for stack in stacks for layer in stack.layers)
     network = replace(network, stored_layers=paths)
     if wiring:
-        network = _rewired(network, wiring)
+        network = rewired(network, wiring)
     _bring_outside(network)
     return network
 
 
-def _rewired(network: Network, wiring: Mapping[str, Sequence[Any]]) -> Network:
+def rewired(network: Network, wiring: Mapping[str, Sequence[Any]]) -> Network:
     """The hollow network in another order of layers, built from its edited configuration.
 
     Lists of layer numbers in the configuration follow the layers if nothing else fits.
+
+    Raises:
+        LayerwiseError: the architecture cannot be built in that order.
     """
     kind, stacks = type(network.model), network.stacks
     chosen = stacks_named(stacks, wiring)

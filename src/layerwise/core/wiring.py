@@ -46,12 +46,14 @@ _DERIVED = ("stage_names", "out_features", "out_indices")
 class DepthField(NamedTuple):
     """Where a configuration says how deep a stack is: in a number, or one of a list of stages.
 
-    `config` counts the nested configurations; without a name the per-layer lists say it alone.
+    `config` counts the nested configurations; without a name the per-layer lists say it alone,
+    without `lists` those of that length belong to another stack.
     """
 
     config: int
     name: str
     stage: int | None = None
+    lists: bool = True
 
 
 def _configs(tree: Tree) -> list[Tree]:
@@ -75,9 +77,9 @@ def depth_fields(
         if _per_layer(part, depth) and _gives(kind, config, stack, [alone]):
             return [alone]
         for name, value in part.items():
-            field = DepthField(number, name)
-            if type(value) is int and value == depth and _gives(kind, config, stack, [field]):
-                found.append(field)
+            if type(value) is int and value == depth:
+                forms = (DepthField(number, name), DepthField(number, name, lists=False))
+                found += [f for f in forms if _gives(kind, config, stack, [f])][:1]
             elif isinstance(value, list | tuple):
                 stages = [DepthField(number, name, i) for i, v in enumerate(value) if v == depth]
                 found += [f for f in stages if _gives(kind, config, stack, [f])]
@@ -114,7 +116,7 @@ def _edited(
     for field in fields:
         part = parts[field.config]
         if field.stage is None:
-            for name in _per_layer(part, depth):
+            for name in _per_layer(part, depth) if field.lists else ():
                 part[name] = _reordered(part[name], order)
             part |= {field.name: len(order)} if field.name else {}
             for name in _numbering(part, depth) if renumber else ():
@@ -183,7 +185,8 @@ def edited_config(
     """The configuration under which the stock class builds the stack in its new order.
 
     Raises:
-        LayerwiseError: no field of the configuration sets the stack's depth.
+        LayerwiseError: no field of the configuration sets the stack's depth, or its own
+            validation refuses the new order.
     """
     order = [visit.layer for visit in wiring]
     if order == list(range(len(stack.layers))):
@@ -196,4 +199,12 @@ def edited_config(
             found=f"no field of {type(config).__name__} changes the length of {stack.container}",
             fix="keep the depth of this stack",
         )
-    return _edited(config, fields, len(stack.layers), order, renumber)
+    try:
+        return _edited(config, fields, len(stack.layers), order, renumber)
+    except Exception as error:  # whatever the configuration's own validation raises
+        raise LayerwiseError(
+            f"wiring of {stack.name!r}",
+            allowed=f"what {type(config).__name__} accepts",
+            found=str(error).strip().splitlines()[-1].strip(),
+            fix="leave out other layers",
+        ) from None

@@ -1,12 +1,13 @@
 """Plans of depth: which layers stay."""
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.method import find
-from layerwise.core.network import Network
+from layerwise.core.network import Network, rewired
 from layerwise.core.plan import Plan, selects
 from layerwise.core.search import Space
 from layerwise.core.stack import Layer
@@ -44,13 +45,31 @@ def plan_depth(request: Request, network: Network, progress: Progress) -> Planne
 
 
 def able_to_go(network: Network, keep: Collection[str] = ()) -> list[Layer]:
-    """The layers that can be left out: the input's shape is kept and no selector pins them."""
+    """The layers that can be left out.
+
+    They keep the shape of their input, no selector pins them, and the architecture can be built
+    without them, which is tried where the layers of a stack differ.
+    """
     return [
         layer
-        for layer in network.layers()
+        for stack in network.stacks
+        for layer in stack.layers
         if layer.keeps_shape
         and not any(selects(pattern, matrix) for pattern in keep for matrix in layer.matrices)
+        and (len({_kind(other) for other in stack.layers}) == 1 or _can_go(network, layer))
     ]
+
+
+def _kind(layer: Layer) -> tuple[Any, ...]:
+    return tuple((name, p.shape) for name, p in layer.module.named_parameters())
+
+
+def _can_go(network: Network, layer: Layer) -> bool:
+    try:
+        rewired(network, wiring_without(network, [layer.key]))
+    except LayerwiseError:
+        return False
+    return True
 
 
 def most_that_can_go(network: Network, open_: Collection[Layer]) -> int:

@@ -66,10 +66,14 @@ def naive_depth(contest: Contest) -> Naive | None:
     model, device = contest.model, contest.device
     network = open_network(model, device=device, dtype=contest.dtype)
     keys = [layer.key for layer in able_to_go(network, contest.plan.fixed)]
-    try:
-        count = layers_to_drop(Budget(bytes=contest.nbytes), network)
-    except LayerwiseError:
-        return None
+    count = len(network.layers()) - sum(
+        len(contest.plan.wiring.get(stack.name, stack.layers)) for stack in network.stacks
+    )
+    if contest.plan.edits:
+        try:
+            count = layers_to_drop(Budget(bytes=contest.nbytes), network)
+        except LayerwiseError:
+            return None
     generator = torch.Generator().manual_seed(contest.plan.data.seed)
     orders = (torch.randperm(len(keys), generator=generator).tolist() for _ in range(1000))
     drawn = ([keys[i] for i in order[:count]] for order in orders)
