@@ -29,9 +29,10 @@ def written() -> str:
     lines = [
         "# What was measured",
         "",
-        f"`python -m benchmarks --write` on {machine}, {versions}. Times are medians of interleaved",
-        "repetitions; ratios were taken in one run. Intervals are 95% over documents. The second",
-        "model is GPT-2-shaped and was trained on documentation; nothing is tuned on it.",
+        f"`python -m benchmarks --write` on {machine}, {versions}.",
+        "Times are medians of interleaved repetitions; ratios were taken in one run. Intervals are",
+        "95% over documents. The second model is GPT-2-shaped and was trained on documentation;",
+        "nothing is tuned on it.",
     ]
     return "\n".join((*lines, *PRINTED)) + "\n"
 

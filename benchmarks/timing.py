@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-
 #: the lines of every table so far
 PRINTED: list[str] = []
 

@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path
 
 import msgspec
-from architectures import architectures
 from outputs import refreshed
 
 import layerwise.families as families
+from architectures import architectures
 from layerwise.core.method import FAMILIES, Method, find, methods
 from layerwise.core.plan import Plan
 from layerwise.report.answer import Answer

@@ -33,7 +33,9 @@ Keep = Annotated[list[str], typer.Option("--keep", help="Selector of what stays 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 Dtype = Annotated[str, typer.Option(help="Compute type; auto is the checkpoint's.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
-Data = Annotated[str, typer.Option(help="stdlib, a text file, a folder or a .jsonl file.")]
+Data = Annotated[
+    str, typer.Option(help="stdlib, a text file, .jsonl, .parquet, a folder, a hub id.")
+]
 Samples = Annotated[int, typer.Option(min=1, help="Windows of text to calibrate on.")]
 Length = Annotated[int, typer.Option(min=16, help="Tokens in a window.")]
 Documents = Annotated[int, typer.Option(min=1, help="Documents to evaluate on.")]

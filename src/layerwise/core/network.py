@@ -1,6 +1,7 @@
 """An opened network: its module, its stacks, and where the weights live."""
 
 import copy
+import ctypes
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
@@ -120,6 +121,7 @@ class Network:
             for name, p in module._parameters.items():
                 if p is not None:
                     module._parameters[name] = hollow_parameter(p.shape, p.dtype)
+        give_back()
 
     def widened(self) -> "Network":
         """The same network computing in float32."""
@@ -136,6 +138,14 @@ class Network:
         for layer in self.layers():
             self.bring(layer)
         return Network(self.module, self.stacks, self.device, self.dtype, self.task)
+
+
+def give_back() -> None:
+    """Return freed memory to the system; the allocator of glibc keeps what lies between blocks."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        return  # another C library
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], device: torch.device) -> None:

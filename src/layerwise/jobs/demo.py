@@ -45,7 +45,9 @@ def run_demo(out: Path, output: Any, progress: Progress) -> None:
         settings = Settings(documents=24, length=256, memory=False)
         found = verify("demo", out / name, settings, progress)
         write_card(out / name, "demo", plan, found)
-        output.table(title, found.rows, "name", "bytes", "loss", "kl", "agree", "decode", "what")
+        output.table(title, found.rows, "name", "bytes", "loss", "kl", "agree", "decode")
+        for row in found.rows[1:]:
+            output.say(f"{row['name']}: {row['what']}")
         output.say(found.verdict + "\n")
         output.warnings += found.warnings
         rows += [{"plan": name, **row} for row in found.rows]
