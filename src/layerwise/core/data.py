@@ -113,7 +113,7 @@ def _hub(path: Path) -> Iterator[Document]:
     try:
         if path.is_absolute() or path.parts[:1] in ((".",), ("..",)) or len(path.parts) > 2:
             raise FileNotFoundError("no such file or folder")
-        from datasets import load_dataset
+        from datasets import load_dataset  # pyright: ignore[reportMissingImports]
 
         parts = load_dataset(str(path))
     except Exception as error:
