@@ -6,6 +6,7 @@ Files are opened, read and closed; nothing stays mapped, so memory is what is as
 import hashlib
 import json
 import math
+import mmap
 import struct
 from collections.abc import Iterable, Mapping
 from functools import cached_property
@@ -33,6 +34,8 @@ DTYPES: dict[str, torch.dtype] = {
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _LONGEST_HEADER = 100_000_000
+#: what is worth giving back to the system at once
+BIG = 1 << 20
 
 
 class TensorInfo(NamedTuple):
@@ -94,7 +97,7 @@ def _broken(path: Path, allowed: str, found: object) -> LayerwiseError:
 
 def read_tensor(info: TensorInfo) -> Tensor:
     """Read one tensor into memory of its own."""
-    buffer = torch.empty(info.nbytes, dtype=torch.uint8)
+    buffer = _pages(info.nbytes)
     if info.nbytes:
         with info.file.open("rb") as file:
             file.seek(info.start)
@@ -102,6 +105,13 @@ def read_tensor(info: TensorInfo) -> Tensor:
         if got != info.nbytes:
             raise _broken(info.file, f"{info.nbytes} bytes from byte {info.start}", got)
     return buffer.view(info.dtype).reshape(info.shape)
+
+
+def _pages(nbytes: int) -> Tensor:
+    """Bytes; big ones in pages of their own, which go back to the system when they are freed."""
+    if nbytes < BIG:
+        return torch.empty(nbytes, dtype=torch.uint8)
+    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

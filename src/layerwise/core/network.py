@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from layerwise.core.checkpoint import Checkpoint
+from layerwise.core.checkpoint import BIG, Checkpoint
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.find import find_stacks
 from layerwise.core.hollow import Source, build_hollow, hollow_parameter
@@ -117,11 +117,14 @@ class Network:
         """Make a streamed layer hollow again."""
         if self.source is None:
             return
+        freed = 0
         for module in layer.module.modules():
             for name, p in module._parameters.items():
                 if p is not None:
+                    freed += p.untyped_storage().nbytes()
                     module._parameters[name] = hollow_parameter(p.shape, p.dtype)
-        give_back()
+        if freed >= BIG:
+            give_back()
 
     def widened(self) -> "Network":
         """The same network computing in float32."""
