@@ -1,7 +1,9 @@
 """The command line: thin; nothing heavy is imported before a command runs."""
 
+import hashlib
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -46,6 +48,12 @@ Depth = Annotated[str, typer.Option(help="Layers that may remain: 9 or 75%.")]
 Target = Annotated[str, typer.Option(help="hf or compressed-tensors.")]
 Method = Annotated[str, typer.Option(help="How matrices are edited: gptq, rtn.")]
 Score = Annotated[str, typer.Option(help="sensitivity, lim, zd; greedy, shortgpt ... for depth.")]
+EngineName = Annotated[
+    str, typer.Option("--engine", help="Where trials and solves run: threads, processes or ray.")
+]
+Workers = Annotated[int, typer.Option(min=0, help="How many at once; 0 for what the cores feed.")]
+Streamed = Annotated[bool, typer.Option("--streamed", help="Verify with one layer in memory.")]
+Check = Annotated[bool, typer.Option(help="Reload the result before it gets its name.")]
 Allocator = Annotated[str, typer.Option(help="knapsack, threshold or uniform.")]
 
 
@@ -103,22 +111,39 @@ class Output:
             typer.echo(last)
 
 
+class Stopped(KeyboardInterrupt):
+    """The user, or the system, ended the command by a signal."""
+
+
+def _stop(number: int, frame: object) -> None:
+    raise Stopped(number)
+
+
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """Register a command; an error that a user can mend is one line and exit status 2."""
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
         from layerwise.core.errors import LayerwiseError
+        from layerwise.core.machine import told
 
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        signal.signal(signal.SIGTERM, _stop)
+        signal.signal(signal.SIGINT, _stop)
         try:
             function(*args, **kwargs)
         except LayerwiseError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from None
-        except KeyboardInterrupt:
+        except (OSError, MemoryError) as error:
+            known = told(error)
+            if known is None:
+                raise
+            typer.echo(f"error: {known}", err=True)
+            raise typer.Exit(2) from None
+        except Stopped as stopped:
             typer.echo("stopped; the same command goes on where it was", err=True)
-            raise typer.Exit(130) from None
+            raise typer.Exit(128 + stopped.args[0]) from None
 
     return app.command()(run)
 
@@ -197,6 +222,8 @@ def plan(
     set_: Set = [],
     device: Device = "auto",
     dtype: Dtype = "auto",
+    engine: EngineName = "threads",
+    workers: Workers = 0,
     dry_run: Dry = False,
     as_json: Json = False,
 ) -> None:
@@ -219,13 +246,17 @@ def apply(
     device: Device = "auto",
     dtype: Dtype = "auto",
     other_weights: Annotated[bool, typer.Option(help="Allow other weights.")] = False,
+    check: Check = True,
+    engine: EngineName = "threads",
+    workers: Workers = 0,
     dry_run: Dry = False,
     as_json: Json = False,
 ) -> None:
     """Apply a plan and write a checkpoint; goes on where it was stopped."""
     _quiet()
     output = Output("apply", model, as_json, {"plan": plan, "out": out})
-    _apply(output, model, plan, out, device, dtype, other_weights, dry_run)
+    options = {"device": device, "dtype": dtype, "other_weights": other_weights, "check": check}
+    _apply(output, model, plan, out, dry_run, options | {"engine": _engine(engine, workers)})
     output.end(f"the checkpoint is in {out}" if not dry_run else "nothing was written (--dry-run)")
 
 
@@ -239,6 +270,7 @@ def verify(
     naive: Annotated[bool, typer.Option(help="Build the naive plan of the same size.")] = True,
     speed: Annotated[bool, typer.Option(help="Measure speed.")] = True,
     memory: Annotated[bool, typer.Option(help="Measure memory in fresh processes.")] = True,
+    streamed: Streamed = False,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="In which type both are compared.")] = "float32",
     as_json: Json = False,
@@ -247,7 +279,7 @@ def verify(
     _quiet()
     from layerwise.jobs.verify import Settings
 
-    settings = Settings(documents, length, naive, speed, memory, device, dtype, data)
+    settings = Settings(documents, length, naive, speed, memory, device, dtype, data, streamed)
     output = Output("verify", model, as_json, {"folder": folder, **settings._asdict()})
     _verify(output, model, Path(folder), settings)
     output.end(f"the report is in {Path(folder) / 'report.html'}")
@@ -270,11 +302,15 @@ def compress(
     length: Length = 512,
     documents: Documents = 64,
     naive: Annotated[bool, typer.Option(help="Build the naive plan of the same size.")] = True,
+    streamed: Streamed = False,
+    check: Check = True,
     seed: Seed = 0,
     keep: Keep = [],
     set_: Set = [],
     device: Device = "auto",
     dtype: Dtype = "auto",
+    engine: EngineName = "threads",
+    workers: Workers = 0,
     dry_run: Dry = False,
     as_json: Json = False,
 ) -> None:
@@ -284,7 +320,8 @@ def compress(
 
     request = _request(locals())
     output = Output("compress", model, as_json, {"budget": request.budget.as_dict(), "out": out})
-    kept = Path(out).with_name(f".{Path(out).name}.plan.yaml")
+    digest = hashlib.sha256(repr(request._replace(engine=None)).encode()).hexdigest()[:12]
+    kept = Path(out).with_name(f".{Path(out).name}.{digest}.plan.yaml")
     if not kept.exists():
         planned = _plan(output, request)
         if dry_run:
@@ -292,9 +329,11 @@ def compress(
             return
         kept.parent.mkdir(parents=True, exist_ok=True)
         planned.plan.save(kept)
-    _apply(output, model, str(kept), out, device, dtype, False, False)
+    given = {"device": device, "dtype": dtype, "check": check, "engine": request.engine}
+    _apply(output, model, str(kept), out, False, given)
+    settings = Settings(documents, length, naive, device=device, streamed=streamed)
     kept.unlink()
-    _verify(output, model, Path(out), Settings(documents, length, naive, device=device))
+    _verify(output, model, Path(out), settings)
     output.end(f"the checkpoint and its report are in {out}")
 
 
@@ -388,7 +427,20 @@ def _request(given: dict[str, Any]) -> Any:
         settings=settings(given["set_"]),
         device=given["device"],
         dtype=given["dtype"],
+        engine=_engine(given["engine"], given["workers"]),
     )
+
+
+def _engine(kind: str, workers: int) -> Any:
+    """Where independent work is done."""
+    from layerwise.core.errors import LayerwiseError
+    from layerwise.core.fan import Engine
+
+    if kind not in ("threads", "processes", "ray"):
+        raise LayerwiseError(
+            "--engine", allowed="threads, processes or ray", found=kind, fix="choose one of them"
+        )
+    return Engine(kind, workers)
 
 
 def _layers(folder: Path, text: str, share: Callable[[str, str], float]) -> int:
@@ -419,11 +471,10 @@ def _apply(
     model: str,
     plan: str,
     out: str,
-    device: str,
-    dtype: str,
-    other_weights: bool,
     dry_run: bool,
+    options: dict[str, Any],
 ) -> None:
+    from layerwise.core.machine import write_whole
     from layerwise.core.plan import read_plan
     from layerwise.jobs.apply import apply_plan, preview
     from layerwise.jobs.card import write_card
@@ -431,28 +482,22 @@ def _apply(
 
     read = read_plan(Path(plan))
     if dry_run:
-        rows = preview(model, read, other_weights)
+        rows = preview(model, read, options["other_weights"])
         output.table("would be applied", rows, "layer", "from", "options", "bytes")
         return
     with progress_bar(output.as_json) as progress:
-        applied = apply_plan(
-            model,
-            read,
-            Path(out),
-            device=device,
-            dtype=dtype,
-            other_weights=other_weights,
-            progress=progress,
-        )
+        applied = apply_plan(model, read, Path(out), progress=progress, **options)
     output.table("applied", applied.rows, "layer", "from", "options", "bytes", "error", "seconds")
     output.files.append(out)
+    output.warnings += applied.warnings
     output.more["bytes"] = applied.nbytes
     write_card(Path(out), model, read)
     report = Path(out) / "report.json"
-    report.write_text(json.dumps(output.as_dict(), indent=1))
+    write_whole(report, json.dumps(output.as_dict(), indent=1))
 
 
 def _verify(output: Output, model: str, folder: Path, settings: Any) -> None:
+    from layerwise.core.machine import write_whole
     from layerwise.core.plan import read_plan
     from layerwise.jobs.card import write_card
     from layerwise.jobs.pages import plan_section, write_page
@@ -475,7 +520,7 @@ def _verify(output: Output, model: str, folder: Path, settings: Any) -> None:
     write_page(folder / "report.html", f"{folder.name}: {model}", [section])
     report = folder / "report.json"
     before = json.loads(report.read_text()) if report.exists() else {}
-    report.write_text(json.dumps(before | {"verify": output.as_dict()}, indent=1))
+    write_whole(report, json.dumps(before | {"verify": output.as_dict()}, indent=1))
     output.files.append(str(folder / "report.html"))
 
 

@@ -1,6 +1,6 @@
 """Every score: one finite value per unit, whatever the layers are called; worked examples."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -37,11 +37,11 @@ def score(method: Method, stats: Stats, stack: Stack, **options: Any) -> Scores:
         parameters = dict(layer.module.named_parameters())
         return {m.key: m.view(parameters[m.parameter]) for m in layer.matrices}
 
-    def evaluate(chains: Mapping[str, Any]) -> tuple[float, float]:
-        return float(len(str(sorted(chains)))), 0.1
+    def evaluate(trials: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
+        return [(float(len(str(sorted(chains)))), 0.1) for chains in trials]
 
-    def without(gone: tuple[str, ...]) -> float:
-        return 2.0 + sum((int(key.split("/")[1]) - 1.5) ** 2 for key in gone)
+    def without(trials: Sequence[tuple[str, ...]]) -> list[float]:
+        return [2.0 + sum((int(k.split("/")[1]) - 1.5) ** 2 for k in gone) for gone in trials]
 
     given = {"fetch": fetch, "evaluate": evaluate, "without": without}
     return method.bind(options, **given)(stack, stats)
@@ -123,7 +123,7 @@ def test_removal_is_the_rise_of_the_loss() -> None:
 
 def test_sensitivity_tries_one_group_at_a_time(network: Network) -> None:
     asked = []
-    evaluate = lambda chains: (asked.append(chains), (0.5, 0.01))[1]  # noqa: E731
+    evaluate = lambda trials: (asked.extend(trials), [(0.5, 0.01)] * len(trials))[1]  # noqa: E731
     options = {"trial": "gptq", "bits": 2, "group": 32}
     found = find("sensitivity").bind(options, evaluate=evaluate)(network.stack, Stats({}))
     assert [list(chains) for chains in asked] == [[g.key] for g in network.stack.groups()]

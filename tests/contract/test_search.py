@@ -34,7 +34,7 @@ def run(method: Method, space: Space, loss: Callable, limit: int) -> tuple[Trace
     """A search and the states that it evaluated."""
     asked: list[Any] = []
     generator = torch.Generator().manual_seed(0)
-    evaluate = lambda state: (asked.append(state), loss(state))[1]  # noqa: E731
+    evaluate = lambda states: (asked.extend(states), [loss(s) for s in states])[1]  # noqa: E731
     return method.bind({}, generator=generator)(space, evaluate, limit), asked
 
 

@@ -208,3 +208,21 @@ def test_methods_lists_the_registry() -> None:
     done = CliRunner().invoke(app, ["methods", "--json"])
     names = {row["method"] for row in json.loads(done.stdout)["rows"]}
     assert {"gptq", "rtn", "knapsack", "block_influence", "drop", "hf"} <= names
+
+
+@pytest.mark.parametrize("target", ["hf", "hf-depth"])
+def test_streamed_verification_finds_the_same(tiny, tmp_path: Path, target: str) -> None:
+    model = tiny("llama")
+    edits = (Edit("*", (Step("gptq", {"bits": 4, "group": 32}),)),)
+    wiring = {"decoder": [0, 1, 3]} if target == "hf-depth" else {}
+    apply_plan(model, plan_of(model, edits, wiring=wiring), tmp_path / "out")
+    resident = verify(model, tmp_path / "out", QUICK)
+    streamed = verify(model, tmp_path / "out", QUICK._replace(streamed=True))
+    for mine, other in zip(streamed.rows[:2], resident.rows, strict=False):
+        assert mine["bytes"] == other["bytes"]
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    assert streamed.rows[1]["kl"] == pytest.approx(resident.rows[1]["kl"], rel=1e-4)
+    if not wiring:
+        assert streamed.ratio["value"] == pytest.approx(resident.ratio["value"], rel=1e-4)
+    assert torch.is_grad_enabled()
+    assert "streamed" in streamed.warnings[0]

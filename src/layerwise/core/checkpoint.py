@@ -9,7 +9,8 @@ import math
 import mmap
 import struct
 from collections.abc import Iterable, Mapping
-from functools import cached_property
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -139,13 +140,18 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 class ShardWriter:
-    """Collects tensors and writes a shard whenever `limit` bytes have come together."""
+    """Collects tensors and writes a shard whenever `limit` bytes have come together.
 
-    def __init__(self, folder: Path, limit: int = 256_000_000) -> None:
+    One shard at a time is written behind the caller's back.
+    """
+
+    def __init__(self, folder: Path, limit: int = 128_000_000) -> None:
         self.folder, self.limit = folder, limit
         self.nbytes = 0
         self._waiting: dict[str, Tensor] = {}
         self._shards: list[list[str]] = []
+        self._pool = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the tensors of one layer; they stay together."""
@@ -156,13 +162,23 @@ class ShardWriter:
 
     def _flush(self) -> None:
         if self._waiting:
-            write_safetensors(self.folder / f"shard-{len(self._shards)}", self._waiting)
+            self._settle()
+            path = self.folder / f"shard-{len(self._shards)}"
+            self._writing = self._pool.submit(write_safetensors, path, self._waiting)
             self._shards.append(list(self._waiting))
             self._waiting = {}
+
+    def _settle(self) -> None:
+        """Wait for the shard that is being written; what went wrong with it is raised here."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
 
     def close(self) -> list[str]:
         """Give the shards their final names, write the index, and say which files there are."""
         self._flush()
+        self._settle()
+        self._pool.shutdown()
         count = len(self._shards)
         files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
         if count == 1:
@@ -229,11 +245,24 @@ class Checkpoint:
     @cached_property
     def weights(self) -> str:
         """sha256 of the sha256s of the tensors, in order of their names."""
-        total = hashlib.sha256()
-        for _, info in sorted(self.tensors.items()):
-            flat = read_tensor(info).reshape(-1).view(torch.uint8)
-            total.update(hashlib.sha256(flat.numpy().data).digest())
-        return total.hexdigest()
+        files = sorted({info.file for info in self.tensors.values()})
+        stamps = tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in map(Path.stat, files))
+        return _weights(tuple(info for _, info in sorted(self.tensors.items())), stamps)
+
+
+@lru_cache(16)
+def _weights(tensors: tuple[TensorInfo, ...], stamps: tuple[tuple[int, ...], ...]) -> str:
+    """Hashed once per process while the files keep their stamps."""
+
+    def digest(info: TensorInfo) -> bytes:
+        flat = read_tensor(info).reshape(-1).view(torch.uint8)
+        return hashlib.sha256(flat.numpy().data).digest()
+
+    total = hashlib.sha256()
+    with ThreadPoolExecutor(2) as pool:
+        for found in pool.map(digest, tensors):
+            total.update(found)
+    return total.hexdigest()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -216,6 +216,7 @@ class Source:
         self.owner = {name: self._name_in_memory(name, known) for name in checkpoint.tensors}
         self.conversions = [c for c in self.mapping if c.was_used()]
         self._held = self._names_held()
+        self._last: tuple[str, dict[str, Tensor]] = ("", {})
 
     def _name_in_memory(self, name: str, known: dict[str, Tensor]) -> str:
         renamings = [m for m in self.mapping if isinstance(m, WeightRenaming)]
@@ -243,7 +244,18 @@ class Source:
         """Whether a parameter of the model comes from the checkpoint (else it is computed)."""
         return name in self._held
 
-    def load(self, prefix: str, apart: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    def load(self, prefix: str) -> dict[str, Tensor]:
+        """Tensors in memory whose name starts with `prefix`; the last ones are kept at hand."""
+        if self._last[0] != prefix:
+            self.forget()
+            self._last = (prefix, self.load_apart(prefix, ()))
+        return dict(self._last[1])
+
+    def forget(self) -> None:
+        """Let go of what was loaded last."""
+        self._last = ("", {})
+
+    def load_apart(self, prefix: str, apart: tuple[str, ...]) -> dict[str, Tensor]:
         """Tensors in memory whose name starts with `prefix` and with none of `apart`."""
         names = [
             stored

@@ -3,9 +3,10 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch import Tensor
 
@@ -18,13 +19,15 @@ class Journal:
     """A folder with one line per finished layer and that layer's records beside it.
 
     A line is written and synced after its file, so that a kill at any moment leaves either a
-    finished layer or none.
+    finished layer or none. One process at a time works on a journal; the system gives it free
+    when that process ends, however it ends.
     """
 
     def __init__(self, folder: Path, job: Mapping[str, Any]) -> None:
         self.folder = folder
         self.lines: dict[str, dict[str, Any]] = {}
         folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(folder)
         self._path = folder / "journal.jsonl"
         if self._path.exists():
             self._resume(job)
@@ -100,5 +103,36 @@ class Journal:
         tensors = {name: read_tensor(info) for name, info in read_header(path).items()}
         return {key: unflatten(tree, tensors) for key, tree in line["trees"].items()}
 
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.close()
+
+    def remove(self) -> None:
+        """The job is done: forget it."""
+        shutil.rmtree(self.folder)
+        self._lock.close()
+
     def _file(self, layer: str) -> Path:
         return self.folder / (layer.replace("/", "-") + ".safetensors")
+
+
+def _locked(folder: Path) -> IO[str]:
+    """The journal's lock file, held; systems without such locks go without."""
+    file = (folder / "lock").open("a")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        return file
+    except BlockingIOError:
+        file.close()
+        raise LayerwiseError(
+            f"journal {folder}",
+            allowed="one run at a time on an output folder",
+            found="another run that is still at work on it",
+            fix="wait for it, stop it, or choose another --out",
+        ) from None
+    return file

@@ -23,6 +23,7 @@ from layerwise.core.hollow import CONVOLUTIONS, conv_rows, operands
 from layerwise.core.network import Network
 from layerwise.core.stack import Layer, Matrix
 from layerwise.core.task import forward_arguments
+from layerwise.core.weight import Weight
 
 Batch = Mapping[str, Tensor]
 Edits = dict[str, Tensor]
@@ -75,9 +76,12 @@ class Rows:
 
 @dataclass
 class Stop:
-    """A place in the walk. `enter` and `leave` stand before and after a layer, `at` in it."""
+    """A place in the walk. `enter` and `leave` stand before and after a layer, `at` in it.
 
-    kind: Literal["enter", "at", "leave"]
+    `done` stands where a lane has come to its end, before the next one does.
+    """
+
+    kind: Literal["enter", "at", "leave", "done"]
     layer: Layer
     lanes: list[Lane]
     rows: list[Rows]
@@ -89,12 +93,14 @@ class Stop:
 
     def substitute(self, matrix: Matrix, value: Tensor) -> None:
         """Let the edited lanes use this value, `[out, in]`, from now on in this layer."""
-        edits = self.walk.edits
-        original = self.walk.parameters[matrix.parameter]
-        if matrix.parameter not in edits:
-            edits[matrix.parameter] = original.detach().clone(memory_format=torch.contiguous_format)
-        target = matrix.view(edits[matrix.parameter])
-        target.copy_(value.reshape(target.shape))
+        name, edits = matrix.parameter, self.walk.edits
+        edits[name] = matrix.put(value, self.walk.parameters[name], edits.get(name))
+
+    def substitute_all(self, records: Mapping[str, Weight]) -> None:
+        """Let the edited lanes use what edits made of the layer's matrices, by their keys."""
+        for matrix in self.layer.matrices:
+            if matrix.key in records:
+                self.substitute(matrix, records[matrix.key].dense())
 
     def replay(self, lane: Lane, edits: Edits | None = None) -> Any:
         """Run the layer on a lane's call once more, outside of the walk."""
@@ -327,7 +333,8 @@ def walk(
             after the last layer and nothing beyond it is computed.
 
     Yields:
-        `Stop`s: `enter`, any number of `at`, `leave`, for every layer visit.
+        `Stop`s: `enter`, any number of `at`, `leave`, for every layer visit; with `finish` also
+        `done` for every lane, in the last one.
     """
     engine = Walk(network, matrices)
     hooks = []
@@ -404,6 +411,8 @@ def _visit(engine: Walk) -> Iterator[Stop]:
                 yield Stop("at", layer, [lane], engine.rows_at([lane]), engine)
                 lane.pause = None
                 engine.advance(lane)
+            if lane.done:
+                yield Stop("done", layer, [lane], [], engine)
     yield Stop("leave", layer, lanes, [], engine)
     engine.close()
 

@@ -88,7 +88,7 @@ class Network:
 
     def fetch_outside(self) -> dict[str, Tensor]:
         """The tensors as stored that belong to no layer: embeddings, final norm, head."""
-        loaded = self.stored.load("", apart=tuple(f"{path}." for path in self.stored_layers))
+        loaded = self.stored.load_apart("", tuple(f"{path}." for path in self.stored_layers))
         wanted = self.module.state_dict(keep_vars=True)
         return {n: self._rearranged(n, t, wanted[n]) for n, t in loaded.items() if n in wanted}
 
@@ -117,6 +117,7 @@ class Network:
         """Make a streamed layer hollow again."""
         if self.source is None:
             return
+        self.source.forget()
         freed = 0
         for module in layer.module.modules():
             for name, p in module._parameters.items():

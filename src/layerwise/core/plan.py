@@ -9,6 +9,7 @@ import msgspec
 import yaml
 
 from layerwise.core.errors import LayerwiseError
+from layerwise.core.machine import write_whole
 from layerwise.core.stack import Matrix
 
 
@@ -64,9 +65,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
 
     def save(self, path: Path) -> None:
         """Write the plan; the file is there whole or not at all."""
-        part = path.with_name(path.name + ".part")
-        part.write_text(self.to_yaml())
-        part.replace(path)
+        write_whole(path, self.to_yaml())
 
 
 def read_plan(path: Path) -> Plan:

@@ -1,6 +1,6 @@
 """What a search walks on, and what it leaves behind."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -25,11 +25,13 @@ class Trace:
     value: float = float("inf")
     values: dict[Any, float] = field(default_factory=dict)
 
-    def ask(self, evaluate: Callable[[Any], float], state: Any) -> float:
-        """Evaluate a state once."""
-        if state not in self.values:
-            self.values[state] = evaluate(state)
-        return self.values[state]
+    def ask(
+        self, evaluate: Callable[[Sequence[Any]], list[float]], states: Sequence[Any]
+    ) -> list[float]:
+        """Evaluate states, each once, those that are new together."""
+        new = [state for state in dict.fromkeys(states) if state not in self.values]
+        self.values |= zip(new, evaluate(new) if new else [], strict=True)
+        return [self.values[state] for state in states]
 
     def close(self, space: Space) -> "Trace":
         """Settle on the best goal that was seen, else on the start."""

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 
@@ -41,6 +42,16 @@ class Matrix:
         slice_ = parameter if self.expert is None else parameter[self.expert]
         slice_ = slice_.reshape(slice_.shape[0], -1) if slice_.ndim > 2 else slice_
         return slice_.T if self.transposed else slice_
+
+    def put(self, value: Tensor, parameter: Tensor, room: Tensor | None = None) -> Tensor:
+        """The parameter with this matrix replaced, in `room` or in new memory."""
+        if room is None:
+            room = torch.empty_like(parameter.detach(), memory_format=torch.contiguous_format)
+            if self.size < parameter.numel():
+                room.copy_(parameter.detach())
+        target = self.view(room)
+        target.copy_(value.reshape(target.shape))
+        return room
 
 
 class Part(NamedTuple):

@@ -92,7 +92,7 @@ class Gathering:
         elif stop.kind == "at":
             for rows in stop.rows:
                 self._rows(rows, stop)
-        else:
+        elif stop.kind == "leave":
             for lane in _edited(stop):
                 self._show("layer", stop.layer.key, lane, self._of_layer(stop, lane))
 

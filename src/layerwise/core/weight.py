@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 
@@ -44,14 +44,12 @@ class Quantized:
     group: int
 
     def dense(self) -> Float[Tensor, "out in"]:
-        columns = self.codes.shape[1]
-        width = self.group or columns
-        codes = self.codes.float()
-        scale = self.scale.float().repeat_interleave(width, 1)[:, :columns]
+        rows, columns = self.codes.shape
+        values = in_groups(self.codes, self.group or columns).float()  # [out, groups, width]
         if self.zero is not None:
-            zero = self.zero.float()
-            codes = codes - zero.repeat_interleave(width, 1)[:, :columns]
-        return codes * scale
+            values = values.sub_(self.zero.float()[..., None])
+        values = values.mul_(self.scale.float()[..., None])
+        return values.reshape(rows, -1)[:, :columns]
 
     @property
     def nbytes(self) -> int:
@@ -127,6 +125,14 @@ class Gather:
 
 Weight = Dense | Quantized | Sparse | Product | Sum | Gather
 _KINDS = {kind.__name__: kind for kind in (Dense, Quantized, Sparse, Product, Sum, Gather)}
+
+
+def in_groups(matrix: Tensor, width: int) -> Shaped[Tensor, "out groups width"]:
+    """A matrix cut into groups of columns; a last one that is shorter is filled with zeros."""
+    rows, columns = matrix.shape
+    if columns % width:
+        matrix = torch.nn.functional.pad(matrix, (0, -columns % width))
+    return matrix.reshape(rows, -1, width)  # [out, groups, width]
 
 
 def packed_bytes(

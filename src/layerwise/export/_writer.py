@@ -2,11 +2,10 @@
 
 import copy
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -15,26 +14,42 @@ from layerwise.core.network import Network
 from layerwise.core.stack import Layer
 from layerwise.core.weight import Weight
 
-Records = Callable[[Layer], Mapping[str, Weight]]
+
+class Finished(NamedTuple):
+    """A layer on its way out: its stored tensors by their name inside it, and what edits made of
+    its matrices."""
+
+    layer: Layer
+    tensors: dict[str, Tensor]
+    records: Mapping[str, Weight]
+
+
 #: layer tensors by their full name in memory, and records by matrix key -> what is stored
 Convert = Callable[[Layer, dict[str, Tensor], Mapping[str, Weight]], dict[str, Tensor]]
 
 
 def write_folder(
-    network: Network, path: Path, records: Records, convert: Convert, extra: Mapping[str, Any]
+    network: Network,
+    path: Path,
+    layers: Iterable[Finished],
+    convert: Convert,
+    extra: Callable[[], Mapping[str, Any]] = dict,
 ) -> int:
-    """Write weights, configuration and the files that come along; returns the tensor bytes."""
+    """Write weights, configuration and the files that come along; returns the tensor bytes.
+
+    `extra` gives further entries of the configuration, asked for when all layers are written.
+    """
     path.mkdir(parents=True, exist_ok=True)
     writer = ShardWriter(path)
-    for layer in network.layers():
-        own = {f"{layer.path}.{name}": t for name, t in network.fetch(layer).items()}
-        writer.add(on_disk(network, convert(layer, own, records(layer))))
+    for layer, tensors, records in layers:
+        own = {f"{layer.path}.{name}": t for name, t in tensors.items()}
+        writer.add(on_disk(network, convert(layer, own, records)))
     outside = network.fetch_outside()
     tied = network.model.all_tied_weights_keys
     kept = {n: t for n, t in outside.items() if tied.get(n) not in outside}
     writer.add(on_disk(network, kept))
     writer.close()
-    write_config(network, path, extra)
+    write_config(network, path, extra())
     copy_companions(network.stored.checkpoint.folder, path)
     return writer.nbytes
 
@@ -68,12 +83,9 @@ def dense_tensors(
     layer: Layer, tensors: dict[str, Tensor], records: Mapping[str, Weight]
 ) -> dict[str, Tensor]:
     """The layer's tensors with every record put in its place as a dense matrix."""
-    result = dict(tensors)
+    made: dict[str, Tensor] = {}
     for matrix in layer.matrices:
         if matrix.key in records:
             name = f"{layer.path}.{matrix.parameter}"
-            if result[name] is tensors[name]:
-                result[name] = tensors[name].clone(memory_format=torch.contiguous_format)
-            view = matrix.view(result[name])
-            view.copy_(records[matrix.key].dense().reshape(view.shape))
-    return result
+            made[name] = matrix.put(records[matrix.key].dense(), tensors[name], made.get(name))
+    return {**tensors, **made}

@@ -1,6 +1,6 @@
 """Packed weights in the compressed-tensors format, with bits that differ from group to group."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,17 @@ from layerwise.core.plan import Plan, Step
 from layerwise.core.stack import Layer, Matrix, Stack
 from layerwise.core.target import Target
 from layerwise.core.weight import Quantized, Weight, packed_bytes
-from layerwise.export._writer import Records, dense_tensors, write_folder
+from layerwise.export._writer import Finished, dense_tensors, write_folder
 
+#: (bits, group, symmetric) -> the modules that are packed so
+Schemes = dict[tuple[int, int, bool], list[str]]
 #: `weight_shape`, two int64
 _SHAPE_BYTES = 16
 
 
 @method("export", name="compressed-tensors")
 def compressed_tensors(
-    stack: Stack, plan: Plan, path: Path, *, network: Network, records: Records
+    stack: Stack, plan: Plan, path: Path, *, network: Network, layers: Iterable[Finished]
 ) -> int:
     """Write `pack-quantized` weights: dense int32 words, a scale and zero per group of columns.
 
@@ -32,25 +34,23 @@ def compressed_tensors(
         plan: what was applied.
         path: the folder to write.
         network: given; the network whose weights are written.
-        records: given; what the edits made of a layer's matrices.
+        layers: given; every layer once, with what the edits made of its matrices.
 
     Returns:
         Bytes of all tensors.
     """
-    schemes: dict[tuple[int, int, bool], list[str]] = {}
-    for layer in network.layers():
-        for matrix, record in _packed(layer, records(layer)):
+    schemes: Schemes = {}
+
+    def convert(layer: Layer, tensors: dict[str, Tensor], records: Mapping[str, Weight]) -> Any:
+        for matrix, record in _packed(layer, records):
             scheme = (record.bits, record.group, record.zero is None)
             schemes.setdefault(scheme, []).append(_module(layer, matrix))
-    if not schemes:
-        return write_folder(network, path, records, dense_tensors, {})
-    ignored = [
-        name
-        for name, module in network.module.named_modules()
-        if isinstance(module, nn.Linear) and not any(name in names for names in schemes.values())
-    ]
-    extra = {"quantization_config": _config(schemes, ignored)}
-    return write_folder(network, path, records, _convert, extra)
+        return _convert(layer, tensors, records)
+
+    def extra() -> dict[str, Any]:
+        return {"quantization_config": _config(schemes, network.module)} if schemes else {}
+
+    return write_folder(network, path, layers, convert, extra)
 
 
 def _packed(layer: Layer, records: Mapping[str, Weight]) -> list[tuple[Matrix, Quantized]]:
@@ -90,7 +90,9 @@ def pack(record: Quantized) -> dict[str, Tensor]:
     return tensors
 
 
-def _config(schemes: dict[tuple[int, int, bool], list[str]], ignored: list[str]) -> dict[str, Any]:
+def _config(schemes: Schemes, network: nn.Module) -> dict[str, Any]:
+    packed = {name for names in schemes.values() for name in names}
+    linears = [name for name, m in network.named_modules() if isinstance(m, nn.Linear)]
     groups = {}
     for number, ((bits, group, symmetric), names) in enumerate(sorted(schemes.items())):
         weights = {
@@ -107,7 +109,7 @@ def _config(schemes: dict[tuple[int, int, bool], list[str]], ignored: list[str])
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": ignored,
+        "ignore": [name for name in linears if name not in packed],
     }
 
 

@@ -1,6 +1,6 @@
 """Dense checkpoints that stock transformers loads."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -10,11 +10,13 @@ from layerwise.core.network import Network
 from layerwise.core.plan import Plan, Step
 from layerwise.core.stack import Matrix, Stack
 from layerwise.core.target import Target
-from layerwise.export._writer import Records, dense_tensors, write_folder
+from layerwise.export._writer import Finished, dense_tensors, write_folder
 
 
 @method("export")
-def hf(stack: Stack, plan: Plan, path: Path, *, network: Network, records: Records) -> int:
+def hf(
+    stack: Stack, plan: Plan, path: Path, *, network: Network, layers: Iterable[Finished]
+) -> int:
     """Write dense safetensors under stock names; a depth edit is an ordinary configuration.
 
     Args:
@@ -22,12 +24,12 @@ def hf(stack: Stack, plan: Plan, path: Path, *, network: Network, records: Recor
         plan: what was applied.
         path: the folder to write.
         network: given; the network whose weights are written.
-        records: given; what the edits made of a layer's matrices.
+        layers: given; every layer once, with what the edits made of its matrices.
 
     Returns:
         Bytes of all tensors.
     """
-    return write_folder(network, path, records, dense_tensors, {})
+    return write_folder(network, path, layers, dense_tensors)
 
 
 def _nbytes(matrix: Matrix, chain: Sequence[Step], itemsize: int) -> int:

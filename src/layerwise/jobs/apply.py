@@ -1,15 +1,22 @@
 """Apply a plan: solve, write under a temporary name, give the folder its name when complete."""
 
+import hashlib
 import os
 import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+import transformers
 from torch import Tensor
 
 from layerwise.core.checkpoint import write_safetensors
 from layerwise.core.errors import LayerwiseError
-from layerwise.core.lockstep import walk
+from layerwise.core.fan import Engine
+from layerwise.core.journal import Journal
+from layerwise.core.lockstep import Batch, walk
+from layerwise.core.machine import check_disk, check_memory
 from layerwise.core.method import find
 from layerwise.core.network import Network, open_network
 from layerwise.core.plan import Plan, chain_for, check_model, check_selectors, label
@@ -19,21 +26,20 @@ from layerwise.core.target import Target
 from layerwise.core.task import answer, example_inputs
 from layerwise.core.weight import Weight
 from layerwise.export import TARGETS
-from layerwise.export._writer import Records
+from layerwise.export._writer import Finished
+from layerwise.jobs.checks import CHECK, CHECKED, must_be_sound
+from layerwise.jobs.forecast import disk_to_apply, memory_to_solve
 from layerwise.jobs.session import Progress, load_reader, silent, texts_of
 from layerwise.jobs.solve import needs_of, solve
 
-#: an input and the answer computed while the folder was written, for whoever reloads it
-CHECK = "layerwise.check"
-CHECKED = "layerwise.answer"
-
 
 class Applied(NamedTuple):
-    """What came of applying a plan: the folder, its bytes, and a row per layer."""
+    """What came of applying a plan: the folder, its bytes, a row per layer, and any warnings."""
 
     folder: Path
     nbytes: int
     rows: list[dict[str, Any]]
+    warnings: list[str]
 
 
 def apply_plan(
@@ -44,6 +50,8 @@ def apply_plan(
     device: str = "auto",
     dtype: str = "auto",
     other_weights: bool = False,
+    check: bool = True,
+    engine: Engine = Engine(),
     progress: Progress = silent,
 ) -> Applied:
     """Apply a plan to a checkpoint and write the result.
@@ -58,11 +66,14 @@ def apply_plan(
         device: where to compute.
         dtype: in which type to compute.
         other_weights: allow weights that differ from those the plan was made for.
+        check: reload the result by stock transformers before it gets its name.
+        engine: where matrices are solved.
         progress: called with what is done, how far, and out of how much.
 
     Raises:
         LayerwiseError: the plan is for another model, names nothing, cannot be held by its
-            target, or `out` exists.
+            target, does not fit in memory or on disk, or `out` exists; or the result computes
+            something else when stock transformers loads it.
     """
     if out.exists():
         raise LayerwiseError(
@@ -73,50 +84,91 @@ def apply_plan(
         )
     network = open_network(model, wiring=plan.wiring, device=device, dtype=dtype)
     check_plan(network, plan, other_weights)
-    reader = load_reader(network) if needs_of(plan.edits) else None
-    batches = windows(reader, texts_of(plan.data), "calibrate") if reader else []
+    needs = needs_of(plan.edits)
+    batches = windows(load_reader(network), texts_of(plan.data), "calibrate") if needs else []
     part, journal_folder = beside(out, "part"), beside(out, "journal")
+    check_memory(memory_to_solve(network, batches, needs))
+    if not journal_folder.exists():
+        check_disk(out.parent, disk_to_apply(network, plan))
     job = {
         "plan": plan.to_yaml(),
         "weights": network.checkpoint.weights,
+        "data": digest_of(batches),
         "device": str(network.device),
         "dtype": str(network.dtype),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
     }
-    journal = solve(network, plan.edits, batches, journal_folder, job, progress)
-
-    def records(layer: Layer) -> dict[str, Weight]:
-        return journal.read(layer.key) if layer.key in journal else {}
-
-    if part.exists():
-        shutil.rmtree(part)
-    export = find(plan.target, "export").bind(network=network, records=records)
-    nbytes = export(network.stack, plan, part)
-    plan.save(part / "plan.yaml")
-    write_check(network, records, part / CHECK)
-    rows = [
-        layer_row(network, layer, plan, journal.lines.get(layer.key, {}).get("report", {}))
-        for layer in network.layers()
-    ]
-    os.replace(part, out)
-    shutil.rmtree(journal_folder)
-    return Applied(out, nbytes, rows)
+    batch = own_batch(network, plan)
+    with Journal(journal_folder, job) as journal:
+        solver = solve(network, plan.edits, batches, journal, progress, engine)
+        if part.exists():
+            shutil.rmtree(part)
+        layers = passing(network, solver.finished, batch, part / CHECK, progress)
+        export = find(plan.target, "export").bind(network=network, layers=layers)
+        nbytes = export(network.stack, plan, part)
+        plan.save(part / "plan.yaml")
+        reports = {key: line["report"] for key, line in journal.lines.items()}
+        rows = [layer_row(network, la, plan, reports.get(la.key, {})) for la in network.layers()]
+        warnings = must_be_sound(part, network, batch) if check else []
+        os.replace(part, out)
+        journal.remove()
+    return Applied(out, nbytes, rows, warnings)
 
 
-def write_check(network: Network, records: Records, path: Path) -> None:
-    """The answer of the edited network to a fixed input, walked layer by layer from the records.
+def own_batch(network: Network, plan: Plan) -> Batch:
+    """A short input of the user's own data; a made-up one where the model cannot read any.
 
-    Held in float32: the weights as they are written, computed as a float32 reload computes.
+    Without labels all of its answer counts. What embeds is asked for two inputs, which compare.
+    """
+    if network.task == "embed":
+        return example_inputs(network.module)
+    try:
+        texts = texts_of(plan.data)._replace(samples=1, length=32)
+        batch = windows(load_reader(network), texts, "calibrate")[0]
+    except LayerwiseError:
+        return example_inputs(network.module)
+    return {name: tensor for name, tensor in batch.items() if name != "labels"}
+
+
+def digest_of(batches: Sequence[Batch]) -> str:
+    """sha256 of the data that matrices are solved with."""
+    found = hashlib.sha256()
+    for batch in batches:
+        for name, tensor in sorted(batch.items()):
+            found.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def passing(
+    network: Network,
+    records: Callable[[Layer], Mapping[str, Weight]],
+    batch: Batch,
+    check: Path,
+    progress: Progress = silent,
+) -> Iterator[Finished]:
+    """Every layer once, on the way of one batch through the edited network.
+
+    The batch and the answer to it are written to `check`, for whoever reloads the folder. It is
+    held in float32: the weights as they are written, computed as a float32 reload computes.
     """
     wide = network.widened()
-    batch = example_inputs(wide.module)
     found: list[Tensor] = []
-    stops = walk(wide, [batch], finish=lambda i, clean, out: found.append(answer(out, batch)))
-    for stop in stops:
-        if stop.kind == "enter":
-            for key, record in records(stop.layer).items():
-                matrix = next(m for m in stop.layer.matrices if m.key == key)
-                stop.substitute(matrix, record.dense())
-    write_safetensors(path, {**batch, CHECKED: found[0].float().cpu().contiguous()})
+    made: dict[str, Mapping[str, Weight]] = {}
+    total = len(network.layers())
+    for stop in walk(wide, [batch], finish=lambda i, clean, out: found.append(answer(out, batch))):
+        layer = stop.layer
+        if stop.kind != "enter":
+            continue
+        first = layer.key not in made
+        made[layer.key] = records(layer)
+        stop.substitute_all(made[layer.key])
+        if first:
+            yield Finished(layer, network.fetch(layer), made[layer.key])
+            progress("writing layers", len(made), total)
+        made[layer.key] = {}
+    write_safetensors(check, {**batch, CHECKED: found[0].float().cpu().contiguous()})
 
 
 def beside(out: Path, what: str) -> Path:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from layerwise.core.machine import write_whole
 from layerwise.core.plan import Plan, describe
 from layerwise.jobs.verify import Verified
 from layerwise.report.terminal import show, show_bytes
@@ -32,4 +33,4 @@ def write_card(folder: Path, model: str, plan: Plan, verified: Verified | None =
         for row in verified.rows:
             cells = (row["name"], show_bytes(row["bytes"]), show(row["loss"]), show(row["kl"]))
             lines.append("| " + " | ".join(cells) + " |")
-    (folder / "README.md").write_text("\n".join(lines) + "\n")
+    write_whole(folder / "README.md", "\n".join(lines) + "\n")

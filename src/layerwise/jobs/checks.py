@@ -11,13 +11,54 @@ import torch
 from torch import nn
 
 from layerwise.core.checkpoint import read_header, read_tensor
+from layerwise.core.errors import LayerwiseError
+from layerwise.core.machine import amount, available_memory
 from layerwise.core.network import Network
 from layerwise.core.plan import Plan
 from layerwise.core.stack import Stack
 from layerwise.core.wiring import parse_wiring
-from layerwise.jobs.apply import CHECK, CHECKED
 from layerwise.jobs.measure import agrees_cached, generates
-from layerwise.jobs.stock import StandIns, answers_of
+from layerwise.jobs.stock import StandIns, answers_of, load_stock
+
+#: an input and the answer computed while the folder was written, for whoever reloads it
+CHECK = "layerwise.check"
+CHECKED = "layerwise.answer"
+
+
+def must_be_sound(folder: Path, network: Network, batch: Any) -> list[str]:
+    """Reload a written folder by stock transformers and refuse it if it computes anything else.
+
+    Its answer to `batch` must be the one that was computed while it was written, and decoding
+    with a cache must give the tokens of decoding without, where it does in the original.
+
+    Returns:
+        What could not be checked, and why.
+
+    Raises:
+        LayerwiseError: a check failed.
+    """
+    wide = 4 * sum(p.numel() for p in network.model.parameters())
+    room = available_memory()
+    if room and 2 * wide > room:
+        return [
+            f"not reloaded as a check: that takes {amount(2 * wide)} and {amount(room)} are free"
+        ]
+    edited = load_stock(folder, "float32", network.device)
+    failed = [c for c in reload_checks(folder, edited) if not c["ok"]]
+    decoding = [c for c in decode_checks(edited, [batch]) if not c["ok"]]
+    if decoding:
+        original = load_stock(network.checkpoint.folder, "float32", network.device)
+        if all(c["ok"] for c in decode_checks(original, [batch])):
+            failed += decoding
+    for check in failed:
+        raise LayerwiseError(
+            f"{folder}",
+            allowed=check["name"],
+            found=check["found"],
+            fix="this result is not sound and was not given its name; leave the layers of that "
+            "kind as they are, or look at it with `layerwise verify`",
+        )
+    return [f"{c['name']}: {c['found']}, as in the original" for c in decoding]
 
 
 def reload_checks(folder: Path, edited: nn.Module) -> list[dict[str, Any]]:

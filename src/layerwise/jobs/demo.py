@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.core.data import Texts
+from layerwise.core.machine import write_whole
 from layerwise.core.plan import DataSpec
 from layerwise.jobs.apply import apply_plan
 from layerwise.jobs.card import write_card
@@ -41,7 +42,7 @@ def run_demo(out: Path, output: Any, progress: Progress) -> None:
         plan = make_plan(request, progress).plan
         plan.save(out / f"{name}.yaml")
         applied = apply_plan("demo", plan, out / name, progress=progress)
-        (out / name / "report.json").write_text(json.dumps({"rows": applied.rows}, indent=1))
+        write_whole(out / name / "report.json", json.dumps({"rows": applied.rows}, indent=1))
         settings = Settings(documents=24, length=256, memory=False)
         found = verify("demo", out / name, settings, progress)
         write_card(out / name, "demo", plan, found)

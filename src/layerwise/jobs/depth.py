@@ -1,11 +1,12 @@
 """Plans of depth: which layers stay."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 
 from layerwise.core.errors import LayerwiseError
+from layerwise.core.fan import fan_out
 from layerwise.core.method import find
 from layerwise.core.network import Network, rewired
 from layerwise.core.plan import Plan, selects
@@ -13,8 +14,8 @@ from layerwise.core.search import Space
 from layerwise.core.stack import Layer
 from layerwise.core.stats import Scores
 from layerwise.jobs.request import Planned, Request, identity
-from layerwise.jobs.scoring import Trials, make_scores
-from layerwise.jobs.session import Budget, Progress, load_reader, texts_of
+from layerwise.jobs.scoring import counting, make_scores, trials_for
+from layerwise.jobs.session import Budget, Progress
 
 
 def plan_depth(request: Request, network: Network, progress: Progress) -> Planned:
@@ -199,14 +200,13 @@ def search_depth(
     progress: Progress,
 ) -> tuple[str, ...]:
     """Search the layers to leave out on the measured loss of the select split."""
-    trials = Trials(network, load_reader(network), texts_of(request.data))
+    trials = trials_for(request, network)
     keys = [layer.key for layer in open_]
     total = sum(len(keys) - i for i in range(count)) + 1
-    done = iter(range(1, 1 << 60))
+    tick = counting(progress, "searching layers", total)
 
-    def evaluate(gone: tuple[str, ...]) -> float:
-        progress("searching layers", next(done), total)
-        return trials.without(gone)
+    def evaluate(candidates: Sequence[tuple[str, ...]]) -> list[float]:
+        return fan_out(trials.without, candidates, request.engine, tick)
 
     def moves(gone: tuple[str, ...]) -> list[tuple[str, ...]]:
         ahead = [tuple(k for k in keys if k in gone or k == key) for key in keys if key not in gone]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from layerwise.core.errors import LayerwiseError
+from layerwise.core.journal import Journal
 from layerwise.core.network import Network, open_network
 from layerwise.core.plan import Plan, chain_for, describe
 from layerwise.core.quality import Quality, measure_quality
@@ -20,10 +21,10 @@ from layerwise.core.task import answer, forward_arguments
 from layerwise.export import PACKED, TARGETS
 from layerwise.jobs.bits import plan_bits
 from layerwise.jobs.depth import able_to_go, assemble_depth, layers_to_drop, wiring_without
-from layerwise.jobs.request import Request
+from layerwise.jobs.request import Planned, Request
 from layerwise.jobs.session import Budget, Progress, load_reader, silent, texts_of
 from layerwise.jobs.solve import needs_of, solve
-from layerwise.jobs.stock import answers_of
+from layerwise.jobs.stock import answers_of, streamed
 
 
 class Contest(NamedTuple):
@@ -103,13 +104,49 @@ def naive_depth(contest: Contest) -> Naive | None:
 
 
 def naive_bits(contest: Contest, progress: Progress) -> Naive | None:
-    """The same solver, one option everywhere, the largest that fits, the rest in order.
+    """The same solver, one option everywhere, on the resident original."""
+    network = open_network(contest.model, device=contest.device)
+    planned = plan_uniform(contest, network)
+    if planned is None:
+        return None
+    dense = solved_in_memory(contest.model, network, planned.plan, progress)
+    original = contest.original
+
+    def run(batch: Any) -> Tensor:
+        inputs = {k: v.to(next(original.parameters()).device) for k, v in batch.items()}
+        given = forward_arguments(original, inputs)
+        return answer(functional_call(original, dense, (), given, strict=False), batch)
+
+    quality = measure_quality(contest.batches, run, answers_of(original))
+    return Naive(f"uniform: {describe(planned.plan)}", quality, planned.nbytes)
+
+
+def naive_streamed(contest: Contest, progress: Progress) -> Naive | None:
+    """The same as `naive_bits`, with one layer in memory; what is solved lies on disk."""
+    network = open_network(contest.model, device=contest.device)
+    planned = plan_uniform(contest, network) if contest.plan.edits else None
+    if planned is None:
+        return None
+    edits, data = planned.plan.edits, needs_of(planned.plan.edits)
+    texts = texts_of(planned.plan.data)
+    batches = windows(load_reader(network), texts, "calibrate") if data else []
+    with tempfile.TemporaryDirectory(prefix="layerwise-naive-") as folder:
+        solver = solve(network, edits, batches, Journal(Path(folder), {}), progress)
+        with (
+            streamed(network.widened(), contest.batches) as original,
+            streamed(network.widened(), contest.batches, solver.finished) as edited,
+        ):
+            quality = measure_quality(contest.batches, edited, original)
+    return Naive(f"uniform: {describe(planned.plan)}", quality, planned.nbytes)
+
+
+def plan_uniform(contest: Contest, network: Network) -> Planned | None:
+    """One option everywhere, the largest that fits, the rest in order; none may get so small.
 
     A dense target stores no fewer bytes for fewer bits; there both plans are priced packed.
     """
     model, plan = contest.model, contest.plan
     target = TARGETS[plan.target] if TARGETS[plan.target].by_bits else PACKED
-    network = open_network(model, device=contest.device)
     steps = [edit.chain[-1] for edit in plan.edits if edit.chain]
     rest = {k: v for k, v in steps[0].options.items() if k not in ("bits", "group")}
     widths = sorted({s.options.get("group", 128) for s in steps})
@@ -125,19 +162,9 @@ def naive_bits(contest: Contest, progress: Progress) -> Naive | None:
         device=contest.device,
     )
     try:
-        planned = plan_bits(request, network, target, silent)
+        return plan_bits(request, network, target, silent)
     except LayerwiseError:
         return None
-    dense = solved_in_memory(model, network, planned.plan, progress)
-    original = contest.original
-
-    def run(batch: Any) -> Tensor:
-        inputs = {k: v.to(next(original.parameters()).device) for k, v in batch.items()}
-        given = forward_arguments(original, inputs)
-        return answer(functional_call(original, dense, (), given, strict=False), batch)
-
-    quality = measure_quality(contest.batches, run, answers_of(original))
-    return Naive(f"uniform: {describe(planned.plan)}", quality, planned.nbytes)
 
 
 def packed_size(contest: Contest) -> int:
@@ -158,18 +185,18 @@ def solved_in_memory(
     batches = windows(load_reader(network), texts_of(plan.data), "calibrate") if data else []
     folder = Path(tempfile.mkdtemp(prefix="layerwise-naive-"))
     try:
-        journal = solve(network, plan.edits, batches, folder, {}, progress)
+        solver = solve(network, plan.edits, batches, Journal(folder, {}), progress)
         dense: dict[str, Tensor] = {}
         for layer in network.layers():
-            records = journal.read(layer.key) if layer.key in journal else {}
+            records = solver.finished(layer)
             tensors = network.fetch(layer) if records else {}
             for matrix in layer.matrices:
                 if matrix.key in records:
                     name = f"{layer.path}.{matrix.parameter}"
-                    if name not in dense:
-                        dense[name] = tensors[matrix.parameter].float().to(network.device)
-                    view = matrix.view(dense[name])
-                    view.copy_(records[matrix.key].dense().float().reshape(view.shape))
+                    room = dense.get(name)
+                    if room is None:
+                        room = tensors[matrix.parameter].float().to(network.device)
+                    dense[name] = matrix.put(records[matrix.key].dense(), room, room)
         return dense
     finally:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)

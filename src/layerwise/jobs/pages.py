@@ -6,6 +6,7 @@ from typing import Any
 
 import transformers
 
+from layerwise.core.machine import write_whole
 from layerwise.core.plan import read_plan
 from layerwise.jobs.inspect import Inspected
 from layerwise.jobs.verify import Verified
@@ -45,6 +46,4 @@ def write_page(path: Path, title: str, sections: Sequence[Mapping[str, Any]]) ->
     from layerwise.report import page
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(page(title, sections))
-    part.replace(path)
+    write_whole(path, page(title, sections))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from layerwise.core.damage import Damage, Menu
+from layerwise.core.fan import Engine
 from layerwise.core.network import Network
 from layerwise.core.plan import DataSpec, Identity, Plan
 from layerwise.core.stats import Scores
@@ -25,6 +26,7 @@ class Request(NamedTuple):
     settings: Mapping[str, Mapping[str, Any]] = {}
     device: str = "auto"
     dtype: str = "auto"
+    engine: Engine = Engine()
 
     def options(self, name: str) -> dict[str, Any]:
         """What `--set name.option=value` said of a method."""

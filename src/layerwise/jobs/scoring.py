@@ -1,22 +1,28 @@
 """Scores for a planner: the probes they need in one pass, and trial edits on the model."""
 
-from collections.abc import Collection, Mapping, Sequence
+import copy
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from layerwise.core.data import Texts
+from layerwise.core.fan import fan_out
+from layerwise.core.machine import check_memory
 from layerwise.core.method import find
-from layerwise.core.network import Network
+from layerwise.core.network import Network, open_network
 from layerwise.core.plan import Step
 from layerwise.core.quality import Quality, measure_quality
-from layerwise.core.reader import Reader, samples_of, windows
+from layerwise.core.reader import samples_of, windows
+from layerwise.core.stack import Layer
 from layerwise.core.stats import Probe, Scores, Stats, observe
 from layerwise.core.task import answer, forward_arguments
+from layerwise.jobs.forecast import memory_of_models
 from layerwise.jobs.request import Request
 from layerwise.jobs.session import Progress, load_reader, texts_of
 from layerwise.jobs.solve import run_chain
@@ -26,21 +32,55 @@ from layerwise.jobs.stock import StandIns
 KEPT_BYTES = 1_000_000_000
 
 
+class Trial(NamedTuple):
+    """What trials are made on; another process makes the same ones of it."""
+
+    model: str
+    device: str
+    texts: Texts
+    count: int = 8
+
+
 class Trials:
     """Trial edits on the resident model, in float32: quality on documents of the select split.
 
     Layers before the first edited one give what they gave in the original model, without being
-    computed again, where layers hand on a tensor and nothing else.
+    computed again, where layers hand on a tensor and nothing else. Every thread works on a twin
+    of the model that shares its weights; every process makes its own from the same `Trial`.
     """
 
-    def __init__(self, network: Network, reader: Reader, texts: Texts, count: int = 8) -> None:
-        self.dtype = network.source.dtype if network.source else network.dtype
-        self.network = (network.widened() if network.source else network).load()
-        self.batches = samples_of(reader, texts._replace(length=256), "select", count)
-        self.layers = self.network.layers()
+    def __init__(self, trial: Trial) -> None:
+        network = open_network(trial.model, device=trial.device)
+        self.trial = trial
+        self.dtype = network.stored.dtype
+        check_memory(memory_of_models(network, 1))
+        self.network = network.widened().load()
+        texts = trial.texts._replace(length=256)
+        self.batches = samples_of(load_reader(network), texts, "select", trial.count)
+        self._twins = threading.local()
         self._original: list[Tensor] = []
         self._kept: list[list[Tensor]] = []
         self._remember()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return make_trials, (self.trial,)
+
+    @property
+    def module(self) -> nn.Module:
+        """This thread's twin of the model."""
+        if "module" not in vars(self._twins):
+            memo: dict[int, Any] = {id(p): p for p in self.network.module.parameters()}
+            memo |= {id(b): b for b in self.network.module.buffers()}
+            self._twins.module = copy.deepcopy(self.network.module, memo)
+        return self._twins.module
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The layers of this thread's twin."""
+        return [
+            replace(layer, module=self.module.get_submodule(layer.path))
+            for layer in self.network.layers()
+        ]
 
     def _remember(self) -> None:
         """Run the original once; keep its answers and, if it may be reused, what layers gave."""
@@ -75,7 +115,7 @@ class Trials:
 
     def answer(self, batch: Any, edits: Mapping[str, Tensor]) -> Tensor:
         """The answer with some parameters replaced for this call only."""
-        module = self.network.module
+        module = self.module
         inputs = {k: v.to(self.network.device) for k, v in batch.items()}
         arguments = forward_arguments(module, inputs)
         with torch.no_grad():
@@ -97,8 +137,8 @@ class Trials:
         """KL and relative squared error of trial chains, by fusion group."""
         edits: dict[str, Tensor] = {}
         above = below = 0.0
-        first = len(self.layers)
-        for number, layer in enumerate(self.layers):
+        first = len(self.network.layers())
+        for number, layer in enumerate(self.network.layers()):
             parameters = dict(layer.module.named_parameters(remove_duplicate=False))
             for matrix in layer.matrices:
                 if matrix.fusion not in chains:
@@ -117,8 +157,26 @@ class Trials:
 
     def without(self, gone: Collection[str]) -> float:
         """Loss in nats per token when the named layers hand their input on."""
-        numbers = [i for i, layer in enumerate(self.layers) if layer.key in gone]
+        numbers = [i for i, layer in enumerate(self.network.layers()) if layer.key in gone]
         return self.quality({}, min(numbers, default=0), numbers).estimate("loss").value
+
+
+@lru_cache(1)
+def make_trials(trial: Trial) -> Trials:
+    """The trials of this process."""
+    return Trials(trial)
+
+
+def trials_for(request: Request, network: Network) -> Trials:
+    """The trials that a request's scores and searches are measured by."""
+    folder = str(network.checkpoint.folder)
+    return make_trials(Trial(folder, str(network.device), texts_of(request.data)))
+
+
+def counting(progress: Progress, what: str, total: int) -> Callable[[], None]:
+    """Called once for each thing that is done."""
+    count = iter(range(1, 1 << 60))
+    return lambda: progress(what, next(count), total)
 
 
 def make_scores(request: Request, network: Network, name: str, progress: Progress) -> Scores:
@@ -134,18 +192,15 @@ def make_scores(request: Request, network: Network, name: str, progress: Progres
         batches = windows(load_reader(network), texts, "calibrate")
         stats = observe(network, batches, probes, partial(progress, "measuring layers"))
     if {"evaluate", "without"} & set(method.given):
-        trials = Trials(network, load_reader(network), texts)
-        groups = [group for stack in network.stacks for group in stack.groups()]
-        total = len(groups if "evaluate" in method.given else network.layers())
-        count = iter(range(1, 1 << 60))
+        trials = trials_for(request, network)
 
-        def evaluate(chains: Mapping[str, tuple[Step, ...]]) -> tuple[float, float]:
-            progress("trial edits", next(count), total)
-            return trials.chains(chains)
+        def evaluate(edits: Sequence[Mapping[str, tuple[Step, ...]]]) -> list[tuple[float, float]]:
+            tick = counting(progress, "trial edits", len(edits))
+            return fan_out(trials.chains, edits, request.engine, tick)
 
-        def without(gone: tuple[str, ...]) -> float:
-            progress("leaving layers out", next(count), total + 1)
-            return trials.without(gone)
+        def without(gone: Sequence[tuple[str, ...]]) -> list[float]:
+            tick = counting(progress, "leaving layers out", len(gone))
+            return fan_out(trials.without, gone, request.engine, tick)
 
         given = {"evaluate": evaluate, "without": without}
     layers = {layer.key: layer for layer in network.layers()}

@@ -1,12 +1,15 @@
 """Solving: every edited matrix becomes a record, layer by layer, each layer journalled."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
+from layerwise.core.fan import Engine, fan_out
 from layerwise.core.journal import Journal
-from layerwise.core.lockstep import Batch, Rows, Stop, walk
+from layerwise.core.lockstep import Batch, Stop, walk
 from layerwise.core.method import find
 from layerwise.core.network import Network
 from layerwise.core.plan import Edit, Step, chain_for
@@ -14,6 +17,22 @@ from layerwise.core.stack import Layer, Matrix
 from layerwise.core.stats import Gathering
 from layerwise.core.weight import Dense, Weight
 from layerwise.jobs.session import Progress, silent
+
+
+class Task(NamedTuple):
+    """A matrix to solve, on its own."""
+
+    weight: Tensor
+    dtype: torch.dtype
+    stats: Mapping[str, Any]
+    chain: tuple[Step, ...]
+
+
+def solve_matrix(task: Task) -> tuple[Weight, float]:
+    """The record of a matrix and its relative error."""
+    weight = task.weight.to(task.dtype).contiguous()
+    record = run_chain(weight, task.stats, task.chain)
+    return record, relative_error(weight, record, task.stats.get("second_moment"))
 
 
 def run_chain(weight: Any, stats: Mapping[str, Any], chain: Sequence[Step]) -> Weight:
@@ -34,15 +53,34 @@ class Solver:
     """Solves the matrices of one layer at a time and keeps the journal."""
 
     def __init__(
-        self, network: Network, edits: Sequence[Edit], journal: Journal, batches: Sequence[Batch]
+        self,
+        network: Network,
+        edits: Sequence[Edit],
+        journal: Journal,
+        batches: Sequence[Batch],
+        engine: Engine,
     ) -> None:
         self.network, self.edits, self.journal = network, edits, journal
+        # what is solved lies in this process; sending it to another one costs more than it saves
+        self.engine = engine if engine.kind == "ray" else Engine("threads", engine.workers)
         self.probes = {name: find(name, "measure").bind()() for name in needs_of(edits)}
         self.gathering = Gathering(self.probes, batches)
         self.records: dict[str, Weight] = {}
         self.errors: dict[str, float] = {}
         self.solved: list[str] = []
         self.began = 0.0
+
+    def finished(self, layer: Layer) -> Mapping[str, Weight]:
+        """The records of a layer; one that no data was needed for, or came to, is solved now."""
+        if layer.key in self.journal:
+            return self.journal.read(layer.key)
+        if not any(self.chain(matrix) for matrix in layer.matrices):
+            return {}
+        self._begin()
+        tensors = self.network.fetch(layer)
+        self._solve(layer.matrices, lambda m: m.view(tensors[m.parameter]), {})
+        self.finish(layer)
+        return self.records
 
     def chain(self, matrix: Matrix) -> tuple[Step, ...]:
         """What the plan does to a matrix."""
@@ -52,45 +90,44 @@ class Solver:
         """Take part in a walk: replay finished layers, solve the others."""
         layer = stop.layer
         if stop.kind == "enter":
-            self.records, self.errors, self.began = {}, {}, monotonic()
+            self._begin()
             if layer.key in self.journal:
-                self.records = self.journal.read(layer.key)
-                for matrix in layer.matrices:
-                    if matrix.key in self.records:
-                        stop.substitute(matrix, self.records[matrix.key].dense())
+                self.records = dict(self.journal.read(layer.key))
+                stop.substitute_all(self.records)
             else:
                 self.gathering.look(stop)
         elif layer.key in self.journal:
             return
         elif stop.kind == "at":
             self.gathering.look(stop)
-            for rows in stop.rows:
-                self._solve_group(stop, rows)
+            stats = {rows.inputs: self.gathering.take(rows.inputs) for rows in stop.rows}
+            members = [matrix for rows in stop.rows for matrix in rows.matrices]
+            self._solve(members, stop.weight, stats, stop)
         else:
-            self._never_reached(stop)
+            self._solve(layer.matrices, stop.weight, {}, stop)  # experts that no token was sent to
             self.finish(layer)
 
-    def _solve_group(self, stop: Stop, rows: Rows) -> None:
-        stats = self.gathering.take(rows.inputs)
-        for matrix in rows.matrices:
-            if self.chain(matrix) and matrix.key not in self.records:
-                self._solve(stop, matrix, stats)
+    def _begin(self) -> None:
+        self.records, self.errors, self.began = {}, {}, monotonic()
 
-    def _solve(self, stop: Stop, matrix: Matrix, stats: dict[str, Any]) -> None:
-        weight = stop.weight(matrix).to(self._stored(matrix)).contiguous()
-        record = run_chain(weight, stats, self.chain(matrix))
-        self.records[matrix.key] = record
-        self.errors[matrix.key] = relative_error(weight, record, stats.get("second_moment"))
-        stop.substitute(matrix, record.dense())
-
-    def _stored(self, matrix: Matrix) -> Any:
-        return self.network.stored.dtype if self.network.source else self.network.dtype
-
-    def _never_reached(self, stop: Stop) -> None:
-        """Experts that no token was sent to are solved without statistics."""
-        for matrix in stop.layer.matrices:
-            if self.chain(matrix) and matrix.key not in self.records:
-                self._solve(stop, matrix, {})
+    def _solve(
+        self,
+        matrices: Sequence[Matrix],
+        weight: Callable[[Matrix], Tensor],
+        stats: Mapping[str, Mapping[str, Any]],
+        stop: Stop | None = None,
+    ) -> None:
+        """Solve those that the plan edits and that are not solved yet, side by side."""
+        kind = self.network.stored.dtype if self.network.source else self.network.dtype
+        open_ = [m for m in matrices if self.chain(m) and m.key not in self.records]
+        tasks = [Task(weight(m), kind, stats.get(m.inputs, {}), self.chain(m)) for m in open_]
+        if self.engine.kind == "ray":  # a slice would travel with all of its parameter
+            tasks = [task._replace(weight=task.weight.clone()) for task in tasks]
+        solved = fan_out(solve_matrix, tasks, self.engine)
+        for matrix, (record, error) in zip(open_, solved, strict=True):
+            self.records[matrix.key], self.errors[matrix.key] = record, error
+            if stop is not None:
+                stop.substitute(matrix, record.dense())
 
     def finish(self, layer: Layer) -> None:
         """Write the layer to the journal."""
@@ -104,50 +141,31 @@ def relative_error(weight: Any, record: Weight, moment: Any) -> float:
     """`tr(E H E^T) / tr(W H W^T)`, with the identity where there is no second moment."""
     w = weight.float()
     e = record.dense().float() - w
-    above = ((e if moment is None else e @ moment) * e).sum().item()
-    below = ((w if moment is None else w @ moment) * w).sum().item()
-    return above / max(below, 1e-300)
+    if moment is None:
+        return (e.norm() / w.norm().clamp_min(1e-150)).square().item()
+    return ((e @ moment) * e).sum().item() / max(((w @ moment) * w).sum().item(), 1e-300)
 
 
 def solve(
     network: Network,
     edits: Sequence[Edit],
     batches: Sequence[Batch],
-    folder: Path,
-    job: Mapping[str, Any],
+    journal: Journal,
     progress: Progress = silent,
-) -> Journal:
-    """Solve every edited matrix; what the journal already holds is replayed, not solved again."""
-    journal = Journal(folder, job)
+    engine: Engine = Engine(),
+) -> Solver:
+    """Solve what needs data, in one walk; the rest is solved when a layer is asked for.
+
+    What the journal already holds is replayed, not solved again.
+    """
+    solver = Solver(network, edits, journal, batches, engine)
     layers = network.layers()
-    if not edits or all(layer.key in journal for layer in layers):
-        return journal
-    solver = Solver(network, edits, journal, batches)
-    if solver.probes:
-        done = 0
+    if solver.probes and not all(layer.key in solver.journal for layer in layers):
         clean = any(probe.clean for probe in solver.probes.values())
+        done = 0
         for stop in walk(network, batches, matrices="pause", clean=clean):
             solver.look(stop)
             if stop.kind == "leave":
                 done += 1
                 progress("solving layers", done, len(layers))
-        return journal
-    for done, layer in enumerate(layers, 1):
-        if layer.key not in journal:
-            _solve_alone(solver, layer)
-        progress("solving layers", done, len(layers))
-    return journal
-
-
-def _solve_alone(solver: Solver, layer: Layer) -> None:
-    """A layer whose methods need no data."""
-    solver.records, solver.errors, solver.began = {}, {}, monotonic()
-    tensors = solver.network.fetch(layer)
-    for matrix in layer.matrices:
-        chain = solver.chain(matrix)
-        if chain:
-            weight = matrix.view(tensors[matrix.parameter]).contiguous()
-            record = run_chain(weight, {}, chain)
-            solver.records[matrix.key] = record
-            solver.errors[matrix.key] = relative_error(weight, record, None)
-    solver.finish(layer)
+    return solver

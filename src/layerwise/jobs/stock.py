@@ -1,6 +1,7 @@
 """Models as stock transformers loads them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from torch.utils._pytree import tree_map
 from transformers import AutoConfig
 
 from layerwise.core.find import tensors_in
-from layerwise.core.lockstep import hidden
-from layerwise.core.network import model_class
+from layerwise.core.lockstep import hidden, walk
+from layerwise.core.network import Network, model_class
 from layerwise.core.stack import Layer
 from layerwise.core.task import answer, forward_arguments
+from layerwise.core.weight import Weight
 
 
 def load_stock(folder: Path, dtype: str, device: torch.device) -> nn.Module:
@@ -58,6 +60,31 @@ class StandIns:
     def __exit__(self, *exception: object) -> None:
         for layer in self.layers.values():
             del layer.module.forward
+
+
+@contextmanager
+def streamed(
+    network: Network,
+    batches: Sequence[Any],
+    records: Callable[[Layer], Mapping[str, Weight]] = lambda layer: {},
+) -> Iterator[Callable[[Any], Tensor]]:
+    """Batch -> answer like `answers_of`, of a network with one layer in memory.
+
+    The batches must be asked for in their order, once each: they walk together. `records` are
+    what edits made of a layer.
+    """
+    found: list[Tensor] = []
+
+    def walked() -> Generator[Tensor, None, None]:
+        finish = lambda i, clean, output: found.append(answer(output, batches[i]))  # noqa: E731
+        for stop in walk(network, batches, finish=finish):
+            if stop.kind == "enter":
+                stop.substitute_all(records(stop.layer))
+            elif stop.kind == "done":
+                yield found.pop()
+
+    with torch.no_grad(), closing(walked()) as answers:
+        yield lambda batch: next(answers)
 
 
 def answers_of(module: nn.Module) -> Callable[[Any], Tensor]:

@@ -10,17 +10,19 @@ from torch import nn
 
 from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.data import Texts
-from layerwise.core.network import choose_device, find_folder, open_network
+from layerwise.core.machine import available_memory
+from layerwise.core.network import Network, choose_device, find_folder, open_network
 from layerwise.core.plan import Plan, chain_for, describe, label, read_plan
 from layerwise.core.quality import Estimate, Quality, measure_quality
 from layerwise.core.reader import samples_of
 from layerwise.export import TARGETS
 from layerwise.jobs.checks import decode_checks, rebuild_check, reload_checks
 from layerwise.jobs.depth import layer_bytes
+from layerwise.jobs.forecast import memory_of_models
 from layerwise.jobs.measure import peak_memory, speeds
-from layerwise.jobs.naive import Contest, build_naive
+from layerwise.jobs.naive import Contest, build_naive, naive_streamed
 from layerwise.jobs.session import Progress, load_reader, silent
-from layerwise.jobs.stock import answers_of, load_stock
+from layerwise.jobs.stock import answers_of, load_stock, streamed
 
 
 class Settings(NamedTuple):
@@ -34,6 +36,7 @@ class Settings(NamedTuple):
     device: str = "auto"
     dtype: str = "float32"
     data: str = ""
+    streamed: bool = False
 
 
 class Verified(NamedTuple):
@@ -62,7 +65,8 @@ def verify(
         progress: called with what is done, how far, and out of how much.
 
     Returns:
-        Rows for the original, the plan and the naive plan, with intervals over documents.
+        Rows for the original, the plan and the naive plan, with intervals over documents. Models
+        that do not fit in memory are streamed, and what needs them whole is left out and said.
 
     Raises:
         LayerwiseError: the folder holds no plan, or stock transformers cannot load it.
@@ -73,6 +77,10 @@ def verify(
     texts = Texts(settings.data or plan.data.source, plan.data.seed, 0, settings.length)
     batches = samples_of(reader, texts, "evaluate", settings.documents)
     device = choose_device(settings.device)
+    room = available_memory()
+    needed = sum(memory_of_models(network, 3 if settings.naive else 2).values())
+    if settings.streamed or 0 < room < needed:
+        return _verify_streamed(model, folder, plan, network, batches, settings, progress)
     progress("loading models", 0, 3)
     original = load_stock(find_folder(model), settings.dtype, device)
     edited = load_stock(folder, settings.dtype, device)
@@ -108,6 +116,45 @@ def verify(
     progress("evaluating", 3, 3)
     layers = layer_rows(model, plan, folder)
     return Verified(rows, layers, checks, ratio, verdict(ratio, checks), warnings)
+
+
+def _verify_streamed(
+    model: str | Path,
+    folder: Path,
+    plan: Plan,
+    network: Network,
+    batches: Sequence[Any],
+    settings: Settings,
+    progress: Progress,
+) -> Verified:
+    """Quality alone, with a layer of each model in memory."""
+
+    def opened(path: str | Path) -> Network:
+        return open_network(path, device=settings.device).widened()
+
+    progress("evaluating layer by layer", 0, 3)
+    with streamed(opened(model), batches) as answers:
+        before = measure_quality(batches, answers)
+    progress("evaluating layer by layer", 1, 3)
+    with streamed(opened(model), batches) as original, streamed(opened(folder), batches) as edited:
+        after = measure_quality(batches, edited, original)
+    rows = [
+        quality_row("original", before, None, Checkpoint(find_folder(model)).nbytes, "as it is"),
+        quality_row("plan", after, before, Checkpoint(folder).nbytes, describe(plan)),
+    ]
+    progress("evaluating layer by layer", 2, 3)
+    ratio = None
+    warnings = ["streamed: speed, memory, decoding and the stock reload were not measured"]
+    size = Checkpoint(folder).nbytes
+    contest = Contest(model, plan, size, network.module, batches, settings.dtype, settings.device)
+    naive = naive_streamed(contest, progress) if settings.naive else None
+    if naive is None:
+        warnings.append("not compared with a naive plan")
+    else:
+        rows.append(quality_row("naive", naive.quality, before, naive.nbytes, naive.what))
+        ratio = {"field": "kl", "value": list(after.against(naive.quality, "kl"))}
+    progress("evaluating layer by layer", 3, 3)
+    return Verified(rows, layer_rows(model, plan, folder), [], ratio, verdict(ratio, []), warnings)
 
 
 def _speeds(

@@ -1,7 +1,7 @@
 """Scores of layers and groups: the more, the more important."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -128,7 +128,7 @@ def sensitivity(
     stack: Stack,
     stats: Stats,
     *,
-    evaluate: Callable[[Mapping[str, tuple[Step, ...]]], tuple[float, float]],
+    evaluate: Callable[[Sequence[Mapping[str, tuple[Step, ...]]]], list[tuple[float, float]]],
     trial: str = "rtn",
     bits: int = 3,
     group: int = 64,
@@ -138,7 +138,8 @@ def sensitivity(
     Args:
         stack: the layers.
         stats: not used.
-        evaluate: given; chains per group -> (KL in nats per token, relative squared error).
+        evaluate: given; for each trial, chains per group, (KL in nats per token, relative squared
+            error).
         trial: the method that is tried.
         bits: of the trial.
         group: columns of the trial that share a scale.
@@ -146,22 +147,26 @@ def sensitivity(
     Returns:
         One score per fusion group, in nats, with the error that gave rise to it.
     """
-    values, errors = {}, {}
-    for member in stack.groups():
-        chain = (Step(trial, {"bits": bits, "group": group}),)
-        values[member.key], errors[member.key] = evaluate({member.key: chain})
+    chain = (Step(trial, {"bits": bits, "group": group}),)
+    keys = [member.key for member in stack.groups()]
+    found = dict(zip(keys, evaluate([{key: chain} for key in keys]), strict=True))
+    values = {key: kl for key, (kl, _) in found.items()}
+    errors = {key: error for key, (_, error) in found.items()}
     return Scores(values, "group", f"sensitivity to {trial} at {bits} bits", errors)
 
 
 @method("score", aliases=("measured",))
-def removal(stack: Stack, stats: Stats, *, without: Callable[[tuple[str, ...]], float]) -> Scores:
+def removal(
+    stack: Stack, stats: Stats, *, without: Callable[[Sequence[tuple[str, ...]]], list[float]]
+) -> Scores:
     """Measured rise of the loss when one layer is left out, layer by layer.
 
     Args:
         stack: the layers.
         stats: not used.
-        without: given; keys of left-out layers -> loss in nats per token.
+        without: given; for each trial, keys of left-out layers, the loss in nats per token.
     """
-    base = without(())
-    values = {la.key: without((la.key,)) - base for la in stack.layers}
+    keys = [layer.key for layer in stack.layers]
+    base, *losses = without([(), *((key,) for key in keys)])
+    values = {key: loss - base for key, loss in zip(keys, losses, strict=True)}
     return Scores(values, "layer", "removal")

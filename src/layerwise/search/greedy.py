@@ -1,6 +1,6 @@
 """Greedy search over any space of moves."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from layerwise.core.method import method
@@ -9,13 +9,17 @@ from layerwise.core.search import Space, Trace
 
 @method("search")
 def greedy(
-    space: Space, evaluate: Callable[[Any], float], limit: int, *, patience: int = 0
+    space: Space,
+    evaluate: Callable[[Sequence[Any]], list[float]],
+    limit: int,
+    *,
+    patience: int = 0,
 ) -> Trace:
     """Take the best move, again and again, until the space says that it is enough.
 
     Args:
         space: where to start, which moves there are, and when a state is a goal.
-        evaluate: state -> loss; less is better. States seen before are not evaluated again.
+        evaluate: states -> their losses; less is better. None is evaluated twice.
         limit: how many evaluations there may be.
         patience: how many moves in a row may fail to improve where no goal asks for them.
 
@@ -25,12 +29,12 @@ def greedy(
     Example:
         >>> space = Space((3, 2), lambda s: [(s[0] - 1, s[1]), (s[0], s[1] - 1)],
         ...               lambda s: sum(s) <= 3)
-        >>> greedy(space, lambda s: s[0] ** 2 + s[1], 100).state
+        >>> greedy(space, lambda states: [s[0] ** 2 + s[1] for s in states], 100).state
         (1, 2)
     """
     trace = Trace(space.start)
     state, waited = space.start, 0
-    best = trace.ask(evaluate, state)
+    (best,) = trace.ask(evaluate, [state])
     passed = set()
     while not space.goal(state) and len(trace.values) < limit and waited <= patience:
         passed.add(state)
@@ -38,7 +42,7 @@ def greedy(
         moves = ahead[: limit - len(trace.values)]
         if not moves:
             break
-        value, number = min((trace.ask(evaluate, m), i) for i, m in enumerate(moves))
+        value, number = min((v, i) for i, v in enumerate(trace.ask(evaluate, moves)))
         state = moves[number]
         waited = waited + 1 if space.optional and value >= best else 0
         best = min(best, value)

@@ -1,6 +1,5 @@
 """Grids of integers: fitting scales and zeros, and rounding to them."""
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -8,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from layerwise.core.errors import LayerwiseError
+from layerwise.core.weight import in_groups
 
 
 class Grid(NamedTuple):
@@ -54,13 +54,10 @@ def fit_grid(
     `zero = round(-min / scale) - 2^(b-1)`. The search tries ranges from 1 down to 0.5 of the
     full one and keeps the least `sum |w - q|^2.4` per group.
     """
-    rows, columns = weight.shape
-    width = group or columns
-    count = math.ceil(columns / width)
-    padded = torch.nn.functional.pad(weight.float(), (0, count * width - columns))
-    blocks = padded.reshape(rows, count, width)  # [out, groups, width]
-    low = blocks.amin(-1).clamp_max(0)
-    high = blocks.amax(-1).clamp_min(0)
+    width = group or weight.shape[1]
+    blocks = in_groups(weight.float(), width)  # [out, groups, width]
+    low, high = blocks.aminmax(dim=-1)
+    low, high = low.clamp_max(0), high.clamp_min(0)
     best = _grid(low, high, bits, width, symmetric, dtype)
     if shrink:
         loss = _loss(blocks, best)
@@ -106,8 +103,7 @@ def round_column(values: Float[Tensor, " out"], grid: Grid, index: int) -> tuple
 
 def round_to_grid(weight: Float[Tensor, "out in"], grid: Grid) -> Int[Tensor, "out in"]:
     """Nearest codes of a whole matrix."""
-    half, columns = 2 ** (grid.bits - 1), weight.shape[1]
-    scale = grid.scale.repeat_interleave(grid.group, 1)[:, :columns]
-    zero = grid.zero.repeat_interleave(grid.group, 1)[:, :columns]
-    codes = ((weight.float() / scale).round() + zero).clamp(-half, half - 1)
-    return codes.to(torch.int8)
+    half, (rows, columns) = 2 ** (grid.bits - 1), weight.shape
+    codes = in_groups(weight.float(), grid.group) / grid.scale[..., None]  # [out, groups, width]
+    codes = codes.round_().add_(grid.zero[..., None]).clamp_(-half, half - 1).to(torch.int8)
+    return codes.reshape(rows, -1)[:, :columns].contiguous()

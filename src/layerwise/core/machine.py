@@ -1,0 +1,109 @@
+"""What this machine has room for, and how it says that it has none left."""
+
+import errno
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from layerwise.core.errors import LayerwiseError
+
+#: errors of the file system that a user can mend, and how
+_MENDING = {
+    errno.ENOSPC: "free some space and run the same command again; finished layers are kept",
+    errno.EDQUOT: "free some of your quota and run the same command again",
+    errno.EROFS: "choose a folder on a file system that can be written",
+    errno.EACCES: "choose a folder that you may write, or change its permissions",
+    errno.EPERM: "choose a folder that you may write, or change its permissions",
+    errno.ENOTDIR: "choose a path whose parents are folders",
+    errno.EISDIR: "give a file, not a folder",
+    errno.EIO: "check the disk, then run the same command again",
+}
+
+
+def told(error: OSError | MemoryError) -> LayerwiseError | None:
+    """An error of the system in the one form, where a user can mend it."""
+    if isinstance(error, MemoryError):
+        return LayerwiseError(
+            "memory", allowed="what this machine has", found="more", fix=_LESS_MEMORY
+        )
+    if error.errno not in _MENDING:
+        return None
+    return LayerwiseError(
+        str(error.filename or "disk"),
+        allowed="a place that can be written",
+        found=error.strerror,
+        fix=_MENDING[error.errno],
+    )
+
+
+_LESS_MEMORY = "use fewer --samples or a shorter --length, or a machine with more memory"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that is there whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def check_disk(folder: Path, needed: Mapping[str, int]) -> None:
+    """Refuse, before anything is computed, what the disk under a folder cannot take.
+
+    Raises:
+        LayerwiseError: there is less room than the sum of what is needed.
+    """
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    _check(f"disk of {folder.resolve()}", needed, free, "free some space or choose another --out")
+
+
+def check_memory(needed: Mapping[str, int]) -> None:
+    """Refuse, before the first layer, what the memory of this machine cannot hold.
+
+    Raises:
+        LayerwiseError: less is available than the sum of what is needed.
+    """
+    available = available_memory()
+    if available:
+        _check("memory", needed, available, _LESS_MEMORY)
+
+
+def _check(where: str, needed: Mapping[str, int], room: int, fix: str) -> None:
+    total = sum(needed.values())
+    if total > room:
+        parts = ", ".join(f"{name} {amount(n)}" for name, n in needed.items() if n)
+        raise LayerwiseError(
+            where,
+            allowed=f"{amount(room)}, which are free",
+            found=f"{amount(total)} needed: {parts}",
+            fix=fix,
+        )
+
+
+def amount(nbytes: int) -> str:
+    """Bytes for people.
+
+    Example:
+        >>> amount(1_230_000_000)
+        '1.2 GB'
+    """
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 10**9 else f"{nbytes / 1e6:.1f} MB"
+
+
+def available_memory() -> int:
+    """Bytes that can still be taken; 0 where the system does not tell."""
+    known = dict(line.split(":", 1) for line in _lines("/proc/meminfo") if ":" in line)
+    found = [1024 * int(known[key].split()[0]) for key in ("MemAvailable",) if key in known]
+    limit, used = _lines("/sys/fs/cgroup/memory.max"), _lines("/sys/fs/cgroup/memory.current")
+    if limit and used and limit[0].isdigit():
+        found.append(int(limit[0]) - int(used[0]))
+    return max(min(found), 0) if found else 0
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,47 @@
+"""What a job will take, said before its first layer."""
+
+from collections.abc import Sequence
+
+from layerwise.core.lockstep import Batch
+from layerwise.core.network import Network
+from layerwise.core.plan import Plan, chain_for
+from layerwise.export import TARGETS
+
+#: hidden states that a batch holds while it waits before an operation of a layer, at most
+HELD = 7
+
+
+def memory_to_solve(
+    network: Network, batches: Sequence[Batch], needs: Sequence[str]
+) -> dict[str, int]:
+    """A layer with its edited copy and its records, what batches hold at a pause, and moments."""
+    layers = network.layers()
+    matrices = [matrix for layer in layers for matrix in layer.matrices]
+    weights = max((sum(m.size for m in layer.matrices) for layer in layers), default=0)
+    width = max((min(m.shape) for m in matrices), default=0)
+    inner = max((m.shape[1] for m in matrices), default=0)
+    known = [[t.numel() for t in b.values() if not t.is_floating_point()] for b in batches]
+    tokens = sum(max(counts, default=0) for counts in known)
+    return {
+        "a layer and its edits": (network.dtype.itemsize + 8) * weights,
+        "hidden states": HELD * tokens * width * network.dtype.itemsize,
+        "moments": 8 * inner**2 if needs else 0,
+    }
+
+
+def memory_of_models(network: Network, count: int) -> dict[str, int]:
+    """Whole models in float32, and room for what they compute."""
+    parameters = sum(p.numel() for p in network.module.parameters())
+    return {f"{count} in float32 of the whole model": 4 * count * parameters}
+
+
+def disk_to_apply(network: Network, plan: Plan) -> dict[str, int]:
+    """The result, and the journal beside it: a code of a byte and its scales per weight."""
+    target, itemsize = TARGETS[plan.target], network.stored.dtype.itemsize
+    result, journal = network.checkpoint.nbytes, 0
+    for layer in network.layers():
+        for matrix in layer.matrices:
+            chain = chain_for(plan.edits, matrix)
+            result += target.nbytes(matrix, chain, itemsize) - matrix.size * itemsize
+            journal += matrix.size * 5 // 4 if chain else 0
+    return {"result": result, "journal": journal}
