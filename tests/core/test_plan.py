@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.plan import (
+    UNITS,
     DataSpec,
     Edit,
     Identity,
@@ -25,6 +26,7 @@ from layerwise.core.stack import Matrix
 
 words = st.text(max_size=12)
 numbers = st.integers(-(2**40), 2**40)
+counts = st.integers(1, 2**40)
 floats = st.floats(allow_nan=False)
 values = st.recursive(
     st.none() | st.booleans() | numbers | floats | words,
@@ -43,8 +45,8 @@ plans = st.builds(
     Plan,
     model=st.builds(Identity, structure=words, weights=words),
     target=st.sampled_from(["hf", "compressed-tensors", "gguf"]),
-    budget=st.dictionaries(words, floats, max_size=2),
-    data=st.builds(DataSpec, source=words, seed=numbers, samples=numbers, length=numbers),
+    budget=st.dictionaries(st.sampled_from(UNITS), floats, max_size=2),
+    data=st.builds(DataSpec, source=words, seed=numbers, samples=counts, length=counts),
     wiring=st.dictionaries(words, st.lists(values, max_size=4), max_size=2),
     edits=st.lists(edits, max_size=3).map(tuple),
     fixed=st.lists(words, max_size=3).map(tuple),

@@ -6,6 +6,7 @@ ramp over the outputs, so that what depends on position still does.
 """
 
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from layerwise.core.checkpoint import Checkpoint
+from layerwise.core.errors import refusing
 
 
 def hollow_parameter(shape: torch.Size, dtype: torch.dtype) -> nn.Parameter:
@@ -243,6 +245,31 @@ class Source:
         """Whether a parameter of the model comes from the checkpoint (else it is computed)."""
         return name in self._held
 
+    def unmatched(self) -> tuple[set[str], set[str]]:
+        """Weights of the model that are not stored, and stored ones that it has no use for.
+
+        By the rules of transformers, which knows what an architecture computes by itself.
+        """
+        known = self.model.state_dict().keys()
+        info = SimpleNamespace(
+            missing_keys=known - self._held, unexpected_keys=set(self.owner.values()) - known
+        )
+        self.model._adjust_missing_and_unexpected_keys(info)  # type: ignore[arg-type]
+        return info.missing_keys, info.unexpected_keys
+
+    def mismatched(self) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+        """Stored tensors that are taken as they are and have another shape than the model's."""
+        known = self.model.state_dict()
+        patterns = [m for m in self.conversions if isinstance(m, WeightConverter)]
+        converted = {t for conversion in patterns for t in conversion.target_patterns}
+        return [
+            (stored, info.shape, tuple(known[name].shape))
+            for stored, info in self.checkpoint.tensors.items()
+            if (name := self.owner[stored]) in known
+            and not any(target in name for target in converted)
+            and info.shape != tuple(known[name].shape)
+        ]
+
     def load(self, prefix: str, apart: tuple[str, ...] = ()) -> dict[str, Tensor]:
         """Tensors in memory whose name starts with `prefix` and with none of `apart`."""
         names = [
@@ -251,7 +278,15 @@ class Source:
             if name.startswith(prefix) and not name.startswith(apart)
         ]
         settings = LoadStateDictConfig(dtype=self.dtype, weight_mapping=self.mapping)
-        convert_and_load_state_dict_in_model(self.model, self.checkpoint.read(names), settings)
+        with refusing(
+            f"weights {prefix}* of {self.checkpoint.folder}",
+            allowed=f"tensors that {type(self.model).__name__} can be filled with",
+            fix="use the configuration that belongs to these weights",
+        ):
+            given = self.checkpoint.read(names)
+            info, _ = convert_and_load_state_dict_in_model(self.model, given, settings)
+            for wrong in (*info.mismatched_keys, *info.conversion_errors.items()):
+                raise ValueError(" ".join(map(str, wrong)))
         return self._take(prefix, apart)
 
     def _take(self, prefix: str, apart: tuple[str, ...]) -> dict[str, Tensor]:
