@@ -6,7 +6,6 @@ ramp over the outputs, so that what depends on position still does.
 """
 
 from collections.abc import Callable, Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,17 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-)
-from transformers.modeling_utils import LoadStateDictConfig
-
-from layerwise.core.checkpoint import Checkpoint
-from layerwise.core.errors import refusing
 
 
 def hollow_parameter(shape: torch.Size, dtype: torch.dtype) -> nn.Parameter:
@@ -197,108 +185,3 @@ class ShortCircuit(TorchFunctionMode):
             turned = transposed != (id(weight) in self._flipped)
             self.seen(x, weight, turned, output, func in CONVOLUTIONS)
         return output
-
-
-class Source:
-    """Reads a checkpoint into a model's own names, through transformers' conversion mapping."""
-
-    def __init__(
-        self,
-        kind: type[PreTrainedModel],
-        checkpoint: Checkpoint,
-        config: PretrainedConfig,
-        dtype: torch.dtype,
-    ) -> None:
-        self.checkpoint = checkpoint
-        self.dtype = dtype
-        self.model = build_meta(kind, config, dtype)
-        self.mapping: list[Any] = get_model_conversion_mapping(self.model) or []
-        known = self.model.state_dict()
-        #: stored name -> (first) name in memory
-        self.owner = {name: self._name_in_memory(name, known) for name in checkpoint.tensors}
-        self.conversions = [c for c in self.mapping if c.was_used()]
-        self._held = self._names_held()
-
-    def _name_in_memory(self, name: str, known: dict[str, Tensor]) -> str:
-        renamings = [m for m in self.mapping if isinstance(m, WeightRenaming)]
-        converters = [m for m in self.mapping if isinstance(m, WeightConverter)]
-        prefix = self.model.base_model_prefix
-        renamed, _ = rename_source_key(name, renamings, converters, prefix, known)
-        if renamed not in known and name in known:
-            renamed, _ = rename_source_key(name, [], [], prefix, known)
-        return renamed
-
-    def _names_held(self) -> set[str]:
-        """Every name in memory that comes from the checkpoint, itself or through a tie."""
-        held = set(self.owner.values())
-        for conversion in self.conversions:
-            targets = conversion.target_patterns
-            if isinstance(conversion, WeightConverter) and len(targets) > 1:
-                first = [name for name in held if targets[0] in name]
-                held |= {name.replace(targets[0], other) for name in first for other in targets}
-        for name, origin in (self.model.all_tied_weights_keys or {}).items():
-            if name in held or origin in held:
-                held |= {name, origin}
-        return held
-
-    def is_stored(self, name: str) -> bool:
-        """Whether a parameter of the model comes from the checkpoint (else it is computed)."""
-        return name in self._held
-
-    def unmatched(self) -> tuple[set[str], set[str]]:
-        """Weights of the model that are not stored, and stored ones that it has no use for.
-
-        By the rules of transformers, which knows what an architecture computes by itself.
-        """
-        known = self.model.state_dict().keys()
-        info = SimpleNamespace(
-            missing_keys=known - self._held, unexpected_keys=set(self.owner.values()) - known
-        )
-        self.model._adjust_missing_and_unexpected_keys(info)  # type: ignore[arg-type]
-        return info.missing_keys, info.unexpected_keys
-
-    def mismatched(self) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
-        """Stored tensors that are taken as they are and have another shape than the model's."""
-        known = self.model.state_dict()
-        patterns = [m for m in self.conversions if isinstance(m, WeightConverter)]
-        converted = {t for conversion in patterns for t in conversion.target_patterns}
-        return [
-            (stored, info.shape, tuple(known[name].shape))
-            for stored, info in self.checkpoint.tensors.items()
-            if (name := self.owner[stored]) in known
-            and not any(target in name for target in converted)
-            and info.shape != tuple(known[name].shape)
-        ]
-
-    def load(self, prefix: str, apart: tuple[str, ...] = ()) -> dict[str, Tensor]:
-        """Tensors in memory whose name starts with `prefix` and with none of `apart`."""
-        names = [
-            stored
-            for stored, name in self.owner.items()
-            if name.startswith(prefix) and not name.startswith(apart)
-        ]
-        settings = LoadStateDictConfig(dtype=self.dtype, weight_mapping=self.mapping)
-        with refusing(
-            f"weights {prefix}* of {self.checkpoint.folder}",
-            allowed=f"tensors that {type(self.model).__name__} can be filled with",
-            fix="use the configuration that belongs to these weights",
-        ):
-            given = self.checkpoint.read(names)
-            info, _ = convert_and_load_state_dict_in_model(self.model, given, settings)
-            for wrong in (*info.mismatched_keys, *info.conversion_errors.items()):
-                raise ValueError(" ".join(map(str, wrong)))
-        return self._take(prefix, apart)
-
-    def _take(self, prefix: str, apart: tuple[str, ...]) -> dict[str, Tensor]:
-        """Everything that was just loaded, leaving the model on meta again."""
-        taken: dict[str, Tensor] = {}
-        for path, module in self.model.named_modules():
-            for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-                if tensor is not None and tensor.device.type != "meta":
-                    taken[f"{path}.{name}" if path else name] = tensor.data
-                    empty = torch.empty_like(tensor, device="meta")
-                    if name in module._parameters:
-                        module._parameters[name] = nn.Parameter(empty, requires_grad=False)
-                    else:
-                        module._buffers[name] = empty
-        return {n: t for n, t in taken.items() if n.startswith(prefix) and not n.startswith(apart)}

@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 
 from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.config import model_class, read_config
-from layerwise.core.errors import LayerwiseError, nearest, notice, refusing
+from layerwise.core.errors import LayerwiseError, nearest, refusing
 from layerwise.core.find import find_stacks
 from layerwise.core.folder import find_folder
-from layerwise.core.hollow import Source, build_hollow, hollow_parameter
+from layerwise.core.hollow import build_hollow, hollow_parameter
+from layerwise.core.source import Source, check_stored
 from layerwise.core.stack import Layer, Stack
 from layerwise.core.task import Task, config_value, example_inputs, forward_arguments, task_of
 from layerwise.core.wiring import edited_config, parse_wiring
@@ -245,11 +246,12 @@ def open_network(
     with refusing(
         f"{checkpoint.folder / 'config.json'}",
         allowed=f"a configuration that {kind.__name__} can be built with and run on a short input",
-        fix="compare it with the configuration of the original model",
+        fix="compare it with the original's; if it is the original's, this architecture cannot be "
+        "opened yet",
     ):
         _check_depth(checkpoint, config)
         source = Source(kind, checkpoint, copy.deepcopy(config), stored)
-        _check_stored(source)
+        check_stored(source)
         module = build_hollow(kind, copy.deepcopy(config), kept, source.is_stored)
         stacks, task = _examine(module)
     network = Network(module, stacks, where, kept, task, source)
@@ -366,37 +368,6 @@ def _check_depth(checkpoint: Checkpoint, config: Any) -> None:
             found=depth,
             fix="compare it with the configuration of the original model",
         )
-
-
-def _check_stored(source: Source) -> None:
-    """Every weight must be there and have its shape; one that is left over is told.
-
-    Raises:
-        LayerwiseError: one is missing or has another shape, so that it would be left random.
-    """
-    missing, unused = source.unmatched()
-    if missing:
-        raise LayerwiseError(
-            str(source.checkpoint.folder),
-            allowed=f"all weights of {type(source.model).__name__}",
-            found=f"{_some(missing)} missing",
-            fix="copy the missing files, or correct `architectures` and the sizes in config.json",
-        )
-    for name, found, wanted in source.mismatched():
-        raise LayerwiseError(
-            f"{source.checkpoint.tensors[name].file}, tensor {name!r}",
-            allowed=f"shape {list(wanted)}, which config.json asks for",
-            found=list(found),
-            fix="use the configuration that belongs to these weights",
-        )
-    if unused:
-        name = type(source.model).__name__
-        notice(f"{source.checkpoint.folder}: {name} does not use {_some(unused)}")
-
-
-def _some(names: Collection[str]) -> str:
-    shown = ", ".join(sorted(names)[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
 def _examine(
