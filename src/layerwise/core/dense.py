@@ -3,6 +3,7 @@
 import copy
 import inspect
 import shutil
+import warnings
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -93,8 +94,10 @@ def _merge(base: Path, adapter: Path, out: Path) -> None:
     ):
         from peft import PeftModel
 
-        kind = model_class(read_config(base))
-        model: Any = PeftModel.from_pretrained(kind.from_pretrained(base, dtype="auto"), adapter)
+        found = _load(model_class(read_config(base)), base)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            model: Any = PeftModel.from_pretrained(found, adapter)
         _save(model.merge_and_unload(), out, base, adapter)
 
 
@@ -130,14 +133,22 @@ def _dequantize(folder: Path, method: str, out: Path) -> None:
         _save(_plain(kind, config, found), out, folder)
 
 
+def _load(kind: type[PreTrainedModel], folder: Path, **options: Any) -> Any:
+    """A stock model, with every weight from its files."""
+    found, info = kind.from_pretrained(folder, dtype="auto", output_loading_info=True, **options)
+    lost = [*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])]
+    if lost:
+        raise ValueError(f"no {sorted(lost)[0]} of its shape in {folder}")
+    return found
+
+
 def _load_dense(kind: type[PreTrainedModel], folder: Path, method: Any) -> PreTrainedModel:
-    given = method(dequantize=True)
-    return kind.from_pretrained(folder, dtype="auto", quantization_config=given)
+    return _load(kind, folder, quantization_config=method(dequantize=True))
 
 
 def _load_packed(kind: type[PreTrainedModel], folder: Path, method: Any) -> PreTrainedModel:
     # dequantize=True in transformers 5.23 reads every group with the bits of the first one
-    found: Any = kind.from_pretrained(folder, dtype="auto")
+    found = _load(kind, folder)
     found.hf_quantizer.compressor.decompress_model(found)
     return found
 
