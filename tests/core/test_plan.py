@@ -205,3 +205,32 @@ def test_a_wrong_setting_is_shown(pair: str) -> None:
     with pytest.raises(LayerwiseError) as error:
         settings([pair])
     assert pair in str(error.value)
+
+
+HEAD = "layerwise: 1\nmodel: {structure: s, weights: w}\n"
+LAUGHS = [
+    f"  {b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "wiring: {decoder: &a [*a]}",
+        "edits: [{select: x, chain: [{method: a, options: &o {o: *o}}]}]",
+        "\n".join(["wiring:", "  a: &a [0, 0, 0, 0, 0, 0, 0, 0, 0]", *LAUGHS]),
+        "fixed: " + "[" * 5000,
+        'fixed: ["\\UFFFFFFFF"]',
+        "fixed: [2026-99-99]",
+    ],
+)
+def test_documents_that_are_traps(text: str) -> None:
+    with pytest.raises(LayerwiseError):
+        parse_plan(HEAD + text)
+
+
+def test_an_alias_is_a_value_written_once() -> None:
+    text = "edits: [{select: a, chain: &c [{method: rtn}]}, {select: b, chain: *c}]"
+    plan = parse_plan(HEAD + text)
+    assert plan.edits[0].chain == plan.edits[1].chain == (Step("rtn"),)
+    assert parse_plan(plan.to_yaml()) == plan

@@ -60,7 +60,8 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     Raises:
         LayerwiseError: transformers has no such class.
     """
-    for name in config.architectures or ():
+    named: Any = config.architectures
+    for name in named if isinstance(named, list) else ():
         kind = getattr(transformers, str(name), None)
         if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
             return _fitting(kind, config)

@@ -23,10 +23,9 @@ class LayerwiseError(Exception):
 
     def __init__(self, where: str, *, allowed: str, found: object, fix: str) -> None:
         end = "" if fix.endswith("?") else "."
-        shown = str(found).rstrip(".")
-        super().__init__(
-            f"{where}: allowed is {allowed}; found {shown}. To mend it: {fix.rstrip('.')}{end}"
-        )
+        shown = shortened(str(found).rstrip("."), 400)
+        text = f"{where}: allowed is {allowed}; found {shown}. To mend it: {fix.rstrip('.')}{end}"
+        super().__init__(printable(text))
         self.where, self.allowed, self.found, self.fix = where, allowed, found, fix
 
 
@@ -55,11 +54,26 @@ def refusing(where: str, *, allowed: str, fix: str) -> Iterator[None]:
         raise LayerwiseError(where, allowed=allowed, found=found, fix=fix) from error
 
 
-def first_line(error: BaseException, limit: int = 200) -> str:
+def first_line(error: BaseException) -> str:
     """What an exception says, in one line; most libraries go on with advice of their own."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    head = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
-    return head if len(head) <= limit else head[: limit - 1] + "…"
+    head = lines[:2] if lines and lines[0].endswith(":") else lines[:1]
+    return shortened(" ".join(head), 200)
+
+
+def shortened(text: str, limit: int) -> str:
+    """A text of at most `limit` characters."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def printable(text: str) -> str:
+    r"""A text that any terminal takes: what a file brought in cannot steer it.
+
+    Example:
+        >>> printable("a\x1b[2Jb\ud800")
+        'a\\x1b[2Jb\\ud800'
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def nearest(word: str, known: Iterable[str], otherwise: str) -> str:

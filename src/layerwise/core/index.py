@@ -40,7 +40,7 @@ def weight_files(folder: Path) -> tuple[list[Path], list[str]]:
     index = folder / INDEX
     where = _read_index(index) if index.is_file() else {}
     names = sorted(set(where.values())) or _unindexed(folder)
-    missing = [name for name in names if not (folder / name).is_file()]
+    missing = [name for name in names if not _is_file(folder / name)]
     if missing or not names:
         raise _no_weights(folder, missing)
     return [folder / name for name in names], list(where)
@@ -61,6 +61,13 @@ def _is_inside(name: object) -> bool:
     if not isinstance(name, str) or not name or "\0" in name:
         return False
     return not Path(name).is_absolute() and ".." not in Path(name).parts
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name too long, or one that no file can have
+        return False
 
 
 def _unindexed(folder: Path) -> list[str]:

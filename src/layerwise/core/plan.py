@@ -45,6 +45,8 @@ class DataSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     length: Annotated[int, msgspec.Meta(ge=1)] = 512
 
 
+#: a plan of a model with 10,000 matrices has some 100,000 values
+MOST_VALUES = 10**7
 #: units of a budget
 UNITS = ("size", "bytes", "bits", "depth")
 
@@ -100,21 +102,39 @@ def read_plan(path: Path) -> Plan:
 def parse_plan(text: str, where: str = "plan") -> Plan:
     """Validate the text of a plan."""
     try:
-        return msgspec.convert(yaml.safe_load(text), Plan)
-    except msgspec.ValidationError as error:
+        return msgspec.convert(_read_yaml(text, where), Plan)
+    except (msgspec.ValidationError, ValueError, RecursionError) as error:
         raise LayerwiseError(
             where,
             allowed="the fields of a plan",
-            found=str(error),
+            found=first_line(error),
             fix=_mend(str(error)),
         ) from None
+
+
+def _read_yaml(text: str, where: str) -> Any:
+    try:
+        found = yaml.safe_load(text)
+        if _values(found, {}) > MOST_VALUES:
+            raise ValueError(f"aliases that stand for more than {MOST_VALUES} values")
+        return found
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         found = f"{line}{error.problem or error.context}"
-        raise LayerwiseError(where, allowed="YAML", found=found, fix="mend the line") from None
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        found = first_line(error)
-        raise LayerwiseError(where, allowed="YAML", found=found, fix="mend the line") from None
+    except Exception as error:  # what its constructors raise on numbers, dates and characters
+        found = f"{type(error).__name__}: {first_line(error)}"
+    raise LayerwiseError(where, allowed="YAML", found=found, fix="mend the line")
+
+
+def _values(node: Any, counted: dict[int, int]) -> int:
+    """How many values a document holds when every alias is written out."""
+    if not isinstance(node, dict | list):
+        return 1
+    if id(node) not in counted:
+        counted[id(node)] = MOST_VALUES + 1  # for an alias of itself
+        inside = node.values() if isinstance(node, dict) else node
+        counted[id(node)] = 1 + sum(_values(value, counted) for value in inside)
+    return counted[id(node)]
 
 
 def _mend(found: str) -> str:
@@ -247,10 +267,6 @@ def settings(pairs: Iterable[str]) -> dict[str, dict[str, Any]]:
     for pair in pairs:
         name, equals, value = pair.partition("=")
         method, dot, option = name.partition(".")
-        try:
-            chosen = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError):
-            option = ""
         if not (equals and dot and method and option):
             raise LayerwiseError(
                 f"--set {pair}",
@@ -258,7 +274,7 @@ def settings(pairs: Iterable[str]) -> dict[str, dict[str, Any]]:
                 found=pair,
                 fix="`layerwise methods` lists methods and options",
             )
-        found.setdefault(method, {})[option] = chosen
+        found.setdefault(method, {})[option] = _read_yaml(value, f"--set {pair}")
     return found
 
 
