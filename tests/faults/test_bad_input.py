@@ -186,7 +186,11 @@ MODELS: dict[str, tuple[Callable[[Place], Any], tuple[str, ...]]] = {
         ("GPT2LMHeadModel", "'gpt2'", "'llama'"),
     ),
     "config: text for a number": (config(num_hidden_layers="many"), ("num_hidden_layers", "many")),
-    "config: too deep": (config(num_hidden_layers=10**9), ("at most 38 layers", "1000000000")),
+    "config: too deep": (config(num_hidden_layers=10**9), ("num_hidden_layers", "1000000000")),
+    "config: deeper than sensible": (
+        config(num_hidden_layers=10**5),
+        ("more layers", "the stored tensors could fill"),
+    ),
     "config: deeper than stored": (config(num_hidden_layers=5), ("model.layers.4", "missing")),
     "config: no layers": (config(num_hidden_layers=0), ("ModuleList or Sequential", "no such")),
     "config: wider than stored": (config(hidden_size=128), ("[128, 128]", "[128, 64]")),

@@ -31,6 +31,12 @@ class Session:
         self.told = 0.0
         self.counts = {"runs": 0, "taken": 0}
         self.crashes: dict[str, str] = {}
+        self.before = 0.0
+        earlier = out / f"{name}.json"
+        if earlier.exists():
+            found = json.loads(earlier.read_text())
+            self.counts = {key: found[key] for key in self.counts}
+            self.crashes, self.before = found["crashes"], found["seconds"]
 
     def run(self, content: bytes) -> None:
         """One input."""
@@ -61,7 +67,7 @@ class Session:
         """Write what there is so far."""
         self.told = time.monotonic()
         found: dict[str, Any] = {"target": self.name, **self.counts, "crashes": self.crashes}
-        found["seconds"] = round(self.told - self.began, 1)
+        found["seconds"] = round(self.before + self.told - self.began, 1)
         (self.out / f"{self.name}.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
@@ -116,8 +122,10 @@ def main(out: str, seconds: str, *names: str) -> None:
     Path(out).mkdir(parents=True, exist_ok=True)
     for name in names or TARGETS:
         with Path(out, f"{name}.log").open("w") as log:
-            command = [sys.executable, __file__, "--one", name, out, seconds]
-            subprocess.run(command, stdout=log, stderr=log, check=False)
+            end = time.monotonic() + int(seconds)
+            while (left := int(end - time.monotonic())) > 5:  # a run that hangs ends its process
+                command = [sys.executable, __file__, "--one", name, out, str(left)]
+                subprocess.run(command, stdout=log, stderr=log, check=False)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The configuration of a model folder, and the class that it is built with."""
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from layerwise.core.errors import LayerwiseError, nearest, refusing
 from layerwise.core.index import read_json
 
+#: layers or experts, beyond which nobody goes
+MOST = 100_000
 #: mappings from configurations to classes, those with a head first
 _AUTO = (
     transformers.AutoModelForCausalLM,
@@ -29,6 +33,14 @@ def read_config(folder: Path) -> PretrainedConfig:
     path = folder / "config.json"
     fields = read_json(path)
     kind = fields.get("model_type")
+    for name, value in _numbers(fields):
+        if value > MOST and re.search("layer|depth|expert", name):
+            raise LayerwiseError(
+                f"{path}, {name}",
+                allowed=f"at most {MOST}",
+                found=value,
+                fix="compare it with the configuration of the original model",
+            )
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise _unknown(path, fields)
     with refusing(
@@ -37,6 +49,18 @@ def read_config(folder: Path) -> PretrainedConfig:
         fix="compare it with the configuration of the original model",
     ):
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
+    """Every whole number of a configuration with the name of its field."""
+    if type(value) is int:
+        yield name, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _numbers(inner, key)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _numbers(inner, name)
 
 
 def _unknown(path: Path, fields: dict[str, Any]) -> LayerwiseError:

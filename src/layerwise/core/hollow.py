@@ -22,14 +22,35 @@ def hollow_parameter(shape: torch.Size, dtype: torch.dtype) -> nn.Parameter:
     return parameter
 
 
+class _AtMost(TorchFunctionMode):
+    """Ends the building of a model whose configuration asks for absurdly many tensors."""
+
+    def __init__(self, calls: int) -> None:
+        super().__init__()
+        self.left = calls
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError("more layers or experts than the stored tensors could fill")
+        return func(*args, **(kwargs or {}))
+
+
 def build_meta(
-    kind: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype
+    kind: type[PreTrainedModel],
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    most_calls: int = 10**9,
 ) -> PreTrainedModel:
-    """The module tree of a model, on the meta device, in evaluation mode."""
+    """The module tree of a model, on the meta device, in evaluation mode.
+
+    Raises:
+        ValueError: building it takes more than `most_calls` calls of torch.
+    """
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _AtMost(most_calls):
             return kind(config).eval()
     finally:
         torch.set_default_dtype(before)

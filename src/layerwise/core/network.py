@@ -19,7 +19,7 @@ from layerwise.core.folder import find_folder
 from layerwise.core.hollow import build_hollow, hollow_parameter
 from layerwise.core.source import Source, check_stored
 from layerwise.core.stack import Layer, Stack
-from layerwise.core.task import Task, config_value, example_inputs, forward_arguments, task_of
+from layerwise.core.task import Task, example_inputs, forward_arguments, task_of
 from layerwise.core.wiring import edited_config, parse_wiring
 
 
@@ -249,7 +249,6 @@ def open_network(
         fix="compare it with the original's; if it is the original's, this architecture cannot be "
         "opened yet",
     ):
-        _check_depth(checkpoint, config)
         source = Source(kind, checkpoint, copy.deepcopy(config), stored)
         check_stored(source)
         module = build_hollow(kind, copy.deepcopy(config), kept, source.is_stored)
@@ -356,18 +355,6 @@ def _stored_dtype(checkpoint: Checkpoint, config: Any) -> torch.dtype:
             fix="take another copy of the checkpoint",
         )
     return config.dtype if isinstance(config.dtype, torch.dtype) else floats[0]
-
-
-def _check_depth(checkpoint: Checkpoint, config: Any) -> None:
-    """Refuse a depth that the stored tensors cannot fill, before it is built."""
-    depth, stored = config_value(config, "num_hidden_layers"), len(checkpoint.tensors)
-    if isinstance(depth, int) and depth > stored:
-        raise LayerwiseError(
-            f"{checkpoint.folder / 'config.json'}, depth",
-            allowed=f"at most {stored} layers, for there are {stored} tensors",
-            found=depth,
-            fix="compare it with the configuration of the original model",
-        )
 
 
 def _examine(

@@ -140,11 +140,11 @@ def _values(node: Any, counted: dict[int, int]) -> int:
 def _mend(found: str) -> str:
     """What to do about a field that is wrong: the nearest names, or the values that it may have."""
     otherwise = "compare with the plan that `layerwise plan` writes"
-    wrong = re.search(r"unknown field `(.*)` - at|unknown field `(.*)`", found)
+    wrong = re.search(r"unknown field `([^`]*)", found)
     if wrong:
         kinds = (Plan, Identity, DataSpec, Edit, Step)
         known = [*UNITS, *(name for kind in kinds for name in kind.__struct_fields__)]
-        return nearest(wrong[1] or wrong[2], known, otherwise)
+        return nearest(wrong[1], known, otherwise)
     place = re.search(r"enum value .*`\$\.(\w+)`", found)
     if place:
         values = get_args(get_type_hints(Plan)[place[1]])

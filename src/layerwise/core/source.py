@@ -20,6 +20,9 @@ from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.errors import LayerwiseError, notice, refusing
 from layerwise.core.hollow import build_meta
 
+#: calls of torch that building a model may take for each of its stored tensors
+CALLS = 100
+
 
 class Source:
     """Reads a checkpoint into a model's own names, through transformers' conversion mapping."""
@@ -33,7 +36,7 @@ class Source:
     ) -> None:
         self.checkpoint = checkpoint
         self.dtype = dtype
-        self.model = build_meta(kind, config, dtype)
+        self.model = build_meta(kind, config, dtype, CALLS * (len(checkpoint.tensors) + CALLS))
         self.mapping: list[Any] = get_model_conversion_mapping(self.model) or []
         known = self.model.state_dict()
         #: stored name -> (first) name in memory
