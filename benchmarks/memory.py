@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from benchmarks.timing import table
-from layerwise.core.network import demo_folder
+from layerwise.core.folder import demo_folder
 
 DEPTHS = (4, 8, 16)
 

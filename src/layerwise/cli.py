@@ -43,7 +43,9 @@ Length = Annotated[int, typer.Option(min=16, help="Tokens in a window.")]
 Documents = Annotated[int, typer.Option(min=1, help="Documents to evaluate on.")]
 Size = Annotated[str, typer.Option(help="Share of the input's bytes that may remain: 20%.")]
 Bytes = Annotated[str, typer.Option("--bytes", help="Bytes of the result: 2GB, 1.5GiB.")]
-Bits = Annotated[float, typer.Option(help="Mean bits per weight of the allocatable matrices.")]
+Bits = Annotated[
+    float | None, typer.Option(help="Mean bits per weight of the allocatable matrices.")
+]
 Depth = Annotated[str, typer.Option(help="Layers that may remain: 9 or 75%.")]
 Target = Annotated[str, typer.Option(help="hf or compressed-tensors.")]
 Method = Annotated[str, typer.Option(help="How matrices are edited: gptq, rtn.")]
@@ -179,9 +181,12 @@ def inspect(
     _quiet()
     from layerwise.core.data import Texts
     from layerwise.jobs.inspect import inspect_model
+    from layerwise.jobs.session import check_out
     from layerwise.report.terminal import progress_bar
 
     output = Output("inspect", model, as_json, {"data": data, "samples": samples, "length": length})
+    if out:
+        check_out(Path(out))
     _say_data(output, data)
     with progress_bar(as_json) as progress:
         found = inspect_model(
@@ -208,7 +213,7 @@ def plan(
     out: Annotated[str, typer.Option(help="Where to write the plan.")] = "plan.yaml",
     size: Size = "",
     bytes_: Bytes = "",
-    bits: Bits = 0.0,
+    bits: Bits = None,
     depth: Depth = "",
     target: Target = "",
     method: Method = "gptq",
@@ -229,7 +234,11 @@ def plan(
 ) -> None:
     """Decide what every layer gets under a budget, and write that as a file."""
     _quiet()
+    from layerwise.jobs.session import check_out
+
     request = _request(locals())
+    if not dry_run:
+        check_out(Path(out))
     output = Output("plan", model, as_json, {"budget": request.budget.as_dict()})
     planned = _plan(output, request)
     if not dry_run:
@@ -291,7 +300,7 @@ def compress(
     out: Annotated[str, typer.Option(help="The folder to write.")],
     size: Size = "",
     bytes_: Bytes = "",
-    bits: Bits = 0.0,
+    bits: Bits = None,
     depth: Depth = "",
     target: Target = "",
     method: Method = "gptq",
@@ -322,12 +331,12 @@ def compress(
     output = Output("compress", model, as_json, {"budget": request.budget.as_dict(), "out": out})
     digest = hashlib.sha256(repr(request._replace(engine=None)).encode()).hexdigest()[:12]
     kept = Path(out).with_name(f".{Path(out).name}.{digest}.plan.yaml")
+    _check_new(Path(out))
     if not kept.exists():
         planned = _plan(output, request)
         if dry_run:
             output.end("nothing was written (--dry-run)")
             return
-        kept.parent.mkdir(parents=True, exist_ok=True)
         planned.plan.save(kept)
     given = {"device": device, "dtype": dtype, "check": check, "engine": request.engine}
     _apply(output, model, str(kept), out, False, given)
@@ -344,9 +353,18 @@ def methods(
 ) -> None:
     """List every method: family, one line, paper, options."""
     import layerwise.families as families
+    from layerwise.core.errors import LayerwiseError, nearest
+    from layerwise.core.method import FAMILIES
     from layerwise.core.method import methods as registered
 
     assert families
+    if family and family not in FAMILIES:
+        raise LayerwiseError(
+            "--family",
+            allowed=", ".join(FAMILIES),
+            found=family,
+            fix=nearest(family, FAMILIES, "choose one of these"),
+        )
     output = Output("methods", "", as_json, {"family": family})
     rows = [
         {
@@ -393,12 +411,12 @@ def _say_data(output: Output, data: str) -> None:
 def _request(given: dict[str, Any]) -> Any:
     """A planner's request out of the options of a command."""
     from layerwise.core.errors import LayerwiseError
-    from layerwise.core.network import find_folder
+    from layerwise.core.folder import find_folder
     from layerwise.core.plan import DataSpec, settings
     from layerwise.jobs.plan import Request
-    from layerwise.jobs.session import Budget, parse_bytes, parse_share
+    from layerwise.jobs.session import Budget, parse_bits, parse_bytes, parse_share
 
-    named = [n for n in ("size", "bytes_", "bits", "depth") if given[n]]
+    named = [n for n in ("size", "bytes_", "bits", "depth") if given[n] not in ("", None)]
     if len(named) != 1:
         raise LayerwiseError(
             "budget",
@@ -412,7 +430,7 @@ def _request(given: dict[str, Any]) -> Any:
     budget = Budget(
         parse_share(given["size"], "--size") if given["size"] else None,
         parse_bytes(given["bytes_"]) if given["bytes_"] else None,
-        given["bits"] or None,
+        parse_bits(given["bits"]) if given["bits"] is not None else None,
         depth,
     )
     return Request(
@@ -441,6 +459,21 @@ def _engine(kind: str, workers: int) -> Any:
             "--engine", allowed="threads, processes or ray", found=kind, fix="choose one of them"
         )
     return Engine(kind, workers)
+
+
+def _check_new(out: Path) -> None:
+    """A folder that is to be written must not exist, and its place must be writable."""
+    from layerwise.core.errors import LayerwiseError
+    from layerwise.jobs.session import check_out
+
+    if out.exists():
+        raise LayerwiseError(
+            f"--out {out}",
+            allowed="a new folder",
+            found="one that exists",
+            fix="choose another name or remove it",
+        )
+    check_out(out)
 
 
 def _layers(folder: Path, text: str, share: Callable[[str, str], float]) -> int:
@@ -481,6 +514,8 @@ def _apply(
     from layerwise.report.terminal import progress_bar
 
     read = read_plan(Path(plan))
+    if not dry_run:
+        _check_new(Path(out))
     if dry_run:
         rows = preview(model, read, options["other_weights"])
         output.table("would be applied", rows, "layer", "from", "options", "bytes")

@@ -31,6 +31,8 @@ def tensors_of(dtype: torch.dtype) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     found = {}
     for shape in SHAPES:
+        if not shape and dtype == torch.float4_e2m1fn_x2:
+            continue  # two of its elements share a byte along the last axis
         bits = torch.randint(0, 256, (*shape, dtype.itemsize), generator=generator).to(torch.uint8)
         bits = bits % 2 if dtype == torch.bool else bits
         found[f"a.{shape}"] = bits.reshape(-1).view(dtype).reshape(shape)

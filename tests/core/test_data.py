@@ -151,7 +151,7 @@ def test_sources_that_hold_nothing(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     (tmp_path / "folder").mkdir()
     for source in (tmp_path / "empty.txt", tmp_path / "folder"):
-        with pytest.raises(LayerwiseError, match=f"{source}.*'calibrate'.*found none"):
+        with pytest.raises(LayerwiseError, match=f"{source}.*'calibrate'.*found none among"):
             Texts(str(source)).documents("calibrate")
     with pytest.raises(LayerwiseError, match=r"latin.txt.*UTF-8.*0xe9"):
         list(documents(tmp_path / "latin.txt"))

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.plan import (
+    UNITS,
     DataSpec,
     Edit,
     Identity,
@@ -25,6 +26,7 @@ from layerwise.core.stack import Matrix
 
 words = st.text(max_size=12)
 numbers = st.integers(-(2**40), 2**40)
+counts = st.integers(1, 2**40)
 floats = st.floats(allow_nan=False)
 values = st.recursive(
     st.none() | st.booleans() | numbers | floats | words,
@@ -43,8 +45,8 @@ plans = st.builds(
     Plan,
     model=st.builds(Identity, structure=words, weights=words),
     target=st.sampled_from(["hf", "compressed-tensors", "gguf"]),
-    budget=st.dictionaries(words, floats, max_size=2),
-    data=st.builds(DataSpec, source=words, seed=numbers, samples=numbers, length=numbers),
+    budget=st.dictionaries(st.sampled_from(UNITS), floats, max_size=2),
+    data=st.builds(DataSpec, source=words, seed=numbers, samples=counts, length=counts),
     wiring=st.dictionaries(words, st.lists(values, max_size=4), max_size=2),
     edits=st.lists(edits, max_size=3).map(tuple),
     fixed=st.lists(words, max_size=3).map(tuple),
@@ -203,3 +205,32 @@ def test_a_wrong_setting_is_shown(pair: str) -> None:
     with pytest.raises(LayerwiseError) as error:
         settings([pair])
     assert pair in str(error.value)
+
+
+HEAD = "layerwise: 1\nmodel: {structure: s, weights: w}\n"
+LAUGHS = [
+    f"  {b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "wiring: {decoder: &a [*a]}",
+        "edits: [{select: x, chain: [{method: a, options: &o {o: *o}}]}]",
+        "\n".join(["wiring:", "  a: &a [0, 0, 0, 0, 0, 0, 0, 0, 0]", *LAUGHS]),
+        "fixed: " + "[" * 5000,
+        'fixed: ["\\UFFFFFFFF"]',
+        "fixed: [2026-99-99]",
+    ],
+)
+def test_documents_that_are_traps(text: str) -> None:
+    with pytest.raises(LayerwiseError):
+        parse_plan(HEAD + text)
+
+
+def test_an_alias_is_a_value_written_once() -> None:
+    text = "edits: [{select: a, chain: &c [{method: rtn}]}, {select: b, chain: *c}]"
+    plan = parse_plan(HEAD + text)
+    assert plan.edits[0].chain == plan.edits[1].chain == (Step("rtn"),)
+    assert parse_plan(plan.to_yaml()) == plan

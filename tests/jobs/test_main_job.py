@@ -210,12 +210,13 @@ def test_methods_lists_the_registry() -> None:
     assert {"gptq", "rtn", "knapsack", "block_influence", "drop", "hf"} <= names
 
 
-@pytest.mark.parametrize("target", ["hf", "hf-depth"])
+@pytest.mark.parametrize("target", ["hf", "hf-depth", "compressed-tensors"])
 def test_streamed_verification_finds_the_same(tiny, tmp_path: Path, target: str) -> None:
     model = tiny("llama")
     edits = (Edit("*", (Step("gptq", {"bits": 4, "group": 32}),)),)
     wiring = {"decoder": [0, 1, 3]} if target == "hf-depth" else {}
-    apply_plan(model, plan_of(model, edits, wiring=wiring), tmp_path / "out")
+    plan = plan_of(model, edits, wiring=wiring, target=target.removesuffix("-depth"))
+    apply_plan(model, plan, tmp_path / "out")
     resident = verify(model, tmp_path / "out", QUICK)
     streamed = verify(model, tmp_path / "out", QUICK._replace(streamed=True))
     for mine, other in zip(streamed.rows[:2], resident.rows, strict=False):

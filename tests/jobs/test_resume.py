@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from layerwise.core.network import demo_folder
+from layerwise.core.folder import demo_folder
 from layerwise.core.plan import DataSpec
 from layerwise.jobs.plan import Request, make_plan
 from layerwise.jobs.session import Budget

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from layerwise.core.errors import LayerwiseError
+from layerwise.core.index import INDEX, broken, read_json, weight_files
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -26,14 +27,24 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F4": torch.float4_e2m1fn_x2,
+    "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
+#: elements on disk in one element of torch, along the last axis
+_PACKED = {torch.float4_e2m1fn_x2: 2}
 _LONGEST_HEADER = 100_000_000
 #: what is worth giving back to the system at once
 BIG = 1 << 20
@@ -61,39 +72,47 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
         if not 2 <= length <= min(size - 8, _LONGEST_HEADER):
-            raise _broken(path, "a header length within the file", f"{length} in {size} bytes")
+            raise broken(path, "a header length within the file", f"{length} in {size} bytes")
         try:
             header = json.loads(file.read(length))
         except (ValueError, RecursionError) as error:
-            raise _broken(path, "a JSON header", str(error)) from None
+            raise broken(path, "a JSON header", str(error)) from None
     if not isinstance(header, dict):
-        raise _broken(path, "a JSON object as header", type(header).__name__)
+        raise broken(path, "a JSON object as header", type(header).__name__)
     found = {k: _entry(path, k, v, 8 + length) for k, v in header.items() if k != "__metadata__"}
     end = 8 + length
     for name, info in sorted(found.items(), key=lambda item: (item[1].start, item[1].nbytes)):
         if info.start != end:
-            raise _broken(path, f"tensor {name!r} at byte {end}", f"byte {info.start}")
+            raise broken(path, f"tensor {name!r} at byte {end}", f"byte {info.start}")
         end += info.nbytes
     if end != size:
-        raise _broken(path, f"{end} bytes in all", f"{size} (is the download complete?)")
+        raise broken(path, f"{end} bytes in all", f"{size} (is the download complete?)")
     return found
 
 
 def _entry(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
     try:
-        dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+        code, shape = entry["dtype"], tuple(entry["shape"])
         start, end = entry["data_offsets"]
         good = all(type(n) is int and n >= 0 for n in (*shape, start, end))
         good = good and math.prod(n or 1 for n in shape) < 1 << 60
     except (KeyError, TypeError, ValueError):
-        raise _broken(path, f"dtype, shape and offsets for {name!r}", entry) from None
+        raise broken(path, f"dtype, shape and offsets for {name!r}", entry) from None
+    dtype = DTYPES.get(code) if isinstance(code, str) else None
+    if dtype is None:
+        raise LayerwiseError(
+            f"{path}, tensor {name!r}",
+            allowed=f"a dtype of {', '.join(DTYPES)}",
+            found=code,
+            fix="convert the tensor to one of these, or install a newer layerwise",
+        )
+    if dtype in _PACKED and good and shape and shape[-1] % _PACKED[dtype] == 0:
+        shape = (*shape[:-1], shape[-1] // _PACKED[dtype])
+    elif dtype in _PACKED:
+        good = False
     if not good or end - start != math.prod(shape) * dtype.itemsize:
-        raise _broken(path, f"offsets of {name!r} that fit its shape and dtype", entry)
+        raise broken(path, f"offsets of {name!r} that fit its shape and dtype", entry)
     return TensorInfo(path, dtype, shape, base + start, end - start)
-
-
-def _broken(path: Path, allowed: str, found: object) -> LayerwiseError:
-    return LayerwiseError(str(path), allowed=allowed, found=found, fix="copy the file again")
 
 
 def read_tensor(info: TensorInfo) -> Tensor:
@@ -104,7 +123,7 @@ def read_tensor(info: TensorInfo) -> Tensor:
             file.seek(info.start)
             got = file.readinto(buffer.numpy().data)
         if got != info.nbytes:
-            raise _broken(info.file, f"{info.nbytes} bytes from byte {info.start}", got)
+            raise broken(info.file, f"{info.nbytes} bytes from byte {info.start}", got)
     return buffer.view(info.dtype).reshape(info.shape)
 
 
@@ -122,9 +141,11 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     end = 0
     for name in order:
         tensor = tensors[name]
+        *rows, last = tensor.shape or (1,)
+        stored = [*rows, last * _PACKED.get(tensor.dtype, 1)] if tensor.ndim else []
         header[name] = {
             "dtype": _CODES[tensor.dtype],
-            "shape": list(tensor.shape),
+            "shape": stored,
             "data_offsets": [end, end + tensor.nbytes],
         }
         end += tensor.nbytes
@@ -188,7 +209,7 @@ class ShardWriter:
         if count > 1:
             where = {n: files[i] for i, names in enumerate(self._shards) for n in names}
             index = {"metadata": {"total_size": self.nbytes}, "weight_map": where}
-            path = self.folder / "model.safetensors.index.json"
+            path = self.folder / INDEX
             path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
             files.append(path.name)
         return files
@@ -207,10 +228,8 @@ class Checkpoint:
                 found="no config.json",
                 fix="give the folder that `save_pretrained` wrote, a hub id, or `demo`",
             )
-        self.config = _read_json(config)
-        self.tensors: dict[str, TensorInfo] = {}
-        for file in _weight_files(folder):
-            self.tensors |= read_header(file)
+        self.config = read_json(config)
+        self.tensors = _stored_tensors(folder)
 
     @property
     def nbytes(self) -> int:
@@ -225,7 +244,7 @@ class Checkpoint:
         """
         tensors = {name: read_tensor(self.tensors[name]) for name in names}
         for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor.float().sum()):
+            if not is_finite(tensor):
                 raise LayerwiseError(
                     f"{self.tensors[name].file}, tensor {name!r}",
                     allowed="finite weights",
@@ -265,32 +284,30 @@ def _weights(tensors: tuple[TensorInfo, ...], stamps: tuple[tuple[int, ...], ...
     return total.hexdigest()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise _broken(path, "a JSON object", str(error)) from None
-    if not isinstance(found, dict):
-        raise _broken(path, "a JSON object", type(found).__name__)
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every element is a number; nearly always one sum tells."""
+    if tensor.dtype in _PACKED or not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    wide = tensor.float() if tensor.dtype.itemsize < 4 else tensor
+    return bool(torch.isfinite(wide.sum()) or torch.isfinite(wide).all())
+
+
+def _stored_tensors(folder: Path) -> dict[str, TensorInfo]:
+    """Where every tensor lies, as stock transformers finds them."""
+    files, indexed = weight_files(folder)
+    found: dict[str, TensorInfo] = {}
+    for file in files:
+        header = read_header(file)
+        twice = sorted(found.keys() & header.keys())
+        if twice:
+            raise LayerwiseError(
+                str(file),
+                allowed="every tensor in one file",
+                found=f"{twice[0]!r}, which is in {found[twice[0]].file.name} as well",
+                fix="remove the file that does not belong to the model",
+            )
+        found |= header
+    lost = [name for name in indexed if name not in found]
+    if lost:
+        raise broken(folder / INDEX, "tensors that are in the files", f"{lost[0]!r}, in none")
     return found
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        where = _read_json(index).get("weight_map")
-        if not isinstance(where, dict) or not all(isinstance(v, str) for v in where.values()):
-            raise _broken(index, "a `weight_map` from tensors to files", where)
-        names = sorted(set(where.values()))
-    else:
-        names = sorted(p.name for p in folder.glob("*.safetensors"))
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing or not names:
-        pickles = [p.name for p in folder.glob("*.bin")]
-        raise LayerwiseError(
-            str(folder),
-            allowed="all weights as safetensors",
-            found=f"missing {', '.join(missing)}" if missing else f"none ({pickles or 'empty'})",
-            fix="copy the missing files, or convert pickled weights with `save_pretrained`",
-        )
-    return [folder / name for name in names]

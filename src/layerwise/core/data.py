@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from layerwise.core.errors import LayerwiseError
+from layerwise.core.errors import LayerwiseError, refusing
 
 Use = Literal["calibrate", "select", "evaluate"]
 
@@ -94,6 +94,10 @@ def image_documents(source: str | Path, use: Use | None = None) -> Iterator[Docu
 
 
 def _read_documents(path: Path) -> Iterator[Document]:
+    if path == Path():
+        raise LayerwiseError(
+            "data", allowed=_SOURCES, found="an empty name", fix="name one with --data"
+        )
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
         for file in files:
@@ -108,53 +112,46 @@ def _read_documents(path: Path) -> Iterator[Document]:
         yield from _hub(path)
 
 
+_SOURCES = (
+    "`stdlib`, a text file, a folder of text files, a .jsonl or .parquet file, or the id of a data "
+    "set on the hub (pip install datasets)"
+)
+
+
 def _hub(path: Path) -> Iterator[Document]:
     """Rows of a data set on the hub: its `train` part, or the first it has."""
-    try:
-        if path.is_absolute() or path.parts[:1] in ((".",), ("..",)) or len(path.parts) > 2:
+    with refusing(f"data {path}", allowed=_SOURCES, fix="check the path"):
+        local = path.is_absolute() or path.parts[:1] in ((), (".",), ("..",)) or path.suffix
+        if local or len(path.parts) > 2:
             raise FileNotFoundError("no such file or folder")
         from datasets import load_dataset  # pyright: ignore[reportMissingImports]
 
         parts = load_dataset(str(path))
-    except Exception as error:
-        raise LayerwiseError(
-            f"data {path}",
-            allowed="`stdlib`, a text file, a folder of text files, a .jsonl or .parquet file, or "
-            "the id of a data set on the hub (pip install datasets)",
-            found=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}",
-            fix="check the path",
-        ) from None
     rows = parts["train"] if "train" in parts else next(iter(parts.values()))
     for number, row in enumerate(rows, 1):
         yield _document(row, f"data {path}, row {number}", str(row)[:80])
 
 
 def _parquet(path: Path) -> Iterator[Document]:
-    try:
+    with refusing(
+        f"data {path}",
+        allowed="a Parquet file, read by pyarrow",
+        fix="copy the file again, or pip install pyarrow",
+    ):
         from pyarrow.parquet import ParquetFile
 
-        table = ParquetFile(path)
         number = 0
-        for part in table.iter_batches():
+        for part in ParquetFile(path).iter_batches():
             for row in part.to_pylist():
                 number += 1
                 yield _document(row, f"data {path}, row {number}", str(row)[:80])
-    except (ImportError, OSError, ValueError) as error:
-        raise LayerwiseError(
-            f"data {path}",
-            allowed="a Parquet file, read by pyarrow",
-            found=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}",
-            fix="copy the file again, or pip install pyarrow",
-        ) from None
 
 
 def _read(path: Path) -> str:
-    try:
+    with refusing(
+        f"data {path}", allowed="text in UTF-8", fix="convert the file, or give another with --data"
+    ):
         return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise LayerwiseError(
-            f"data {path}", allowed="text in UTF-8", found=str(error), fix="convert the file"
-        ) from None
 
 
 def _blocks(text: str, size: int = 4096) -> Iterator[str]:
@@ -183,13 +180,15 @@ def _document(row: Any, where: str, shown: str) -> Document:
     """The document of a row with `text`, perhaps a `target`, or with `messages`."""
     try:
         chat = "text" not in row
+        if chat and not all({"role", "content"} <= set(m) for m in row["messages"]):
+            raise ValueError("a message without role or content")
         text = json.dumps(row["messages"]) if chat else row["text"]
         target = row.get("target") or ""
         (text + target).encode()  # half a surrogate pair is no text
     except (ValueError, KeyError, TypeError, AttributeError):
         raise LayerwiseError(
             where,
-            allowed="an object with `text` or `messages`",
+            allowed="an object with `text` or `messages`, each of these with role and content",
             found=shown,
             fix="mend or remove the line",
         ) from None
@@ -213,10 +212,11 @@ class Texts(NamedTuple):
         chosen = list(image_documents(self.source, use) if images else documents(self.source, use))
         random.Random(self.seed).shuffle(chosen)
         if not chosen:
+            every = image_documents(self.source) if images else documents(self.source)
             raise LayerwiseError(
                 f"data {self.source}",
-                allowed=f"documents for the use {use!r} (sha256 modulo 10)",
-                found="none",
+                allowed=f"documents for the use {use!r}, which their sha256 decides",
+                found=f"none among {sum(1 for _ in every)} documents",
                 fix="give more documents; a few dozen at least",
             )
         return chosen

@@ -13,16 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-)
-from transformers.modeling_utils import LoadStateDictConfig
-
-from layerwise.core.checkpoint import Checkpoint
 
 
 def hollow_parameter(shape: torch.Size, dtype: torch.dtype) -> nn.Parameter:
@@ -32,14 +22,35 @@ def hollow_parameter(shape: torch.Size, dtype: torch.dtype) -> nn.Parameter:
     return parameter
 
 
+class _AtMost(TorchFunctionMode):
+    """Ends the building of a model whose configuration asks for absurdly many tensors."""
+
+    def __init__(self, calls: int) -> None:
+        super().__init__()
+        self.left = calls
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError("more layers or experts than the stored tensors could fill")
+        return func(*args, **(kwargs or {}))
+
+
 def build_meta(
-    kind: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype
+    kind: type[PreTrainedModel],
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    most_calls: int = 10**9,
 ) -> PreTrainedModel:
-    """The module tree of a model, on the meta device, in evaluation mode."""
+    """The module tree of a model, on the meta device, in evaluation mode.
+
+    Raises:
+        ValueError: building it takes more than `most_calls` calls of torch.
+    """
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _AtMost(most_calls):
             return kind(config).eval()
     finally:
         torch.set_default_dtype(before)
@@ -195,87 +206,3 @@ class ShortCircuit(TorchFunctionMode):
             turned = transposed != (id(weight) in self._flipped)
             self.seen(x, weight, turned, output, func in CONVOLUTIONS)
         return output
-
-
-class Source:
-    """Reads a checkpoint into a model's own names, through transformers' conversion mapping."""
-
-    def __init__(
-        self,
-        kind: type[PreTrainedModel],
-        checkpoint: Checkpoint,
-        config: PretrainedConfig,
-        dtype: torch.dtype,
-    ) -> None:
-        self.checkpoint = checkpoint
-        self.dtype = dtype
-        self.model = build_meta(kind, config, dtype)
-        self.mapping: list[Any] = get_model_conversion_mapping(self.model) or []
-        known = self.model.state_dict()
-        #: stored name -> (first) name in memory
-        self.owner = {name: self._name_in_memory(name, known) for name in checkpoint.tensors}
-        self.conversions = [c for c in self.mapping if c.was_used()]
-        self._held = self._names_held()
-        self._last: tuple[str, dict[str, Tensor]] = ("", {})
-
-    def _name_in_memory(self, name: str, known: dict[str, Tensor]) -> str:
-        renamings = [m for m in self.mapping if isinstance(m, WeightRenaming)]
-        converters = [m for m in self.mapping if isinstance(m, WeightConverter)]
-        prefix = self.model.base_model_prefix
-        renamed, _ = rename_source_key(name, renamings, converters, prefix, known)
-        if renamed not in known and name in known:
-            renamed, _ = rename_source_key(name, [], [], prefix, known)
-        return renamed
-
-    def _names_held(self) -> set[str]:
-        """Every name in memory that comes from the checkpoint, itself or through a tie."""
-        held = set(self.owner.values())
-        for conversion in self.conversions:
-            targets = conversion.target_patterns
-            if isinstance(conversion, WeightConverter) and len(targets) > 1:
-                first = [name for name in held if targets[0] in name]
-                held |= {name.replace(targets[0], other) for name in first for other in targets}
-        for name, origin in (self.model.all_tied_weights_keys or {}).items():
-            if name in held or origin in held:
-                held |= {name, origin}
-        return held
-
-    def is_stored(self, name: str) -> bool:
-        """Whether a parameter of the model comes from the checkpoint (else it is computed)."""
-        return name in self._held
-
-    def load(self, prefix: str) -> dict[str, Tensor]:
-        """Tensors in memory whose name starts with `prefix`; the last ones are kept at hand."""
-        if self._last[0] != prefix:
-            self.forget()
-            self._last = (prefix, self.load_apart(prefix, ()))
-        return dict(self._last[1])
-
-    def forget(self) -> None:
-        """Let go of what was loaded last."""
-        self._last = ("", {})
-
-    def load_apart(self, prefix: str, apart: tuple[str, ...]) -> dict[str, Tensor]:
-        """Tensors in memory whose name starts with `prefix` and with none of `apart`."""
-        names = [
-            stored
-            for stored, name in self.owner.items()
-            if name.startswith(prefix) and not name.startswith(apart)
-        ]
-        settings = LoadStateDictConfig(dtype=self.dtype, weight_mapping=self.mapping)
-        convert_and_load_state_dict_in_model(self.model, self.checkpoint.read(names), settings)
-        return self._take(prefix, apart)
-
-    def _take(self, prefix: str, apart: tuple[str, ...]) -> dict[str, Tensor]:
-        """Everything that was just loaded, leaving the model on meta again."""
-        taken: dict[str, Tensor] = {}
-        for path, module in self.model.named_modules():
-            for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-                if tensor is not None and tensor.device.type != "meta":
-                    taken[f"{path}.{name}" if path else name] = tensor.data
-                    empty = torch.empty_like(tensor, device="meta")
-                    if name in module._parameters:
-                        module._parameters[name] = nn.Parameter(empty, requires_grad=False)
-                    else:
-                        module._buffers[name] = empty
-        return {n: t for n, t in taken.items() if n.startswith(prefix) and not n.startswith(apart)}

@@ -1,13 +1,12 @@
 """The registry: one record per method, made only by `@method`."""
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
-from layerwise.core.errors import LayerwiseError
+from layerwise.core.errors import LayerwiseError, nearest
 
 #: Positional arguments of every family; what follows `*` is an option of the method.
 FAMILIES: dict[str, tuple[str, ...]] = {
@@ -57,7 +56,7 @@ class Method:
                     f"{self.name}, option {key!r}",
                     allowed=", ".join(self.options) or "no option",
                     found=value,
-                    fix=_suggest(key, self.options, "the method's page lists its options"),
+                    fix=nearest(key, self.options, "the method's page lists its options"),
                 )
             _check_type(self, key, value)
         needed = {key: value for key, value in given.items() if key in self.given}
@@ -144,14 +143,9 @@ def find(name: str, family: str | None = None) -> Method:
             f"method {name!r}",
             allowed=f"a method of family {family!r}" if family else "a registered method",
             found=name,
-            fix=_suggest(name, names, "`layerwise methods` lists them all"),
+            fix=nearest(name, names, "`layerwise methods` lists them all"),
         )
     return found
-
-
-def _suggest(word: str, known: Mapping[str, Any] | list[str], otherwise: str) -> str:
-    near = difflib.get_close_matches(word, list(known), n=3)
-    return f"did you mean {' or '.join(near)}?" if near else otherwise
 
 
 def _check_type(record: Method, key: str, value: Any) -> None:

@@ -4,19 +4,20 @@ import copy
 import ctypes
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from layerwise.core.checkpoint import BIG, Checkpoint
-from layerwise.core.errors import LayerwiseError
+from layerwise.core.config import model_class, read_config
+from layerwise.core.errors import LayerwiseError, nearest, refusing
 from layerwise.core.find import find_stacks
-from layerwise.core.hollow import Source, build_hollow, hollow_parameter
+from layerwise.core.folder import find_folder
+from layerwise.core.hollow import build_hollow, hollow_parameter
+from layerwise.core.source import Source, check_stored
 from layerwise.core.stack import Layer, Stack
 from layerwise.core.task import Task, example_inputs, forward_arguments, task_of
 from layerwise.core.wiring import edited_config, parse_wiring
@@ -167,83 +168,55 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], device: torch.device)
         )
 
 
-def demo_folder() -> Path:
-    """Where the shipped demo model lies."""
-    return Path(str(resources.files("layerwise") / "demo_model"))
-
-
-def find_folder(model: str | Path) -> Path:
-    """A model folder from a path, `demo`, or a hub id.
+def choose_device(name: str = "auto") -> torch.device:
+    """`auto` is CUDA if present.
 
     Raises:
-        LayerwiseError: there is no such folder and the hub has none either.
+        LayerwiseError: this machine has no such device.
     """
-    if str(model) == "demo":
-        return demo_folder()
-    if Path(model).is_dir():
-        return Path(model)
-    if Path(model).is_absolute() or str(model).startswith(".") or str(model).count("/") != 1:
-        raise LayerwiseError(
-            f"model {model}",
-            allowed="a folder with config.json and safetensors, a hub id, or `demo`",
-            found="no such folder",
-            fix="check the path",
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(model), ignore_patterns=["*.bin", "*.pt", "*.gguf"]))
-    except Exception as error:
-        raise LayerwiseError(
-            f"model {model}",
-            allowed="a local folder or a hub id that can be downloaded",
-            found=f"{type(error).__name__}: {str(error).splitlines()[0]}",
-            fix="check the spelling and the network, or download the folder first",
-        ) from error
-
-
-def choose_device(name: str = "auto") -> torch.device:
-    """`auto` is CUDA if present."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    count = torch.cuda.device_count()
+    here = ["cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]
+    if name not in here:
+        raise LayerwiseError(
+            "device",
+            allowed=f"auto, {', '.join(here)} on this machine",
+            found=name,
+            fix="choose one of these",
+        )
     return torch.device(name)
 
 
+#: in what may be computed
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
 def choose_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """`auto` is the checkpoint's, but float16 becomes float32 on a CPU."""
+    """`auto` is the checkpoint's, but float16 becomes float32 on a CPU.
+
+    Raises:
+        LayerwiseError: it is none to compute in.
+    """
+    if name != "auto" and name not in DTYPES:
+        raise LayerwiseError(
+            "dtype",
+            allowed=f"auto, {', '.join(DTYPES)}",
+            found=name,
+            fix=nearest(name, DTYPES, "choose one of these"),
+        )
     if name != "auto":
         return getattr(torch, name)
+    if str(stored).removeprefix("torch.") not in DTYPES:
+        raise LayerwiseError(
+            "dtype auto",
+            allowed=f"weights stored in {', '.join(DTYPES)}",
+            found=stored,
+            fix="say in which to compute, such as --dtype float32",
+        )
     if stored == torch.float16 and device.type == "cpu":
         return torch.float32
     return stored
-
-
-def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The class that a configuration names, else the first of its type that has a head.
-
-    Raises:
-        LayerwiseError: transformers has no such class.
-    """
-    for name in config.architectures or ():
-        kind = getattr(transformers, name, None)
-        if kind is not None:
-            return kind
-    for auto in (
-        transformers.AutoModelForCausalLM,
-        transformers.AutoModelForSeq2SeqLM,
-        transformers.AutoModelForMaskedLM,
-        transformers.AutoModelForImageClassification,
-        transformers.AutoModel,
-    ):
-        mapping: Any = auto._model_mapping
-        if type(config) in mapping:
-            return mapping[type(config)]
-    raise LayerwiseError(
-        f"config of type {config.model_type!r}",
-        allowed="architectures that transformers knows",
-        found=config.architectures,
-        fix="install the transformers version that has this model",
-    )
 
 
 def open_network(
@@ -270,14 +243,20 @@ def open_network(
     if isinstance(model, nn.Module):
         return _open_module(model, inputs, where)
     checkpoint = Checkpoint(find_folder(model))
-    config = read_config(checkpoint)
+    config = read_config(checkpoint.folder)
     kind = model_class(config)
-    floats = [i.dtype for i in checkpoint.tensors.values() if i.dtype.is_floating_point]
-    stored = config.dtype if isinstance(config.dtype, torch.dtype) else floats[0]
+    stored = _stored_dtype(checkpoint, config)
     kept = choose_dtype(dtype, stored, where)
-    source = Source(kind, checkpoint, copy.deepcopy(config), stored)
-    module = build_hollow(kind, copy.deepcopy(config), kept, source.is_stored)
-    stacks, task = _examine(module)
+    with refusing(
+        f"{checkpoint.folder / 'config.json'}",
+        allowed=f"a configuration that {kind.__name__} can be built with and run on a short input",
+        fix="compare it with the original's; if it is the original's, this architecture cannot be "
+        "opened yet",
+    ):
+        source = Source(kind, checkpoint, copy.deepcopy(config), stored)
+        check_stored(source)
+        module = build_hollow(kind, copy.deepcopy(config), kept, source.is_stored)
+        stacks, task = _examine(module)
     network = Network(module, stacks, where, kept, task, source)
     paths = tuple(layer.path for stack in stacks for layer in stack.layers)
     network = replace(network, stored_layers=paths)
@@ -369,24 +348,17 @@ def check_rebuilt(stacks: Sequence[Stack], origins: Mapping[str, Layer]) -> None
             )
 
 
-def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
-    """The configuration of a checkpoint; remote code and quantized weights are refused."""
-    if "auto_map" in checkpoint.config and "model_type" not in checkpoint.config:
+def _stored_dtype(checkpoint: Checkpoint, config: Any) -> torch.dtype:
+    """The dtype of the weights: what the configuration says, else that of the first of them."""
+    floats = [i.dtype for i in checkpoint.tensors.values() if i.dtype.is_floating_point]
+    if not floats:
         raise LayerwiseError(
-            str(checkpoint.folder / "config.json"),
-            allowed="an architecture that transformers has itself",
-            found=f"remote code: {checkpoint.config['auto_map']}",
-            fix="convert the checkpoint to the built-in architecture",
+            str(checkpoint.folder),
+            allowed="weights that are floating-point numbers",
+            found=f"{len(checkpoint.tensors)} tensors, none of them",
+            fix="take another copy of the checkpoint",
         )
-    if "quantization_config" in checkpoint.config:
-        method = checkpoint.config["quantization_config"].get("quant_method")
-        raise LayerwiseError(
-            str(checkpoint.folder / "config.json"),
-            allowed="dense weights",
-            found=f"weights already quantized with {method}",
-            fix="start from the original checkpoint",
-        )
-    return AutoConfig.from_pretrained(checkpoint.folder)
+    return config.dtype if isinstance(config.dtype, torch.dtype) else floats[0]
 
 
 def _examine(

@@ -3,13 +3,14 @@
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import msgspec
 import yaml
 
-from layerwise.core.errors import LayerwiseError
+from layerwise.core.errors import LayerwiseError, first_line, nearest
 from layerwise.core.machine import write_whole
+from layerwise.core.method import find
 from layerwise.core.stack import Matrix
 
 
@@ -41,8 +42,14 @@ class DataSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     source: str = "stdlib"
     seed: int = 0
-    samples: int = 128
-    length: int = 512
+    samples: Annotated[int, msgspec.Meta(ge=1)] = 128
+    length: Annotated[int, msgspec.Meta(ge=1)] = 512
+
+
+#: a plan of a model with 10,000 matrices has some 100,000 values
+MOST_VALUES = 10**7
+#: units of a budget
+UNITS = ("size", "bytes", "bits", "depth")
 
 
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -56,6 +63,11 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
     wiring: dict[str, list[Any]] = {}
     edits: tuple[Edit, ...] = ()
     fixed: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        unknown = set(self.budget) - set(UNITS)
+        if unknown:
+            raise ValueError(f"Object contains unknown field `{min(unknown)}` - at `$.budget`")
 
     def to_yaml(self) -> str:
         """The plan as text; reading it gives the same plan."""
@@ -78,7 +90,10 @@ def read_plan(path: Path) -> Plan:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise LayerwiseError(
-            f"plan {path}", allowed="a text file", found=error, fix="check the path"
+            f"plan {path}",
+            allowed="a plan that `layerwise plan` wrote",
+            found=error.strerror if isinstance(error, OSError) else "a file that is no text",
+            fix="check the path",
         ) from None
     return parse_plan(text, str(path))
 
@@ -86,17 +101,54 @@ def read_plan(path: Path) -> Plan:
 def parse_plan(text: str, where: str = "plan") -> Plan:
     """Validate the text of a plan."""
     try:
-        return msgspec.convert(yaml.safe_load(text), Plan)
-    except msgspec.ValidationError as error:
+        return msgspec.convert(_read_yaml(text, where), Plan)
+    except (msgspec.ValidationError, ValueError, RecursionError) as error:
         raise LayerwiseError(
             where,
             allowed="the fields of a plan",
-            found=str(error),
-            fix="compare with the plan that `layerwise plan` writes",
+            found=first_line(error),
+            fix=_mend(str(error)),
         ) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        found = str(error).partition("\n")[0]
-        raise LayerwiseError(where, allowed="YAML", found=found, fix="mend the line") from None
+
+
+def _read_yaml(text: str, where: str) -> Any:
+    try:
+        found = yaml.safe_load(text)
+        if _values(found, {}) > MOST_VALUES:
+            raise ValueError(f"aliases that stand for more than {MOST_VALUES} values")
+        return found
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        found = f"{line}{error.problem or error.context}"
+    except Exception as error:  # what its constructors raise on numbers, dates and characters
+        found = f"{type(error).__name__}: {first_line(error)}"
+    raise LayerwiseError(where, allowed="YAML", found=found, fix="mend the line")
+
+
+def _values(node: Any, counted: dict[int, int]) -> int:
+    """How many values a document holds when every alias is written out."""
+    if not isinstance(node, dict | list):
+        return 1
+    if id(node) not in counted:
+        counted[id(node)] = MOST_VALUES + 1  # for an alias of itself
+        inside = node.values() if isinstance(node, dict) else node
+        counted[id(node)] = 1 + sum(_values(value, counted) for value in inside)
+    return counted[id(node)]
+
+
+def _mend(found: str) -> str:
+    """What to do about a field that is wrong: the nearest names, or the values that it may have."""
+    otherwise = "compare with the plan that `layerwise plan` writes"
+    wrong = re.search(r"unknown field `([^`]*)", found)
+    if wrong:
+        kinds = (Plan, Identity, DataSpec, Edit, Step)
+        known = [*UNITS, *(name for kind in kinds for name in kind.__struct_fields__)]
+        return nearest(wrong[1], known, otherwise)
+    place = re.search(r"enum value .*`\$\.(\w+)`", found)
+    if place:
+        values = get_args(get_type_hints(Plan)[place[1]])
+        return f"write one of {', '.join(map(str, values))}"
+    return otherwise
 
 
 def _field(pattern: str, values: Iterable[str]) -> bool:
@@ -152,20 +204,35 @@ def chain_for(edits: Iterable[Edit], matrix: Matrix) -> tuple[Step, ...]:
 
 
 def check_selectors(plan: Plan, matrices: list[Matrix]) -> None:
-    """Every selector of a plan must name something.
+    """Every selector of a plan must name something, every step a method and its options.
 
     Raises:
-        LayerwiseError: one names nothing.
+        LayerwiseError: one does not; the nearest names are shown.
     """
     for edit in plan.edits:
-        if not any(selects(edit.select, m) for m in matrices):
-            names = sorted({f"{m.part}.{m.role}" for m in matrices})
-            raise LayerwiseError(
-                f"plan, selector {edit.select!r}",
-                allowed=f"stack/layers/part.matrix with one of {', '.join(names)}",
-                found="nothing of that name",
-                fix="correct the selector",
-            )
+        for step in edit.chain:
+            find(step.method, "weight").bind(step.options)
+        check_selector(edit.select, matrices, "plan, selector")
+
+
+def check_selector(pattern: str, matrices: Iterable[Matrix], where: str) -> None:
+    """A selector must name something.
+
+    Raises:
+        LayerwiseError: it names nothing; the nearest names are shown.
+    """
+    found = list(matrices)
+    if not any(selects(pattern, m) for m in found):
+        names = sorted({f"{m.part}.{m.role}" for m in found})
+        stacks = sorted({m.layer.partition("/")[0] for m in found})
+        wanted = pattern.rpartition("/")[2]
+        raise LayerwiseError(
+            f"{where} {pattern!r}",
+            allowed=f"stack/layers/part.matrix with stack {' or '.join(stacks)}, layers that are "
+            f"there, and one of {', '.join(names)}",
+            found="nothing of that name",
+            fix=nearest(wanted, set(names) - {wanted}, "correct the selector"),
+        )
 
 
 def check_model(plan: Plan, structure: str, weights: str, other_weights: bool = False) -> None:
@@ -199,10 +266,6 @@ def settings(pairs: Iterable[str]) -> dict[str, dict[str, Any]]:
     for pair in pairs:
         name, equals, value = pair.partition("=")
         method, dot, option = name.partition(".")
-        try:
-            chosen = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError):
-            option = ""
         if not (equals and dot and method and option):
             raise LayerwiseError(
                 f"--set {pair}",
@@ -210,7 +273,7 @@ def settings(pairs: Iterable[str]) -> dict[str, dict[str, Any]]:
                 found=pair,
                 fix="`layerwise methods` lists methods and options",
             )
-        found.setdefault(method, {})[option] = chosen
+        found.setdefault(method, {})[option] = _read_yaml(value, f"--set {pair}")
     return found
 
 

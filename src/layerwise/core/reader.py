@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from layerwise.core.data import Document, Texts, Use
-from layerwise.core.errors import LayerwiseError
+from layerwise.core.errors import LayerwiseError, refusing
 from layerwise.core.task import IGNORED, Task
 
 #: share of the tokens that are hidden for masked models (BERT)
@@ -23,7 +23,8 @@ Batches = list[dict[str, Tensor]]
 class Reader(NamedTuple):
     """What turns documents into batches: the task, a tokenizer or image processor, and more.
 
-    `start` is the first token of a decoder, `classes` the class of every label that is known.
+    `start` is the first token of a decoder, `classes` the class of every label that is known,
+    `rows` how many tokens the model has an embedding for (0: nobody knows).
     """
 
     task: Task
@@ -31,12 +32,25 @@ class Reader(NamedTuple):
     images: bool = False
     start: int = 0
     classes: Mapping[str, int] = MappingProxyType({})
+    rows: int = 0
 
     def tokens(self, text: str, chat: bool = False, bare: bool = False) -> list[int]:
         """Tokens of a text; with `bare` without those that mark its ends."""
         if chat and self.processor.chat_template:
-            text = self.processor.apply_chat_template(json.loads(text), tokenize=False)
+            with refusing(
+                f"messages {text[:80]}",
+                allowed="messages that the chat template of the tokenizer takes",
+                fix="mend the row, or give it a `text` instead",
+            ):
+                text = self.processor.apply_chat_template(json.loads(text), tokenize=False)
         ids = self.processor(text, verbose=False, add_special_tokens=not bare)["input_ids"]
+        if self.rows and ids and max(ids) >= self.rows:
+            raise LayerwiseError(
+                "tokenizer",
+                allowed=f"tokens below {self.rows}, the rows of the model's embedding",
+                found=f"token {max(ids)}, {self.processor.convert_ids_to_tokens(max(ids))!r}",
+                fix="copy the tokenizer that belongs to this model into its folder",
+            )
         start = self.processor.bos_token_id
         if bare or self.task != "causal" or start is None or ids[:1] == [start]:
             return ids
@@ -91,7 +105,10 @@ class Reader(NamedTuple):
         """Images as a batch, with the classes that their folders name."""
         from PIL import Image
 
-        opened = [Image.open(d.path).convert("RGB") for d in documents if d.path]
+        opened = []
+        for path in (d.path for d in documents if d.path):
+            with refusing(f"data {path}", allowed="an image", fix="mend or remove the file"):
+                opened.append(Image.open(path).convert("RGB"))
         pixels = self.processor(images=opened, return_tensors="pt")["pixel_values"]
         known = [self.classes.get(d.label) for d in documents]
         if any(number is None for number in known):

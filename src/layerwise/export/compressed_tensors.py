@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.method import find, method
 from layerwise.core.network import Network
-from layerwise.core.plan import Plan, Step
+from layerwise.core.plan import Edit, Plan, Step, chain_for
 from layerwise.core.stack import Layer, Matrix, Stack
 from layerwise.core.target import Target
 from layerwise.core.weight import Quantized, Weight, packed_bytes
@@ -88,6 +89,21 @@ def pack(record: Quantized) -> dict[str, Tensor]:
         zero = record.zero.to(torch.int8)
         tensors["weight_zero_point"] = pack_to_int32(zero, record.bits, packed_dim=0).contiguous()
     return tensors
+
+
+def unpack(folder: Checkpoint, layer: Layer, edits: Sequence[Edit]) -> dict[str, Weight]:
+    """The records of a layer that lie packed in a folder, by the edits that packed them."""
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    records: dict[str, Weight] = {}
+    for matrix in layer.matrices:
+        grid, module = _grid(chain_for(edits, matrix)), _module(layer, matrix)
+        names = [f"{module}.weight_packed", f"{module}.weight_scale"]
+        if grid is not None and names[0] in folder.tensors:
+            packed, scale = folder.read(names).values()
+            codes = unpack_from_int32(packed, grid[0], torch.Size(matrix.shape))
+            records[matrix.key] = Quantized(codes, scale, None, grid[0], grid[1])
+    return records
 
 
 def _config(schemes: Schemes, network: nn.Module) -> dict[str, Any]:

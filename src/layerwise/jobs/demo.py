@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.core.data import Texts
+from layerwise.core.errors import LayerwiseError
 from layerwise.core.machine import write_whole
 from layerwise.core.plan import DataSpec
 from layerwise.jobs.apply import apply_plan
@@ -13,7 +14,7 @@ from layerwise.jobs.card import write_card
 from layerwise.jobs.inspect import inspect_model
 from layerwise.jobs.pages import inspect_section, plan_section, write_page
 from layerwise.jobs.plan import Request, make_plan
-from layerwise.jobs.session import Budget, Progress
+from layerwise.jobs.session import Budget, Progress, check_out
 from layerwise.jobs.verify import Settings, verify
 
 DATA = DataSpec(samples=32, length=256)
@@ -27,8 +28,9 @@ def run_demo(out: Path, output: Any, progress: Progress) -> None:
         output: where tables and lines are shown.
         progress: called with what is done, how far, and out of how much.
     """
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    if out.exists():
+        _remove_earlier(out)
+    check_out(out).mkdir()
     texts = Texts(DATA.source, DATA.seed, DATA.samples, DATA.length)
     inspected = inspect_model("demo", texts, progress=progress)
     columns = ("layer", "parts", "bytes", "residual_cosine", "update_norm", "block_influence")
@@ -57,3 +59,22 @@ def run_demo(out: Path, output: Any, progress: Progress) -> None:
     output.rows = rows
     write_page(out / "index.html", "layerwise on its demo model", sections)
     output.files.append(str(out / "index.html"))
+
+
+def _remove_earlier(out: Path) -> None:
+    """Remove the result of an earlier demo, and nothing else.
+
+    Raises:
+        LayerwiseError: something else is in its place.
+    """
+    own = {"3-bits", "9-layers", "3-bits.yaml", "9-layers.yaml", "index.html"}
+    inside = {p.name for p in out.iterdir()} if out.is_dir() else {out.name}
+    foreign = sorted(name for name in inside - own if not name.startswith((".3-bits", ".9-layers")))
+    if foreign:
+        raise LayerwiseError(
+            f"--out {out}",
+            allowed="a new folder, or one with nothing but an earlier demo",
+            found=f"{foreign[0]!r} in it",
+            fix="choose another name",
+        )
+    shutil.rmtree(out)

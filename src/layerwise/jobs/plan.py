@@ -1,7 +1,9 @@
 """Plan: measure, score, and let an allocator decide what every layer gets under the budget."""
 
-from layerwise.core.errors import LayerwiseError
+from layerwise.core.errors import LayerwiseError, nearest
+from layerwise.core.method import find
 from layerwise.core.network import open_network
+from layerwise.core.plan import check_selector
 from layerwise.export import TARGETS
 from layerwise.jobs.bits import plan_bits
 from layerwise.jobs.depth import plan_depth
@@ -42,7 +44,43 @@ def make_plan(request: Request, progress: Progress = silent) -> Planned:
             found="dense weights",
             fix="use --target compressed-tensors, or a budget by --size or --depth",
         )
+    check_settings(request)
     network = open_network(request.model, device=request.device, dtype=request.dtype)
+    for pattern in request.keep:
+        check_selector(pattern, [m for s in network.stacks for m in s.matrices()], "--keep")
     if request.budget.depth is not None or not target.by_bits:
         return plan_depth(request, network, progress)
-    return plan_bits(request, network, target, progress)
+    planned = plan_bits(request, network, target, progress)
+    if all(len(menu.options) == 1 for menu in planned.menus.values()):
+        raise LayerwiseError(
+            f"target {target.name} for {type(network.module).__name__}",
+            allowed="a network with matrices that the target can hold in fewer bits",
+            found="none that --keep and the options of the menu leave",
+            fix="pin less, allow other groups with --set menu.group, or cut layers with --depth",
+        )
+    return planned
+
+
+#: what `--set menu.NAME` may say
+MENU = ("bits", "group")
+
+
+def check_settings(request: Request) -> None:
+    """Every `--set` must be of a registered method and one of its options.
+
+    Raises:
+        LayerwiseError: it is not; the nearest names are shown.
+    """
+    for name, options in request.settings.items():
+        if name != "menu":
+            find(name).bind(options)
+            continue
+        for option, value in options.items():
+            numbers = value if isinstance(value, list) else [value]
+            if option not in MENU or not numbers or not all(type(n) is int for n in numbers):
+                raise LayerwiseError(
+                    f"--set menu.{option}={value}",
+                    allowed="menu.bits or menu.group with one number or a list, such as [3, 4]",
+                    found=value if option in MENU else f"option {option!r}",
+                    fix=nearest(option, set(MENU) - {option}, "write for instance menu.bits=[3,4]"),
+                )

@@ -3,12 +3,15 @@
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import NamedTuple
 
+from torch import nn
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from layerwise.core.data import Texts
-from layerwise.core.errors import LayerwiseError
+from layerwise.core.errors import LayerwiseError, refusing
 from layerwise.core.network import Network
 from layerwise.core.plan import DataSpec
 from layerwise.core.reader import Reader
@@ -31,23 +34,54 @@ def load_reader(network: Network) -> Reader:
     folder, module = network.checkpoint.folder, network.module
     images = takes_images(module)
     config = network.model.config
-    try:
+    files = "preprocessor_config.json" if images else "tokenizer.json and tokenizer_config.json"
+    with refusing(
+        f"{'image processor' if images else 'tokenizer'} of {folder}",
+        allowed=f"{files} beside config.json, without code of their own",
+        fix="copy them from the original model",
+    ):
         if images:
-            processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+            processor = AutoImageProcessor.from_pretrained(
+                folder, backend="pil", trust_remote_code=False
+            )
         else:
-            processor = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
-        files = "preprocessor_config.json" if images else "tokenizer.json, tokenizer_config.json"
-        raise LayerwiseError(
-            f"{'image processor' if images else 'tokenizer'} of {folder}",
-            allowed=f"{files} beside config.json",
-            found=str(error).strip().partition("\n")[0],
-            fix="copy them into the folder",
-        ) from None
+            processor = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     start = config_value(config, "decoder_start_token_id")
     start = config_value(config, "bos_token_id") if start is None else start
     classes = {str(name): int(number) for name, number in (config.label2id or {}).items()}
-    return Reader(network.task, processor, images, start or 0, classes)
+    rows = 0 if images else _embedding_rows(network.module)
+    return Reader(network.task, processor, images, start or 0, classes, rows)
+
+
+def _embedding_rows(module: nn.Module) -> int:
+    """How many tokens a model knows; 0 where it does not tell."""
+    try:
+        return len(module.get_input_embeddings().weight)  # type: ignore[operator]
+    except (NotImplementedError, AttributeError):
+        return 0
+
+
+def check_out(out: Path, option: str = "--out") -> Path:
+    """The path of a result, once it is sure that it can be written; its folder is made.
+
+    Raises:
+        LayerwiseError: something is in its place, or its folder cannot be written to.
+    """
+    if out.is_dir():
+        raise LayerwiseError(
+            f"{option} {out}",
+            allowed="a name for the result",
+            found="a folder",
+            fix="choose a name in it",
+        )
+    with refusing(
+        f"{option} {out}",
+        allowed="a name in a folder that can be written to",
+        fix="choose another place, or make that folder writable",
+    ):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=out.parent).close()
+    return out
 
 
 def texts_of(data: DataSpec) -> Texts:
@@ -82,7 +116,7 @@ def parse_bytes(text: str) -> int:
         >>> parse_bytes("2GB"), parse_bytes("1.5 MiB")
         (2000000000, 1572864)
     """
-    match = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?)(i?)b?\s*", text.lower())
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d*)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
     if not match or (match[3] and not match[2]):
         raise LayerwiseError(
             "--bytes",
@@ -100,7 +134,7 @@ def parse_share(text: str, option: str) -> float:
         >>> parse_share("20%", "--size")
         0.2
     """
-    match = re.fullmatch(r"\s*([\d.]+)\s*(%?)\s*", text)
+    match = re.fullmatch(r"\s*(\d*\.?\d+|\d+\.)\s*(%?)\s*", text)
     value = float(match[1]) / (100 if match[2] else 1) if match else math.nan
     if not 0 < value <= 1:
         raise LayerwiseError(
@@ -108,5 +142,18 @@ def parse_share(text: str, option: str) -> float:
             allowed="more than 0% and at most 100%",
             found=text,
             fix="write for instance 20%",
+        )
+    return value
+
+
+def parse_bits(value: float) -> float:
+    """Mean bits of a weight, checked.
+
+    Raises:
+        LayerwiseError: it is no positive number.
+    """
+    if not 0 < value < math.inf:
+        raise LayerwiseError(
+            "--bits", allowed="a number above 0", found=value, fix="write for instance 3.5"
         )
     return value

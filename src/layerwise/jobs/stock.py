@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from transformers import AutoConfig
 
+from layerwise.core.config import model_class, read_config
 from layerwise.core.find import tensors_in
 from layerwise.core.lockstep import hidden, walk
-from layerwise.core.network import Network, model_class
+from layerwise.core.network import Network
 from layerwise.core.stack import Layer
 from layerwise.core.task import answer, forward_arguments
 from layerwise.core.weight import Weight
@@ -21,8 +21,7 @@ from layerwise.core.weight import Weight
 
 def load_stock(folder: Path, dtype: str, device: torch.device) -> nn.Module:
     """The model as stock transformers loads it."""
-    config = AutoConfig.from_pretrained(folder)
-    kind = model_class(config)
+    kind = model_class(read_config(folder))
     module = kind.from_pretrained(folder, dtype=getattr(torch, dtype))
     return nn.Module.to(module, device).eval()
 

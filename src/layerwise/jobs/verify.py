@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from layerwise.core.plan import Plan, chain_for, describe, label, read_plan
 from layerwise.core.quality import Estimate, Quality, measure_quality
 from layerwise.core.reader import samples_of
 from layerwise.export import TARGETS
+from layerwise.export.compressed_tensors import unpack
 from layerwise.jobs.checks import decode_checks, rebuild_check, reload_checks
 from layerwise.jobs.depth import layer_bytes
 from layerwise.jobs.forecast import memory_of_models
@@ -129,24 +131,32 @@ def _verify_streamed(
 ) -> Verified:
     """Quality alone, with a layer of each model in memory."""
 
-    def opened(path: str | Path) -> Network:
-        return open_network(path, device=settings.device).widened()
+    def opened(wiring: Mapping[str, Any]) -> Network:
+        return open_network(model, wiring=wiring, device=settings.device).widened()
 
+    held = Checkpoint(folder)
+    packed = any(name.endswith(".weight_packed") for name in held.tensors)
+    dense = None if packed else open_network(folder, device=settings.device).widened()
+    records = partial(unpack, held, edits=plan.edits) if packed else lambda layer: {}
     progress("evaluating layer by layer", 0, 3)
-    with streamed(opened(model), batches) as answers:
+    with streamed(opened({}), batches) as answers:
         before = measure_quality(batches, answers)
     progress("evaluating layer by layer", 1, 3)
-    with streamed(opened(model), batches) as original, streamed(opened(folder), batches) as edited:
+    with (
+        streamed(opened({}), batches) as original,
+        streamed(dense or opened(plan.wiring), batches, records) as edited,
+    ):
         after = measure_quality(batches, edited, original)
     rows = [
         quality_row("original", before, None, Checkpoint(find_folder(model)).nbytes, "as it is"),
-        quality_row("plan", after, before, Checkpoint(folder).nbytes, describe(plan)),
+        quality_row("plan", after, before, held.nbytes, describe(plan)),
     ]
     progress("evaluating layer by layer", 2, 3)
     ratio = None
     warnings = ["streamed: speed, memory, decoding and the stock reload were not measured"]
-    size = Checkpoint(folder).nbytes
-    contest = Contest(model, plan, size, network.module, batches, settings.dtype, settings.device)
+    contest = Contest(
+        model, plan, held.nbytes, network.module, batches, settings.dtype, settings.device
+    )
     naive = naive_streamed(contest, progress) if settings.naive else None
     if naive is None:
         warnings.append("not compared with a naive plan")

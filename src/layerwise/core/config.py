@@ -1,0 +1,113 @@
+"""The configuration of a model folder, and the class that it is built with."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from layerwise.core.errors import LayerwiseError, nearest, refusing
+from layerwise.core.index import read_json
+
+#: layers or experts, beyond which nobody goes
+MOST = 100_000
+#: mappings from configurations to classes, those with a head first
+_AUTO = (
+    transformers.AutoModelForCausalLM,
+    transformers.AutoModelForSeq2SeqLM,
+    transformers.AutoModelForMaskedLM,
+    transformers.AutoModelForImageClassification,
+    transformers.AutoModel,
+)
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The configuration of a model folder; code that comes with a folder is never run.
+
+    Raises:
+        LayerwiseError: transformers has no such architecture, or a field is not what it allows.
+    """
+    path = folder / "config.json"
+    fields = read_json(path)
+    kind = fields.get("model_type")
+    for name, value in _numbers(fields):
+        if value > MOST and re.search("layer|depth|expert", name):
+            raise LayerwiseError(
+                f"{path}, {name}",
+                allowed=f"at most {MOST}",
+                found=value,
+                fix="compare it with the configuration of the original model",
+            )
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise _unknown(path, fields)
+    with refusing(
+        str(path),
+        allowed=f"a configuration of type {kind!r} that transformers can read",
+        fix="compare it with the configuration of the original model",
+    ):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
+    """Every whole number of a configuration with the name of its field."""
+    if type(value) is int:
+        yield name, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _numbers(inner, key)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _numbers(inner, name)
+
+
+def _unknown(path: Path, fields: dict[str, Any]) -> LayerwiseError:
+    kind, remote = fields.get("model_type"), fields.get("auto_map")
+    version = f"transformers {transformers.__version__}"
+    found, fix = f"model_type {kind!r}", "install the transformers version that has this model"
+    if remote is not None:
+        found = f"remote code, {remote}, which layerwise does not run"
+        fix = "convert the checkpoint to an architecture that transformers has itself"
+    elif kind is None:
+        found, fix = "no model_type", "write the `model_type` of the architecture into it"
+    else:
+        fix = nearest(str(kind), CONFIG_MAPPING.keys(), fix)
+    allowed = f"a `model_type` that {version} has itself, such as llama"
+    return LayerwiseError(str(path), allowed=allowed, found=found, fix=fix)
+
+
+def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class that a configuration names, else the first of its type that has a head.
+
+    Raises:
+        LayerwiseError: transformers has no such class.
+    """
+    named: Any = config.architectures
+    for name in named if isinstance(named, list) else ():
+        kind = getattr(transformers, str(name), None)
+        if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
+            return _fitting(kind, config)
+    for auto in _AUTO:
+        mapping: Any = auto._model_mapping
+        if type(config) in mapping:
+            return mapping[type(config)]
+    raise LayerwiseError(
+        f"config of type {config.model_type!r}",
+        allowed="architectures that transformers knows",
+        found=config.architectures,
+        fix="install the transformers version that has this model",
+    )
+
+
+def _fitting(kind: type[PreTrainedModel], config: PretrainedConfig) -> type[PreTrainedModel]:
+    wanted: Any = kind.config_class
+    if wanted is not None and not isinstance(config, wanted):
+        raise LayerwiseError(
+            "config.json, architectures",
+            allowed=f"a class for model_type {config.model_type!r}",
+            found=f"{kind.__name__}, which is one for {wanted.model_type!r}",
+            fix="correct `architectures` or `model_type`",
+        )
+    return kind

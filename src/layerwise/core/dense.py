@@ -1,0 +1,175 @@
+"""Adapters and quantized checkpoints, made into folders of ordinary dense safetensors."""
+
+import copy
+import inspect
+import shutil
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import transformers
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+from layerwise.core.checkpoint import read_header
+from layerwise.core.config import model_class, read_config
+from layerwise.core.errors import LayerwiseError, refusing
+from layerwise.core.hollow import build_meta
+from layerwise.core.index import PICKLES, read_json
+
+ADAPTER = "adapter_config.json"
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_PACKED = "compressed-tensors"
+
+
+class Recipe(NamedTuple):
+    """How a folder is made dense: in words, from which files, by what, and the work itself."""
+
+    what: str
+    inputs: tuple[Path, ...]
+    by: tuple[str, ...]
+    write: Callable[[Path], None]
+
+
+def recipe_for(folder: Path, find_base: Callable[[str], Path]) -> Recipe | None:
+    """How a folder is made dense, or nothing where its weights are ordinary ones.
+
+    Raises:
+        LayerwiseError: it holds an adapter or quantized weights that cannot be made dense.
+    """
+    if (folder / ADAPTER).is_file():
+        return _adapter(folder, find_base)
+    config = folder / "config.json"
+    if config.is_file() and read_json(config).get("quantization_config") is not None:
+        return _quantized(folder)
+    return None
+
+
+def companions(folder: Path) -> list[Path]:
+    """Files of a folder that are neither weights nor configuration: tokenizer, template, card."""
+    weights = {".safetensors", ".gguf", ".h5", ".msgpack", ".check", *PICKLES}
+    own = {"config.json", ADAPTER, "README.md", "plan.yaml", "report.json", "report.html"}
+    return [p for p in _files(folder) if p.suffix not in weights and p.name not in own]
+
+
+def _files(folder: Path) -> list[Path]:
+    return [p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".")]
+
+
+def _adapter(folder: Path, find_base: Callable[[str], Path]) -> Recipe:
+    """A PEFT adapter, merged by peft into the model that it names."""
+    path = folder / ADAPTER
+    fields = read_json(path)
+    name, kind = fields.get("base_model_name_or_path"), fields.get("peft_type")
+    if not (folder / _ADAPTER_WEIGHTS).is_file():
+        raise LayerwiseError(
+            str(folder),
+            allowed=f"{_ADAPTER_WEIGHTS} beside {ADAPTER}",
+            found="none",
+            fix="save the adapter again with `save_pretrained`, which writes safetensors",
+        )
+    read_header(folder / _ADAPTER_WEIGHTS)
+    try:
+        base = find_base(str(name or ""))
+    except LayerwiseError as error:
+        raise LayerwiseError(
+            f"{path}, base_model_name_or_path",
+            allowed="the folder or hub id of the model that the adapter was trained on",
+            found=f"{name!r}: {error.found}",
+            fix="write where that model is",
+        ) from error
+    with refusing("PEFT adapters", allowed="peft being installed", fix="pip install peft"):
+        by = ("adapter", version("peft"), transformers.__version__)
+    what = f"{folder} is a {kind} adapter of {name}, merged into it by peft"
+    return Recipe(what, (*_files(base), *_files(folder)), by, lambda out: _merge(base, folder, out))
+
+
+def _merge(base: Path, adapter: Path, out: Path) -> None:
+    with refusing(
+        f"adapter {adapter}",
+        allowed="one that peft can merge into its model",
+        fix="merge it with peft's `merge_and_unload` and open the result",
+    ):
+        from peft import PeftModel
+
+        found = _load(model_class(read_config(base)), base)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            model: Any = PeftModel.from_pretrained(found, adapter)
+        _save(model.merge_and_unload(), out, base, adapter)
+
+
+def _quantized(folder: Path) -> Recipe:
+    """Quantized weights, made dense by transformers where it can undo the method."""
+    path = folder / "config.json"
+    fields = read_json(path)["quantization_config"]
+    method = str(fields.get("quant_method")) if isinstance(fields, dict) else repr(fields)
+    kinds = AUTO_QUANTIZATION_CONFIG_MAPPING.items()
+    able = [n for n, kind in kinds if "dequantize" in inspect.signature(kind).parameters]
+    if method not in able:
+        raise LayerwiseError(
+            f"{path}, quantization_config",
+            allowed=f"dense weights, or quantized ones that can be undone: {', '.join(able)}",
+            found=f"weights quantized with {method}",
+            fix="start from the original checkpoint",
+        )
+    what = f"{folder} is quantized with {method}, dequantized by transformers"
+    by = ("quantized", transformers.__version__)
+    return Recipe(what, tuple(_files(folder)), by, lambda out: _dequantize(folder, method, out))
+
+
+def _dequantize(folder: Path, method: str, out: Path) -> None:
+    with refusing(
+        f"weights of {folder}, quantized with {method}",
+        allowed="ones that transformers can dequantize on this machine",
+        fix="start from the original checkpoint",
+    ):
+        config = read_config(folder)
+        kind = model_class(config)
+        quantized = _load_packed if method == _PACKED else _load_dense
+        found = quantized(kind, folder, AUTO_QUANTIZATION_CONFIG_MAPPING[method])
+        _save(_plain(kind, config, found), out, folder)
+
+
+def _load(kind: type[PreTrainedModel], folder: Path, **options: Any) -> Any:
+    """A stock model, with every weight from its files."""
+    loaded: Any = kind.from_pretrained(folder, dtype="auto", output_loading_info=True, **options)
+    found, info = loaded
+    lost = [*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])]
+    if lost:
+        raise ValueError(f"no {sorted(lost)[0]} of its shape in {folder}")
+    return found
+
+
+def _load_dense(kind: type[PreTrainedModel], folder: Path, method: Any) -> PreTrainedModel:
+    return _load(kind, folder, quantization_config=method(dequantize=True))
+
+
+def _load_packed(kind: type[PreTrainedModel], folder: Path, method: Any) -> PreTrainedModel:
+    # dequantize=True in transformers 5.23 reads every group with the bits of the first one
+    found = _load(kind, folder)
+    found.hf_quantizer.compressor.decompress_model(found)
+    return found
+
+
+def _plain(
+    kind: type[PreTrainedModel], config: PretrainedConfig, found: PreTrainedModel
+) -> PreTrainedModel:
+    """The same model as if it had never been quantized."""
+    config = copy.deepcopy(config)
+    del vars(config)["quantization_config"]
+    model = build_meta(kind, config, found.dtype)
+    state = found.state_dict()
+    model.load_state_dict({name: state[name] for name in model.state_dict()}, assign=True)
+    model.tie_weights()
+    return model
+
+
+def _save(model: PreTrainedModel, out: Path, *sources: Path) -> None:
+    """Weights and configuration, and what else the sources hold; the last source wins."""
+    model.save_pretrained(out)
+    for file in (file for source in sources for file in companions(source)):
+        if "index.json" not in file.name:
+            shutil.copyfile(file, out / file.name)
