@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from layerwise.core.config import model_class, read_config
+from layerwise.core.errors import refusing
 from layerwise.core.find import tensors_in
 from layerwise.core.lockstep import hidden, walk
 from layerwise.core.network import Network
@@ -18,11 +19,20 @@ from layerwise.core.stack import Layer
 from layerwise.core.task import answer, forward_arguments
 from layerwise.core.weight import Weight
 
+DENSE = "some architectures cannot use packed weights there: choose --target hf for this one"
+
 
 def load_stock(folder: Path, dtype: str, device: torch.device) -> nn.Module:
-    """The model as stock transformers loads it."""
+    """The model as stock transformers loads it.
+
+    Raises:
+        LayerwiseError: it cannot.
+    """
     kind = model_class(read_config(folder))
-    module = kind.from_pretrained(folder, dtype=getattr(torch, dtype))
+    with refusing(
+        f"{folder} in stock transformers", allowed=f"a folder that {kind.__name__} loads", fix=DENSE
+    ):
+        module = kind.from_pretrained(folder, dtype=getattr(torch, dtype))
     return nn.Module.to(module, device).eval()
 
 
@@ -87,11 +97,20 @@ def streamed(
 
 
 def answers_of(module: nn.Module) -> Callable[[Any], Tensor]:
-    """Batch -> answer `[rows, classes]`, without a cache."""
+    """Batch -> answer `[rows, classes]`, without a cache.
+
+    Raises:
+        LayerwiseError: stock transformers cannot run the model as it was written.
+    """
     device = next(module.parameters()).device
 
     def run(batch: Any) -> Tensor:
         inputs = {k: v.to(device) for k, v in batch.items()}
-        return answer(module(**forward_arguments(module, inputs)), batch)
+        with refusing(
+            f"{type(module).__name__} in stock transformers",
+            allowed="a model that runs as it was written",
+            fix=DENSE,
+        ):
+            return answer(module(**forward_arguments(module, inputs)), batch)
 
     return run
