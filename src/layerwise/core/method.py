@@ -13,6 +13,7 @@ from layerwise.core.errors import LayerwiseError
 FAMILIES: dict[str, tuple[str, ...]] = {
     "measure": (),
     "score": ("stack", "stats"),
+    "describe": ("stack", "stats"),
     "allocate": ("damage", "menus", "budget"),
     "search": ("space", "evaluate", "limit"),
     "rewrite": ("stack", "stats"),

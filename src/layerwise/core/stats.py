@@ -11,6 +11,7 @@ from torch import Tensor
 
 from layerwise.core.lockstep import Batch, Lane, Rows, Stop, hidden, walk
 from layerwise.core.network import Network
+from layerwise.core.stack import Stack
 from layerwise.core.stream import Added, Attention, StreamWatch
 from layerwise.core.tokens import by_token
 
@@ -64,6 +65,11 @@ class Stats:
     def __getitem__(self, probe: str) -> Mapping[str, Any]:
         return self.values[probe]
 
+    def along(self, probe: str, stack: Stack) -> dict[str, Any]:
+        """What a probe found of the layers of a stack, in their order."""
+        found = self.values[probe]
+        return {layer.key: found[layer.key] for layer in stack.layers if layer.key in found}
+
     def at(self, unit: str) -> dict[str, Any]:
         """Everything known about one unit."""
         return {name: units[unit] for name, units in self.values.items() if unit in units}
@@ -86,6 +92,19 @@ class Scores:
     def nats(self) -> bool:
         """Whether the values were measured on a trial edit."""
         return bool(self.trial)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Named numbers per layer or matrix, for people to read: no importance is implied.
+
+    `maps` are tables of layers by layers, or by tokens. `note` says what one sample was, how many
+    there were, and what unrelated layers would show.
+    """
+
+    values: Mapping[str, Mapping[str, float]]
+    note: str = ""
+    maps: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Gathering:

@@ -58,7 +58,8 @@ class Moments(NamedTuple):
     """Sums over paired rows `x`, `y`, joined to `z = [x, y]`, in float64.
 
     With `r = (|x|^2, |y|^2)`: the number of rows, `sum z`, `sum z z^T`, `sum r`, `sum r r^T`,
-    `sum z r^T`, and the width of `x`. Enough for linear CKA, CCA and least squares of y on x.
+    `sum z r^T`, the width of `x`, and what was subtracted from `z` first. Enough for linear CKA,
+    CCA and least squares of y on x.
     """
 
     count: int
@@ -68,10 +69,11 @@ class Moments(NamedTuple):
     norm_product: Float[Tensor, "two two"]
     weighted: Float[Tensor, "both two"]
     width: int
+    shift: Float[Tensor, " both"]
 
     def plus(self, other: "Moments") -> "Moments":
         """The moments of both sets of rows."""
-        names = self._fields[:-1]
+        names = self._fields[:-2]
         return self._replace(**{n: getattr(self, n) + getattr(other, n) for n in names})
 
     def side(self, which: int) -> slice:
@@ -85,8 +87,12 @@ class Moments(NamedTuple):
         return product - torch.outer(mean[self.side(i)], mean[self.side(j)])
 
 
-def moments_of(x: Float[Tensor, "rows left"], y: Float[Tensor, "rows right"]) -> Moments:
-    """The moments of paired rows.
+def moments_of(
+    x: Float[Tensor, "rows left"],
+    y: Float[Tensor, "rows right"],
+    shift: tuple[Tensor, Tensor] | None = None,
+) -> Moments:
+    """The moments of paired rows, less a shift of either side.
 
     Example:
         >>> m = moments_of(torch.tensor([[1.0], [3.0]]), torch.tensor([[2.0], [0.0]]))
@@ -94,5 +100,7 @@ def moments_of(x: Float[Tensor, "rows left"], y: Float[Tensor, "rows right"]) ->
         tensor([[-1.]], dtype=torch.float64)
     """
     z = torch.cat([x, y], 1).double()
+    start = torch.cat(shift).double() if shift else z.new_zeros(z.shape[1])
+    z = z - start
     r = torch.stack([z[:, : x.shape[1]].square().sum(1), z[:, x.shape[1] :].square().sum(1)], 1)
-    return Moments(len(z), z.sum(0), z.T @ z, r.sum(0), r.T @ r, z.T @ r, x.shape[1])
+    return Moments(len(z), z.sum(0), z.T @ z, r.sum(0), r.T @ r, z.T @ r, x.shape[1], start)

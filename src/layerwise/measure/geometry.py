@@ -47,8 +47,7 @@ def stream_moments() -> Probe:
         found = []
         for fold, mine in zip(folds, (~odd, odd), strict=True):
             here = keep & mine[:, None]
-            rows = (t[here].double() - mean for t, mean in zip((x, y), shift, strict=True))
-            new = moments_of(*rows)
+            new = moments_of(x[here], y[here], shift)
             found.append(new if fold is None else fold.plus(new))
         return documents + len(keep), shift, (found[0], found[1])
 
