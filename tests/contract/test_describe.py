@@ -11,6 +11,7 @@ import layerwise
 from layerwise.core.method import Method, find, methods
 from layerwise.core.network import Network
 from layerwise.core.stats import Figures, Stats, observe
+from layerwise.jobs.tail import Tail
 
 LENGTHS = [9, 14, 12, 14, 11, 13]
 VIEWS = 2
@@ -41,7 +42,17 @@ def stats(network: Network) -> Stats:
 
 def given(network: Network) -> dict[str, Callable | Any]:
     """Stand-ins for what the engine gives."""
-    return {"views": VIEWS}
+
+    def fetch(key: str) -> dict[str, Tensor]:
+        layer = next(la for la in network.layers() if la.key == key)
+        parameters = dict(layer.module.named_parameters())
+        return {m.key: m.view(parameters[m.parameter]) for m in layer.matrices}
+
+    def reference(key: str) -> dict[str, Tensor]:
+        return {name: w + (int(key[-1]) + 1) * w.flip(0) for name, w in fetch(key).items()}
+
+    tail = Tail(network, batches([6])[0])
+    return {"views": VIEWS, "fetch": fetch, "reference": reference, "tail": tail, "prompt": 5}
 
 
 def describe(method: Method, network: Network, stats: Stats, **options: Any) -> Figures:
