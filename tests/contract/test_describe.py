@@ -52,7 +52,9 @@ def given(network: Network) -> dict[str, Callable | Any]:
         return {name: w + (int(key[-1]) + 1) * w.flip(0) for name, w in fetch(key).items()}
 
     tail = Tail(network, batches([6])[0])
-    return {"views": VIEWS, "fetch": fetch, "reference": reference, "tail": tail, "prompt": 5}
+    labels = torch.tensor([0, 1, 1, 0, 1, 0])
+    engine = {"fetch": fetch, "reference": reference, "tail": tail, "labels": labels}
+    return {**engine, "views": VIEWS, "prompt": 5}
 
 
 def describe(method: Method, network: Network, stats: Stats, **options: Any) -> Figures:

@@ -10,12 +10,14 @@ from layerwise.measure.residual import (
     update_norm,
 )
 from layerwise.measure.runtime import head_patterns, neuron_means
-from layerwise.measure.states import pooled_states, token_sample
+from layerwise.measure.states import first_states, largest_states, pooled_states, token_sample
 
 __all__ = [
     "depth_use",
     "document_geometry",
+    "first_states",
     "head_patterns",
+    "largest_states",
     "last_states",
     "neuron_means",
     "output_error",

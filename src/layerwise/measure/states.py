@@ -113,6 +113,26 @@ def pooled_states(*, how: Pooling = "mean") -> Probe:
     return Probe("layer", lambda key: (), update, finish)
 
 
+@method("measure")
+def first_states() -> Probe:
+    """The state of every document's first token, where encoders put what stands for all of it.
+
+    Returns:
+        `pooled_states` of the first token.
+    """
+    return pooled_states(how="first")
+
+
+@method("measure")
+def largest_states() -> Probe:
+    """The largest value of every dimension over a document's tokens.
+
+    Returns:
+        `pooled_states` of the maximum; padding is left out, not taken for 0.
+    """
+    return pooled_states(how="max")
+
+
 def pool(
     rows: Float[Tensor, "batch seq dim"], keep: Tensor, how: Pooling
 ) -> Float[Tensor, "batch dim"]:
