@@ -17,6 +17,8 @@ from layerwise.core.task import forward_arguments
 
 #: tokens of the one short forward that shows what layers return
 SHORT = 8
+#: tasks whose answer is a word per position
+WORDS = ("causal", "masked", "seq2seq")
 
 
 class Tail:
@@ -28,7 +30,7 @@ class Tail:
 
     def __init__(self, network: Network, batch: Mapping[str, Tensor]) -> None:
         self.network = network
-        if network.task not in ("causal", "masked", "seq2seq"):
+        if network.task not in WORDS:
             raise LayerwiseError(
                 "lens",
                 allowed="networks that answer with a word per position",

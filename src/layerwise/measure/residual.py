@@ -131,11 +131,12 @@ def depth_use() -> Probe:
 
     def finish(state: Use) -> dict[str, float]:
         values: dict[str, float] = {}
-        for part, (everything, rest) in sorted(state.items()):
-            for end, (count, ratio, cosine, _) in (("", everything), ("_rest", rest)):
-                values[f"{part}_ratio{end}"] = (ratio / count).item()
-                values[f"{part}_cosine{end}"] = (cosine / count).item()
-            values[f"{part}_largest"] = everything[3].item()
+        parts = sorted(state, key=lambda part: (part == "layer", part))
+        for row, end in ((0, ""), (1, "_rest")):
+            for column, name in ((1, "ratio"), (2, "cosine")):
+                mean = {p: state[p][row, column] / state[p][row, 0] for p in parts}
+                values |= {f"{p}_{name}{end}": x.item() for p, x in mean.items()}
+        values |= {f"{p}_largest": state[p][0, 3].item() for p in parts}
         return values
 
     return Probe("layer", lambda key: {}, update, finish, watch=("added",))

@@ -74,7 +74,10 @@ def print_table(title: str, rows: Sequence[dict[str, Any]], columns: Sequence[st
     filled = [c for c in columns if any(row.get(c) is not None for row in rows)]
     for column in filled:
         numeric = any(isinstance(row.get(column), int | float) for row in rows)
-        name = _UNITS.get(column, column.replace("_", " "))
+        short = column.rpartition(".")[2]
+        alone = sum(c.rpartition(".")[2] == short for c in filled) == 1
+        name = short if alone else column.replace(".", " ")
+        name = _UNITS.get(name, name.replace("_", " "))
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         cells = [
