@@ -44,7 +44,8 @@ class Probe(NamedTuple):
 
     `call` probes run before the layer and may replay it; what they `emit` for a batch is fed to
     every other probe of that layer. With `clean` the never edited stream runs beside. `watch` asks
-    for what is seen only while the layer runs: `added`, `attention`.
+    for what is seen only while the layer runs: `added`, `attention`. With `figures` it ends in a
+    number, or numbers by name, to be read as they are; else in what others work on.
     """
 
     unit: Literal["call", "layer", "input"]
@@ -54,6 +55,7 @@ class Probe(NamedTuple):
     emit: Callable[[Any], Any] | None = None
     clean: bool = False
     watch: tuple[Literal["added", "attention"], ...] = ()
+    figures: bool = False
 
 
 @dataclass(frozen=True)

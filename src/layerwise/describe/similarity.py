@@ -13,9 +13,11 @@ from layerwise.core.tokens import Moments, Sample
 
 
 def boundaries(samples: Sequence[Sample]) -> list[Tensor]:
-    """States before the first layer and after every one; only those of the same tokens."""
-    whole = [samples[0].before, *(s.after for s in samples)]
-    return [x.double() for x in whole if x.shape[0] == samples[-1].after.shape[0] and x.numel()]
+    """States before the first layer and after every one; only those of the last one's tokens."""
+    last, first = samples[-1], samples[0]
+    same = [s.after.double() for s in samples if torch.equal(s.where, last.where)]
+    enters = torch.equal(first.where, last.where) and first.before.numel() > 0
+    return [first.before.double(), *same] if enters else same
 
 
 def centred_gram(x: Float[Tensor, "rows dim"], unbiased: bool = True) -> Float[Tensor, "rows rows"]:

@@ -1,12 +1,13 @@
 """Two models side by side: the figures of both, how alike their layers are, how far they turned."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from layerwise.core.data import Texts
+from layerwise.core.lockstep import Batch
 from layerwise.core.network import Network, open_network
 from layerwise.core.stats import Stats
 from layerwise.core.tokens import Sample
@@ -19,7 +20,7 @@ from layerwise.jobs.wanted import MEASURES, Wanted
 def inspect_models(
     model: Any,
     against: Any = "",
-    texts: Texts = Texts(),
+    texts: Texts | Sequence[Batch] = Texts(),
     wanted: Wanted = Wanted(),
     *,
     device: str = "auto",
@@ -32,7 +33,7 @@ def inspect_models(
     Args:
         model: a folder, hub id, `demo`, or an opened network.
         against: another one of these; nothing without it.
-        texts: the calibrate part of it is read, by both.
+        texts: the calibrate part of it is read, by both; or batches.
         wanted: names of measures and descriptions, their options, labelled documents.
         device: where to compute.
         dtype: in which type to compute.

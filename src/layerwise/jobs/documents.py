@@ -114,7 +114,7 @@ def _only_text(reader: Reader, option: str) -> None:
         )
 
 
-def check_length(network: Network, reader: Reader, length: int) -> None:
+def check_length(network: Network, length: int) -> None:
     """A window must fit into the context.
 
     Raises:
@@ -122,7 +122,7 @@ def check_length(network: Network, reader: Reader, length: int) -> None:
     """
     config = getattr(network.module, "config", None)
     most = None if config is None else config_value(config, "max_position_embeddings")
-    if not reader.images and isinstance(most, int) and length > most > 0:
+    if network.task != "classify" and isinstance(most, int) and length > most > 0:
         raise LayerwiseError(
             "--length",
             allowed=f"at most {most} tokens, the context of this network",

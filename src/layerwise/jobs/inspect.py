@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from layerwise.core.data import Texts
+from layerwise.core.lockstep import Batch
 from layerwise.core.method import Method, find
 from layerwise.core.network import Network, open_network
-from layerwise.core.reader import Batches, Reader, windows
+from layerwise.core.reader import windows
 from layerwise.core.stack import Stack
 from layerwise.core.stats import Figures, Stats, observe
 from layerwise.jobs.depth import layer_bytes
@@ -23,7 +24,7 @@ from layerwise.jobs.tail import Tail, network_end
 from layerwise.jobs.wanted import VIEWS, Wanted, announced, chosen, kind_of
 
 #: what the table for people shows at most, beside the layer, its parts and its bytes
-SHOWN = 7
+SHOWN = 6
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Inspected:
 
 def inspect_model(
     model: str | Path | Network,
-    texts: Texts = Texts(),
+    texts: Texts | Sequence[Batch] = Texts(),
     wanted: Wanted = Wanted(),
     *,
     reference: Network | None = None,
@@ -89,7 +90,7 @@ def inspect_model(
 
     Args:
         model: a folder, hub id, `demo`, or an opened network.
-        texts: the calibrate part of it is read.
+        texts: the calibrate part of it is read; or batches, for a network without a tokenizer.
         wanted: names of measures and descriptions, their options, labelled documents.
         reference: another checkpoint that rotations are measured from.
         device: where to compute.
@@ -102,10 +103,10 @@ def inspect_model(
     """
     opened = isinstance(model, Network)
     network = model if opened else open_network(model, device=device, dtype=dtype)
-    reader = load_reader(network)
-    check_length(network, reader, texts.length + wanted.respond)
+    if isinstance(texts, Texts):
+        check_length(network, texts.length + wanted.respond)
     picked, warnings = chosen(wanted, network, reference is not None)
-    run = _Run(network, reader, texts, wanted, progress)
+    run = _Run(network, texts, wanted, progress)
     for line in announced(picked, network, texts, wanted):
         say(line)
     stats, figures = run.everything(picked, reference)
@@ -127,9 +128,13 @@ class _Run:
     """The passes over the data, one per kind of document, and what the engine gives methods."""
 
     def __init__(
-        self, network: Network, reader: Reader, texts: Texts, wanted: Wanted, progress: Progress
+        self,
+        network: Network,
+        data: Texts | Sequence[Batch],
+        wanted: Wanted,
+        progress: Progress,
     ) -> None:
-        self.network, self.reader, self.texts = network, reader, texts
+        self.network, self.data = network, data
         self.wanted, self.progress = wanted, progress
         self.given: dict[str, Any] = {"fetch": partial(fetch, network), "prompt": 0}
 
@@ -161,19 +166,24 @@ class _Run:
             self.given["tail"] = Tail(self.network, batches[0])
         return observe(self.network, batches, probes, partial(self.progress, "measuring layers"))
 
-    def batches(self, kind: str) -> Batches:
+    def batches(self, kind: str) -> Sequence[Batch]:
+        """The documents of one kind; batches that were given are the text."""
+        wanted, network = self.wanted, self.network
+        if kind == "text" and not isinstance(self.data, Texts):
+            return self.data
+        texts = self.data if isinstance(self.data, Texts) else Texts()
+        reader = load_reader(network)
         if kind == "labels":
-            texts, wanted = self.texts, self.wanted
-            found = labelled(self.network, self.reader, wanted.labels, texts.length, wanted.noise)
+            found = labelled(network, reader, wanted.labels, texts.length, wanted.noise)
             self.given["labels"] = found.labels
             return found.batches
         if kind == "views":
             self.given["views"] = VIEWS[1]
-            return views(self.network, self.reader, self.texts, *VIEWS)
-        if self.wanted.respond:
-            self.given["prompt"] = self.texts.length
-            return responses(self.network, self.reader, self.texts, self.wanted.respond)
-        return windows(self.reader, self.texts, "calibrate")
+            return views(network, reader, texts, *VIEWS)
+        if wanted.respond:
+            self.given["prompt"] = texts.length
+            return responses(network, reader, texts, wanted.respond)
+        return windows(reader, texts, "calibrate")
 
     def described(self, method: Method, stats: Stats) -> Figures:
         """A description of all stacks; what needs the network's end is one of its last stack."""
@@ -215,7 +225,7 @@ def fetch(network: Network, key: str) -> dict[str, Tensor]:
 def _rows(
     network: Network, picked: Sequence[Method], stats: Stats, figures: Mapping[str, Figures]
 ) -> list[dict[str, Any]]:
-    sizes = layer_bytes(network)
+    sizes = layer_bytes(network) if network.source is not None else _held(network)
     rows = []
     for layer in network.layers():
         row: dict[str, Any] = {
@@ -237,6 +247,11 @@ def _rows(
             row["block_influence"] = 1 - row["residual_cosine"]
         rows.append(row)
     return rows
+
+
+def _held(network: Network) -> dict[str, int]:
+    """Bytes of every layer of a module in memory."""
+    return {la.key: sum(p.nbytes for p in la.module.parameters()) for la in network.layers()}
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]], picked: Sequence[Method]) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from typing import Any
 import layerwise.families as families
 from layerwise.core.data import Texts
 from layerwise.core.errors import LayerwiseError
+from layerwise.core.lockstep import Batch
 from layerwise.core.method import Method, find, methods
 from layerwise.core.network import Network
 from layerwise.jobs.tail import WORDS
@@ -45,15 +46,15 @@ def chosen(wanted: Wanted, network: Network, against: bool) -> tuple[list[Method
     """
     names = wanted.measures
     every = [m for family in ("measure", "describe") for m in methods(family)]
-    given = {"fetch", "prompt", "views"}
+    given = {"fetch", "prompt"} | ({"views"} if network.source is not None else set())
     given |= {"labels"} if wanted.labels else set()
     given |= {"reference"} if against else set()
     given |= {"tail"} if network.task in WORDS else set()
     if names == ("all",):
-        ready = [m for m in every if set(m.given) <= given and m.name != "output_error"]
+        ready = [m for m in every if set(m.given) <= given and _reads(m)]
         left = [m.name for m in every if m not in ready and m.family == "describe"]
         return ready, [f"left out for want of what they need: {', '.join(left)}"] if left else []
-    found = [find(n, _family(n)) for n in names]
+    found = [find(n, "measure", "describe") for n in names]
     if names == MEASURES:
         return [m for m in found if set(m.given) <= given], []
     for method in found:
@@ -68,10 +69,9 @@ def chosen(wanted: Wanted, network: Network, against: bool) -> tuple[list[Method
     return found, []
 
 
-def _family(name: str) -> str | None:
-    """Measures and descriptions only; an unknown name is told near ones of these."""
-    known = {k for m in methods("describe") for k in (m.name, *m.aliases)}
-    return "describe" if name in known else "measure"
+def _reads(method: Method) -> bool:
+    """Whether a method ends in figures; some measures only gather what others work on."""
+    return method.family == "describe" or method.function().figures
 
 
 def kind_of(method: Method) -> str:
@@ -79,8 +79,15 @@ def kind_of(method: Method) -> str:
     return next((kind for kind in ("labels", "views") if kind in method.given), "text")
 
 
+def tokens_of(data: Texts | Sequence[Batch]) -> int:
+    """How many tokens one pass reads."""
+    if isinstance(data, Texts):
+        return data.samples * data.length
+    return sum(next(iter(batch.values())).numel() for batch in data)
+
+
 def announced(
-    picked: Sequence[Method], network: Network, texts: Texts, wanted: Wanted
+    picked: Sequence[Method], network: Network, data: Texts | Sequence[Batch], wanted: Wanted
 ) -> list[str]:
     """What costs more than the one pass, in passes, before it starts."""
     lines = []
@@ -88,16 +95,12 @@ def announced(
     layers = network.layers()
     inside = sum(p.numel() for la in layers for p in la.module.parameters())
     outside = sum(p.numel() for p in network.module.parameters()) - inside
-    tokens = texts.samples * texts.length
     if "tuned_lens" in names:
         steps = int(wanted.options("tuned_lens").get("steps", 60))
-        cost = 3 * steps * 64 * len(layers) * outside / max(inside * tokens, 1)
+        cost = 3 * steps * 64 * len(layers) * outside / max(inside * tokens_of(data), 1)
         lines.append(f"tuned_lens trains {len(layers) - 1} maps: about {cost:.2g} passes")
     if "invariance" in names:
-        share = VIEWS[0] * VIEWS[1] / texts.samples
-        lines.append(
-            f"invariance reads {VIEWS[1]} copies of {VIEWS[0]} documents: {share:.2g} passes"
-        )
+        lines.append(f"invariance reads {VIEWS[1]} perturbed copies of {VIEWS[0]} documents")
     if "spectrum" in names:
         count = sum(len(la.matrices) for la in layers)
         most = max((min(m.shape) for la in layers for m in la.matrices), default=0)
@@ -107,7 +110,5 @@ def announced(
     if "stream_moments" in {n for m in picked for n in (*m.needs, m.name)}:
         lines.append("stream_moments: about a third of a pass more")
     if wanted.respond:
-        lines.append(
-            f"--respond: {texts.samples} prompts are answered with {wanted.respond} tokens"
-        )
+        lines.append(f"--respond: every prompt is answered with {wanted.respond} tokens, greedily")
     return lines

@@ -102,7 +102,7 @@ def document_geometry(*, documents: int = 8, alpha: float = 1.0, clamp: bool = F
             return {}
         return dict(zip(names, torch.stack(state[1]).mean(0).tolist(), strict=True))
 
-    return Probe("layer", lambda key: (0, ()), update, finish)
+    return Probe("layer", lambda key: (0, ()), update, finish, figures=True)
 
 
 def _figures(x: Float[Tensor, "tokens dim"], alpha: float, clamp: bool) -> Tensor | None:
@@ -181,7 +181,7 @@ def position_parts(*, skip_first: bool = True) -> Probe:
             found[len(x)] = (before[0] + x, (*before[1], x.mean(0)), before[2] + x.T @ x)
         return found
 
-    return Probe("layer", lambda key: {}, update, split_positions)
+    return Probe("layer", lambda key: {}, update, split_positions, figures=True)
 
 
 def split_positions(state: Grids) -> dict[str, float]:

@@ -59,7 +59,7 @@ def residual_cosine(*, tokens: Literal["all", "last"] = "all") -> Probe:
         cosine = torch.cosine_similarity(x, y, dim=-1).double()
         return state[0] + cosine.sum().item(), state[1] + len(cosine)
 
-    return Probe("layer", lambda key: (0.0, 0), update, _mean)
+    return Probe("layer", lambda key: (0.0, 0), update, _mean, figures=True)
 
 
 @method("measure")
@@ -85,7 +85,7 @@ def update_norm() -> Probe:
         share = ((y - x).norm(dim=-1) / x.norm(dim=-1).clamp_min(1e-20)).double()
         return state[0] + share.sum().item(), state[1] + len(share)
 
-    return Probe("layer", lambda key: (0.0, 0), update, _mean)
+    return Probe("layer", lambda key: (0.0, 0), update, _mean, figures=True)
 
 
 #: per part: tokens, sum of ratios, sum of cosines, largest ratio; of all tokens and of the rest
@@ -139,7 +139,7 @@ def depth_use() -> Probe:
         values |= {f"{p}_largest": state[p][0, 3].item() for p in parts}
         return values
 
-    return Probe("layer", lambda key: {}, update, finish, watch=("added",))
+    return Probe("layer", lambda key: {}, update, finish, watch=("added",), figures=True)
 
 
 def _summed(added: Added, keep: Tensor) -> Float[Tensor, " four"]:

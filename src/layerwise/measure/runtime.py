@@ -32,8 +32,13 @@ def head_patterns() -> Probe:
     """
 
     def update(state: Heads, seen: Seen) -> Heads:
-        calls = [a for a in seen.attention if a.query.shape[-2] == a.key.shape[-2]]
-        if not calls or calls[0].query.ndim != 4:
+        shape = seen.inputs.shape[:2]
+        calls = [
+            a
+            for a in seen.attention
+            if (*a.query.shape[::2], a.key.shape[-2]) == (*shape, shape[1])
+        ]
+        if not calls:
             return state
         rows, entropy, gram, tokens, documents = state
         for document, keep in enumerate(kept(seen.inputs, seen.mask)):
@@ -68,7 +73,14 @@ def head_patterns() -> Probe:
             found["floor"] = causal_floor(round(tokens / documents))
         return found
 
-    return Probe("layer", lambda key: (0, None, None, 0, 0), update, finish, watch=("attention",))
+    return Probe(
+        "layer",
+        lambda key: (0, None, None, 0, 0),
+        update,
+        finish,
+        watch=("attention",),
+        figures=True,
+    )
 
 
 def causal_floor(length: int, pairs: int = 64) -> float:

@@ -78,7 +78,9 @@ def print_table(title: str, rows: Sequence[dict[str, Any]], columns: Sequence[st
         alone = sum(c.rpartition(".")[2] == short for c in filled) == 1
         name = short if alone else column.replace(".", " ")
         name = _UNITS.get(name, name.replace("_", " "))
-        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+        key = column == "layer"
+        side = "right" if numeric else "left"
+        table.add_column(name, justify=side, overflow="fold", no_wrap=key)
     for row in rows:
         cells = [
             show_bytes(row.get(c)) if c in ("bytes", "memory") else show(row.get(c)) for c in filled
