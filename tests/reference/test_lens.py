@@ -16,7 +16,7 @@ from layerwise.core.method import find
 from layerwise.core.network import Network
 from layerwise.core.stats import Stats, observe
 from layerwise.core.tokens import Sample
-from layerwise.describe.lens import active_layers, compared, translator
+from layerwise.describe.lens import active_layers, answer_of, compared, translator
 from layerwise.jobs.tail import Tail
 
 BATCH = {"input_ids": torch.randint(3, 60, (3, 12), generator=torch.Generator().manual_seed(0))}
@@ -98,7 +98,9 @@ def slow_comparison(final: Tensor, early: Tensor) -> list[float]:
 def test_what_a_lens_reports() -> None:
     final, early = torch.randn(2, 4, 20, generator=torch.Generator().manual_seed(0))
     expected = torch.tensor([slow_comparison(a, b) for a, b in zip(final, early, strict=True)])
-    torch.testing.assert_close(compared(final, early).float(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        compared(answer_of(final), early).float(), expected, rtol=1e-5, atol=1e-5
+    )
 
 
 def described(name: str, network: Network, probe: dict[str, Any] = {}, **options: Any) -> Any:
@@ -139,7 +141,9 @@ def test_an_untrained_tuned_lens_is_the_logit_lens_and_a_trained_one_undoes_a_tu
     x = last @ (torch.eye(64) + 0.3 * turn)
     assert torch.equal(translator(x, last, tail, 0, 0.1)(x), x)
     before, after = (
-        compared(tail(last), tail(translator(x, last, tail, steps, 0.1)(x)).detach())[:, 0].mean()
+        compared(answer_of(tail(last)), tail(translator(x, last, tail, steps, 0.1)(x)).detach())[
+            :, 0
+        ].mean()
         for steps in (0, 80)
     )
     assert after < 0.35 * before

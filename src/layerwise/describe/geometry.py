@@ -36,12 +36,14 @@ def spread(stack: Stack, stats: Stats) -> Figures:
     for key, sample in stats.along("token_sample", stack).items():
         x = sample.after.double()
         norms, count = x.norm(dim=1), len(x)
-        p = torch.linalg.svdvals(x - x.mean(0)).square()
+        centred = x - x.mean(0)
+        gram = centred.T @ centred if x.shape[1] < count else centred @ centred.T
+        p = torch.linalg.eigvalsh(gram).clamp_min(0)
         p = p / p.sum().clamp_min(1e-300)
         unit = torch.nn.functional.normalize(x, dim=1).sum(0)
         found[key] = {
             "rank": (-torch.xlogy(p, p).sum()).exp().item(),
-            "top_share": p[0].item(),
+            "top_share": p[-1].item(),
             "anisotropy": ((unit @ unit - count) / max(count * (count - 1), 1)).item(),
             "norm": norms.median().item(),
             "largest_norm": (norms.max() / norms.median().clamp_min(1e-300)).item(),

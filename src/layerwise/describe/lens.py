@@ -1,7 +1,7 @@
 """What the network would say if it ended early: lenses, and where a token's state stops growing."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -14,7 +14,7 @@ from layerwise.core.tokens import Sample
 
 #: the network's own end: states `[tokens, dim]` after its last layer -> logits `[tokens, classes]`
 Tail = Callable[[Tensor], Tensor]
-CHUNK = 64
+CHUNK = 128
 
 
 def layer_states(stack: Stack, stats: Stats) -> dict[str, Tensor]:
@@ -24,24 +24,36 @@ def layer_states(stack: Stack, stats: Stats) -> dict[str, Tensor]:
     return {"input": first, **{key: s.after for key, s in samples.items()}}
 
 
-def compared(
-    final: Float[Tensor, "tokens classes"], early: Float[Tensor, "tokens classes"]
-) -> Float[Tensor, "tokens five"]:
+class Answer(NamedTuple):
+    """What the network says of some tokens: log-probabilities, the five likeliest, the first."""
+
+    logp: Float[Tensor, "tokens classes"]
+    top: Tensor
+    choice: Tensor
+
+
+def answer_of(logits: Float[Tensor, "tokens classes"]) -> Answer:
+    """The network's answer, prepared once for all layers that are compared with it."""
+    logp = logits.float().log_softmax(-1)
+    top = logp.topk(min(5, logp.shape[-1])).indices
+    return Answer(logp, top, top[:, :1])
+
+
+def compared(final: Answer, early: Float[Tensor, "tokens classes"]) -> Float[Tensor, "tokens five"]:
     """Per token: KL of an early answer from the final one, overlap, entropy, rank of the answer.
 
     Returns:
         `[tokens, 5]`: `sum p_l log(p_l / p_L)`, `|top5 and top5| / 5`, entropy in nats, rank of
         the final answer (1 is first), and whether both have the same first choice.
     """
-    logp, logq = final.float().log_softmax(-1), early.float().log_softmax(-1)
-    count = min(5, logp.shape[-1])
-    tops = [x.topk(count).indices for x in (logp, logq)]
-    overlap = (tops[0][:, :, None] == tops[1][:, None]).any(-1).float().mean(-1)
-    entropy = -(logq.exp() * logq).sum(-1)
-    kl = (logq.exp() * (logq - logp)).sum(-1)
-    choice = logp.argmax(-1, keepdim=True)
-    rank = 1 + (logq > logq.gather(1, choice)).sum(-1)
-    same = logq.argmax(-1) == choice[:, 0]
+    logq = early.float().log_softmax(-1)
+    q = logq.exp()
+    top = logq.topk(final.top.shape[1]).indices
+    overlap = (final.top[:, :, None] == top[:, None]).any(-1).float().mean(-1)
+    entropy = -(q * logq).sum(-1)
+    kl = (q * (logq - final.logp)).sum(-1)
+    rank = 1 + (logq > logq.gather(1, final.choice)).sum(-1)
+    same = top[:, 0] == final.choice[:, 0]
     return torch.stack([kl, overlap, entropy, rank.float(), same.float()], 1).double()
 
 
@@ -71,10 +83,11 @@ def lens(stack: Stack, stats: Stats, *, tail: Tail) -> Figures:
     *_, last = states.values()
     table = {key: [] for key in states}
     for start in range(0, len(last), CHUNK):
-        final = tail(last[start : start + CHUNK])
+        logits = tail(last[start : start + CHUNK])
+        final = answer_of(logits)
         for key, x in states.items():
             if len(x) == len(last) and x.shape[1] == last.shape[1]:
-                early = final if x is last else tail(x[start : start + CHUNK])
+                early = logits if x is last else tail(x[start : start + CHUNK])
                 table[key].append(compared(final, early))
     rows = {key: torch.cat(parts) for key, parts in table.items() if parts}
     found: dict[str, dict[str, float]] = {
@@ -215,7 +228,7 @@ def voids(
     last = (active * numbers).amax(0)
     read = stacked[last, torch.arange(len(where))]
     parts = [
-        compared(tail(stacked[-1][i : i + CHUNK]), tail(read[i : i + CHUNK]))
+        compared(answer_of(tail(stacked[-1][i : i + CHUNK])), tail(read[i : i + CHUNK]))
         for i in range(0, len(where), CHUNK)
     ]
     means = torch.cat(parts).mean(0)

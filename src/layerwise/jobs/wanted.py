@@ -97,7 +97,7 @@ def announced(
     outside = sum(p.numel() for p in network.module.parameters()) - inside
     if "tuned_lens" in names:
         steps = int(wanted.options("tuned_lens").get("steps", 60))
-        cost = 3 * steps * 64 * len(layers) * outside / max(inside * tokens_of(data), 1)
+        cost = 3 * steps * 128 * len(layers) * outside / max(inside * tokens_of(data), 1)
         lines.append(f"tuned_lens trains {len(layers) - 1} maps: about {cost:.2g} passes")
     if "invariance" in names:
         lines.append(f"invariance reads {VIEWS[1]} perturbed copies of {VIEWS[0]} documents")
