@@ -11,6 +11,7 @@ import layerwise
 from layerwise.core.method import Method, find, methods
 from layerwise.core.network import Network
 from layerwise.core.stats import Figures, Stats, observe
+from layerwise.jobs.rerun import Rerun
 from layerwise.jobs.tail import Tail
 
 LENGTHS = [9, 14, 12, 14, 11, 13]
@@ -53,7 +54,18 @@ def given(network: Network) -> dict[str, Callable | Any]:
 
     tail = Tail(network, batches([6])[0])
     labels = torch.tensor([0, 1, 1, 0, 1, 0])
-    engine = {"fetch": fetch, "reference": reference, "tail": tail, "labels": labels}
+    texts = [
+        {"input_ids": b["input_ids"], "labels": b["input_ids"].roll(-1, 1)}
+        for b in batches([1] * 6)
+    ]
+    rerun = Rerun(network, texts[:3])
+    engine = {
+        "rerun": rerun,
+        "fetch": fetch,
+        "reference": reference,
+        "tail": tail,
+        "labels": labels,
+    }
     return {**engine, "views": VIEWS, "prompt": 5}
 
 

@@ -185,6 +185,15 @@ def test_notebook_views(tiny) -> None:
     assert drawing.count("<svg") == 2 and drawing.count("<circle") == 8
 
 
+def test_layers_left_out_and_standing_in(tiny, texts: Texts) -> None:
+    said: list[str] = []
+    options = {"skip_effect": {"prompts": 1, "places": 1}, "task_match": {"steps": 2}}
+    wanted = Wanted(("skip_effect", "task_match"), options)
+    found = inspect_model(tiny("llama"), texts, wanted, say=said.append)
+    assert said[0] == "skip_effect runs the network 5 times on one document"
+    assert all(row["skip_effect.output"] > 0 and row["task_match.loss"] > 0 for row in found.rows)
+
+
 def test_costs_are_said_before(tiny) -> None:
     network = layerwise.open(tiny("llama"))
     wanted = Wanted(("tuned_lens", "spectrum", "canonical"))

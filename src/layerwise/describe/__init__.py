@@ -1,6 +1,7 @@
 """Describe: from what was measured to figures for people."""
 
 from layerwise.describe.combine import combinations, layer_weights
+from layerwise.describe.effects import skip_effect, task_match
 from layerwise.describe.geometry import spread, update_fit
 from layerwise.describe.labels import probe, truncation
 from layerwise.describe.lens import lens, tuned_lens, voids
@@ -19,9 +20,11 @@ __all__ = [
     "probe",
     "rotation",
     "similarity",
+    "skip_effect",
     "specialisation",
     "spectrum",
     "spread",
+    "task_match",
     "truncation",
     "tuned_lens",
     "update_fit",

@@ -208,7 +208,7 @@ def voids(
         `active_response`; for the stack `used`, the mean share of layers, and of the read-out
         `kl` (nats) and `agree` with the network's answer. A map of active layers by token.
 
-    Reference: Shemirani, 2025, arXiv:2505.14467. The first layer is active where `d >= 0`.
+    Reference: Shemiranifar, 2025, arXiv:2505.14467. The first layer is active where `d >= 0`.
     """
     states = layer_states(stack, stats)
     same = {k: x for k, x in states.items() if x.shape == states[list(states)[-1]].shape}

@@ -19,10 +19,13 @@ from layerwise.core.stack import Stack
 from layerwise.core.stats import Figures, Stats, observe
 from layerwise.jobs.depth import layer_bytes
 from layerwise.jobs.documents import check_length, labelled, responses, views
+from layerwise.jobs.rerun import Rerun
 from layerwise.jobs.session import Progress, load_reader, silent
 from layerwise.jobs.tail import Tail, network_end
 from layerwise.jobs.wanted import VIEWS, Wanted, announced, chosen, kind_of
 
+#: documents that are run again with layers replaced
+PROMPTS = 8
 #: what the table for people shows at most, beside the layer, its parts and its bytes
 SHOWN = 6
 
@@ -159,11 +162,16 @@ class _Run:
         """One pass with the union of all probes that methods of one kind of documents need."""
         names = dict.fromkeys(n for m in picked for n in (m.needs or _itself(m)))
         probes = {n: find(n, "measure").bind(self.wanted.options(n))() for n in names}
-        if not probes:
+        given = {key for m in picked for key in m.given}
+        if not probes and not given & {"rerun", "tail"}:
             return Stats({})
         batches = self.batches(kind)
-        if any("tail" in m.given for m in picked):
+        if "rerun" in given:
+            self.given["rerun"] = Rerun(self.network, [_one(b) for b in batches[:PROMPTS]])
+        if "tail" in given:
             self.given["tail"] = Tail(self.network, batches[0])
+        if not probes:
+            return Stats({})
         return observe(self.network, batches, probes, partial(self.progress, "measuring layers"))
 
     def batches(self, kind: str) -> Sequence[Batch]:
@@ -189,7 +197,7 @@ class _Run:
         """A description of all stacks; what needs the network's end is one of its last stack."""
         bound = method.bind(self.wanted.options(method.name), **self.given)
         stacks = [s for s in self.network.stacks if _measured(s, method, stats)]
-        if "tail" in method.given:
+        if {"tail", "rerun"} & set(method.given):
             stacks = [s for s in stacks if s.name == network_end(self.network)]
         self.progress(f"describing: {method.name}", 0, 1)
         with torch.no_grad():
@@ -202,6 +210,11 @@ class _Run:
             for name, table in f.maps.items()
         }
         return Figures(values, next((f.note for f in found.values()), ""), maps)
+
+
+def _one(batch: Batch) -> Batch:
+    """The first document of a batch."""
+    return {key: value[:1] for key, value in batch.items()}
 
 
 def _itself(method: Method) -> tuple[str, ...]:

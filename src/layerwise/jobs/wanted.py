@@ -109,6 +109,15 @@ def announced(
         )
     if "stream_moments" in {n for m in picked for n in (*m.needs, m.name)}:
         lines.append("stream_moments: about a third of a pass more")
+    if "skip_effect" in names:
+        tried = wanted.options("skip_effect")
+        times = tried.get("prompts", 4) * (1 + len(layers) * tried.get("places", 2))
+        lines.append(f"skip_effect runs the network {times} times on one document")
+    if "task_match" in names:
+        steps = int(wanted.options("task_match").get("steps", 30))
+        lines.append(
+            f"task_match trains {len(layers)} maps through the network, {steps} steps each"
+        )
     if wanted.respond:
         lines.append(f"--respond: every prompt is answered with {wanted.respond} tokens, greedily")
     return lines
