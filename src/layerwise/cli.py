@@ -169,10 +169,18 @@ def _quiet() -> None:
 def inspect(
     model: Model,
     data: Data = "stdlib",
+    measures: Annotated[
+        str, typer.Option(help="Names, or `all`; those of `methods --family describe` too.")
+    ] = "",
+    labels: Annotated[str, typer.Option(help="Documents with a label: .jsonl or .csv.")] = "",
+    noise: Annotated[str, typer.Option(help="Put this in front of every labelled text.")] = "",
+    respond: Annotated[int, typer.Option(min=0, help="Let it write so many tokens more.")] = 0,
+    against: Annotated[str, typer.Option(help="A second model, side by side.")] = "",
     out: Annotated[str, typer.Option(help="Write a page: atlas.html.")] = "",
     samples: Samples = 128,
     length: Length = 512,
     seed: Seed = 0,
+    set_: Set = [],
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -180,25 +188,36 @@ def inspect(
     """Measure every layer in one pass over the data."""
     _quiet()
     from layerwise.core.data import Texts
-    from layerwise.jobs.inspect import inspect_model
+    from layerwise.core.plan import settings
+    from layerwise.jobs.against import inspect_models
     from layerwise.jobs.session import check_out
+    from layerwise.jobs.wanted import MEASURES, Wanted
     from layerwise.report.terminal import progress_bar
 
     output = Output("inspect", model, as_json, {"data": data, "samples": samples, "length": length})
     if out:
         check_out(Path(out))
     _say_data(output, data)
+    names = tuple(name.strip() for name in measures.split(",") if name.strip()) or MEASURES
+    wanted = Wanted(names, settings(set_), labels, noise, respond)
+    texts = Texts(data, seed, samples, length)
     with progress_bar(as_json) as progress:
-        found = inspect_model(
+        found = inspect_models(
             model,
-            Texts(data, seed, samples, length),
+            against,
+            texts,
+            wanted,
             device=device,
             dtype=dtype,
             progress=progress,
+            say=lambda line: typer.echo(line, err=True),
         )
-    columns = ("layer", "parts", "bytes", "residual_cosine", "update_norm", "block_influence")
     stacks = ", ".join(stack.container for stack in found.network.stacks)
-    output.table(f"{model}: {stacks}", found.rows, *columns)
+    output.table(f"{model}: {stacks}", found.rows, "layer", "bytes", *found.columns)
+    for line in found.lines():
+        output.say(line)
+    output.warnings += found.warnings
+    output.more = dict(found.more)
     if out:
         from layerwise.jobs.pages import inspect_section, write_page
 

@@ -12,6 +12,7 @@ from layerwise.core.errors import LayerwiseError, nearest
 FAMILIES: dict[str, tuple[str, ...]] = {
     "measure": (),
     "score": ("stack", "stats"),
+    "describe": ("stack", "stats"),
     "allocate": ("damage", "menus", "budget"),
     "search": ("space", "evaluate", "limit"),
     "rewrite": ("stack", "stats"),
@@ -130,18 +131,20 @@ def methods(family: str | None = None) -> list[Method]:
     return sorted(unique.values(), key=lambda m: (order.index(m.family), m.name))
 
 
-def find(name: str, family: str | None = None) -> Method:
-    """The method of a name or alias.
+def find(name: str, *families: str | None) -> Method:
+    """The method of a name or alias, in any of some families; in all without one.
 
     Raises:
-        LayerwiseError: there is none in that family; the nearest names are shown.
+        LayerwiseError: there is none in these families; the nearest names are shown.
     """
+    wanted = [family for family in families if family]
     found = _METHODS.get(name)
-    if found is None or family not in (None, found.family):
-        names = [k for k, m in _METHODS.items() if family in (None, m.family)]
+    if found is None or (wanted and found.family not in wanted):
+        names = [k for k, m in _METHODS.items() if not wanted or m.family in wanted]
+        which = " or ".join(map(repr, wanted))
         raise LayerwiseError(
             f"method {name!r}",
-            allowed=f"a method of family {family!r}" if family else "a registered method",
+            allowed=f"a method of family {which}" if wanted else "a registered method",
             found=name,
             fix=nearest(name, names, "`layerwise methods` lists them all"),
         )

@@ -1,13 +1,19 @@
 """Probes, and what they found: everything is measured in one pass over the data."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from layerwise.core.lockstep import Batch, Lane, Rows, Stop, hidden, walk
 from layerwise.core.network import Network
+from layerwise.core.stack import Stack
+from layerwise.core.stream import Added, Attention, StreamWatch
+from layerwise.core.tokens import by_token
 
 
 class Seen(NamedTuple):
@@ -16,7 +22,10 @@ class Seen(NamedTuple):
     For `layer` probes `inputs` and `output` are hidden states `[batch, seq, dim]`, `clean` the
     output of the never edited stream where there is one; for `input` probes `inputs` are the rows
     `[tokens, in]` that an input group receives, `clean` those of the clean stream. `fed` holds
-    what other probes emitted for this batch, and `replay` runs the layer once more on it.
+    what other probes emitted for this batch, and `replay` runs the layer once more on it. `added`
+    is what every part added to the stream, `attention` the attention calls of the layer, for
+    probes that `watch` them; `owners` the document in the batch of every row of an input group,
+    where its rows are the layer's tokens.
     """
 
     inputs: Tensor
@@ -25,13 +34,18 @@ class Seen(NamedTuple):
     clean: Tensor | None
     fed: Mapping[str, Any]
     replay: Callable[[], Any] | None
+    added: Mapping[str, Added] = MappingProxyType({})
+    attention: Sequence[Attention] = ()
+    owners: Tensor | None = None
 
 
 class Probe(NamedTuple):
     """Pure functions that gather a statistic per unit.
 
     `call` probes run before the layer and may replay it; what they `emit` for a batch is fed to
-    every other probe of that layer. With `clean` the never edited stream runs beside.
+    every other probe of that layer. With `clean` the never edited stream runs beside. `watch` asks
+    for what is seen only while the layer runs: `added`, `attention`. With `figures` it ends in a
+    number, or numbers by name, to be read as they are; else in what others work on.
     """
 
     unit: Literal["call", "layer", "input"]
@@ -40,6 +54,8 @@ class Probe(NamedTuple):
     finish: Callable[[Any], Any]
     emit: Callable[[Any], Any] | None = None
     clean: bool = False
+    watch: tuple[Literal["added", "attention"], ...] = ()
+    figures: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,6 +66,11 @@ class Stats:
 
     def __getitem__(self, probe: str) -> Mapping[str, Any]:
         return self.values[probe]
+
+    def along(self, probe: str, stack: Stack) -> dict[str, Any]:
+        """What a probe found of the layers of a stack, in their order."""
+        found = self.values[probe]
+        return {layer.key: found[layer.key] for layer in stack.layers if layer.key in found}
 
     def at(self, unit: str) -> dict[str, Any]:
         """Everything known about one unit."""
@@ -75,6 +96,19 @@ class Scores:
         return bool(self.trial)
 
 
+@dataclass(frozen=True)
+class Figures:
+    """Named numbers per layer or matrix, for people to read: no importance is implied.
+
+    `maps` are tables of layers by layers, or by tokens. `note` says what one sample was, how many
+    there were, and what unrelated layers would show.
+    """
+
+    values: Mapping[str, Mapping[str, float]]
+    note: str = ""
+    maps: Mapping[str, Tensor] = field(default_factory=dict)
+
+
 class Gathering:
     """The states of a set of probes while a walk goes on."""
 
@@ -82,6 +116,9 @@ class Gathering:
         self.probes, self.batches = probes, batches
         self.states: dict[str, dict[str, Any]] = {name: {} for name in probes}
         self._fed: dict[int, dict[str, Any]] = {}
+        self._wanted = {kind for probe in probes.values() for kind in probe.watch}
+        self._watch: StreamWatch | None = None
+        self._open = ExitStack()
 
     def look(self, stop: Stop) -> None:
         """Show a stop of the walk to every probe that it concerns."""
@@ -89,34 +126,62 @@ class Gathering:
             self._fed = {lane.batch: {} for lane in stop.lanes}
             for lane in _edited(stop):
                 self._show("call", stop.layer.key, lane, self._of_layer(stop, lane))
+            self._begin_watch(stop)
         elif stop.kind == "at":
             for rows in stop.rows:
                 self._rows(rows, stop)
         elif stop.kind == "leave":
+            self._open.close()
             for lane in _edited(stop):
                 self._show("layer", stop.layer.key, lane, self._of_layer(stop, lane))
+
+    def _begin_watch(self, stop: Stop) -> None:
+        if self._wanted:
+            inputs = {la.batch: hidden((la.args, la.kwargs)) for la in _edited(stop)}
+            wanted = ("added" in self._wanted, "attention" in self._wanted)
+            self._watch = StreamWatch(stop.layer, inputs, *wanted)
+            self._open.enter_context(self._watch)
+
+    def __enter__(self) -> "Gathering":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
 
     def _of_layer(self, stop: Stop, lane: Lane) -> Seen:
         clean = [other for other in stop.lanes if other.clean and other.batch == lane.batch]
         before = stop.kind == "enter"
+        inputs = hidden((lane.args, lane.kwargs))
+        watch = None if before else self._watch
         return Seen(
-            inputs=hidden((lane.args, lane.kwargs)),
+            inputs=inputs,
             output=None if before else hidden(lane.output),
-            mask=self.batches[lane.batch].get("attention_mask"),
+            mask=self._mask(lane.batch, inputs),
             clean=hidden(clean[0].output) if clean and not before else None,
             fed=self._fed[lane.batch],
             replay=(lambda: stop.replay(lane)) if before else None,
+            added=watch.additions(hidden(lane.output)) if watch else {},
+            attention=watch.attention[lane.batch] if watch else (),
         )
+
+    def _mask(self, batch: int, state: Tensor) -> Tensor | None:
+        """The mask of the batch, if it is one of the positions of this stack."""
+        mask = self.batches[batch].get("attention_mask")
+        return mask if mask is not None and mask.shape == state.shape[:2] else None
 
     def _rows(self, rows: Rows, stop: Stop) -> None:
         for lane in _edited(stop):
             found = rows.edited[lane.batch]
             mask = self.batches[lane.batch].get("attention_mask")
+            owners = _owners(found, hidden((lane.args, lane.kwargs)))
             if mask is not None and mask.numel() == found.shape[0]:
-                found = found[mask.reshape(-1).bool()]
+                kept = mask.reshape(-1).bool()
+                found = found[kept]
+                owners = owners if owners is None else owners[kept]
             fed = self._fed.get(lane.batch, {})
             if len(found):
-                seen = Seen(found, None, mask, rows.clean.get(lane.batch), fed, None)
+                clean = rows.clean.get(lane.batch)
+                seen = Seen(found, None, mask, clean, fed, None, owners=owners)
                 self._show("input", rows.inputs, lane, seen)
 
     def _show(self, unit: str, key: str, lane: Lane, seen: Seen) -> None:
@@ -146,6 +211,14 @@ class Gathering:
         return Stats(done)
 
 
+def _owners(rows: Tensor, state: Tensor) -> Tensor | None:
+    """The document of every row, where rows are the positions of the layer's input."""
+    batch, seq = by_token(state).shape[:2]
+    if len(rows) != batch * seq:
+        return None
+    return torch.arange(batch, device=rows.device).repeat_interleave(seq)
+
+
 def _edited(stop: Stop) -> Iterator[Lane]:
     return (lane for lane in stop.lanes if not lane.clean)
 
@@ -172,9 +245,10 @@ def observe(
     clean = any(probe.clean for probe in probes.values())
     total = len(network.layers())
     done = 0
-    for stop in walk(network, batches, matrices="watch" if inside else "", clean=clean):
-        gathering.look(stop)
-        if stop.kind == "leave":
-            done += 1
-            progress(done, total)
+    with gathering:
+        for stop in walk(network, batches, matrices="watch" if inside else "", clean=clean):
+            gathering.look(stop)
+            if stop.kind == "leave":
+                done += 1
+                progress(done, total)
     return gathering.finish()

@@ -24,13 +24,13 @@ from layerwise.core.reader import windows
 from layerwise.core.stack import Layer
 from layerwise.core.target import Target
 from layerwise.core.task import answer, example_inputs
-from layerwise.core.weight import Weight
+from layerwise.core.weight import Dense, Weight
 from layerwise.export import TARGETS
 from layerwise.export._writer import Finished
 from layerwise.jobs.checks import CHECK, CHECKED, must_be_sound
 from layerwise.jobs.forecast import disk_to_apply, memory_to_solve
 from layerwise.jobs.session import Progress, load_reader, silent, texts_of
-from layerwise.jobs.solve import needs_of, solve
+from layerwise.jobs.solve import Solver, needs_of, solve
 
 
 class Applied(NamedTuple):
@@ -105,7 +105,8 @@ def apply_plan(
         solver = solve(network, plan.edits, batches, journal, progress, engine)
         if part.exists():
             shutil.rmtree(part)
-        layers = passing(network, solver.finished, batch, part / CHECK, progress)
+        records = solver.finished if TARGETS[plan.target].by_bits else stored_dense(solver)
+        layers = passing(network, records, batch, part / CHECK, progress)
         export = find(plan.target, "export").bind(network=network, layers=layers)
         nbytes = export(network.stack, plan, part)
         plan.save(part / "plan.yaml")
@@ -115,6 +116,16 @@ def apply_plan(
         os.replace(part, out)
         journal.remove()
     return Applied(out, nbytes, rows, warnings)
+
+
+def stored_dense(solver: Solver) -> Callable[[Layer], Mapping[str, Weight]]:
+    """The records of a layer as a dense target stores them: in the dtype of the checkpoint."""
+    dtype = solver.network.stored.dtype
+
+    def records(layer: Layer) -> dict[str, Weight]:
+        return {k: Dense(r.dense().to(dtype)) for k, r in solver.finished(layer).items()}
+
+    return records
 
 
 def own_batch(network: Network, plan: Plan) -> Batch:

@@ -33,7 +33,7 @@ def run_demo(out: Path, output: Any, progress: Progress) -> None:
     check_out(out).mkdir()
     texts = Texts(DATA.source, DATA.seed, DATA.samples, DATA.length)
     inspected = inspect_model("demo", texts, progress=progress)
-    columns = ("layer", "parts", "bytes", "residual_cosine", "update_norm", "block_influence")
+    columns = ("layer", "bytes", *inspected.columns)
     output.table("every layer, one pass", inspected.rows, *columns)
     sections = [inspect_section("demo", inspected, "the standard library's source")]
     rows: list[dict[str, Any]] = []

@@ -1,55 +1,244 @@
 """Inspect: every layer, measured in one pass over the data."""
 
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from layerwise.core.data import Texts
-from layerwise.core.method import find
+from layerwise.core.lockstep import Batch
+from layerwise.core.method import Method, find
 from layerwise.core.network import Network, open_network
 from layerwise.core.reader import windows
-from layerwise.core.stats import Stats, observe
+from layerwise.core.stack import Stack
+from layerwise.core.stats import Figures, Stats, observe
 from layerwise.jobs.depth import layer_bytes
+from layerwise.jobs.documents import check_length, labelled, responses, views
+from layerwise.jobs.rerun import Rerun
 from layerwise.jobs.session import Progress, load_reader, silent
+from layerwise.jobs.tail import Tail, network_end
+from layerwise.jobs.wanted import VIEWS, Wanted, announced, chosen, kind_of
 
-MEASURES = ("residual_cosine", "update_norm")
+#: documents that are run again with layers replaced
+PROMPTS = 8
+#: what the table for people shows at most, beside the layer, its parts and its bytes
+SHOWN = 6
 
 
-class Inspected(NamedTuple):
-    """A row per layer, and the statistics behind them."""
+@dataclass(frozen=True)
+class Inspected:
+    """A row per layer, and the figures and statistics behind them.
 
+    In a notebook it shows itself as the page's table; `to_pandas()` and `plot()` are for more.
+    """
+
+    model: str
     rows: list[dict[str, Any]]
+    figures: Mapping[str, Figures]
     stats: Stats
     network: Network
+    columns: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+    def shown(self) -> list[dict[str, Any]]:
+        """The rows with the columns of the table for people."""
+        kept = ("layer", "parts", "bytes", *self.columns)
+        return [{k: row[k] for k in kept if k in row} for row in self.rows]
+
+    def lines(self) -> list[str]:
+        """What a sample was, and figures of whole stacks, a line per description."""
+        found = []
+        for name, table in self.figures.items():
+            stacks = [(k, v) for k, v in table.values.items() if "/" not in k]
+            said = [f"{k}: " + ", ".join(f"{n} {x:.3g}" for n, x in v.items()) for k, v in stacks]
+            found.append("; ".join([f"{name}: {table.note}", *said]))
+        return found
+
+    def _repr_html_(self) -> str:
+        from layerwise.report.notebook import framed
+
+        return framed(self.model, self.shown())
+
+    def to_pandas(self) -> Any:
+        """Every figure of every layer as a data frame; needs pandas."""
+        import pandas
+
+        return pandas.DataFrame(self.rows).set_index("layer")
+
+    def plot(self, *columns: str) -> Any:
+        """Columns over the layers, drawn for a notebook; those of the table without arguments."""
+        from layerwise.report.notebook import Drawing, curves
+
+        return Drawing(curves(self.rows, columns or self.columns))
 
 
 def inspect_model(
-    model: str | Path,
-    texts: Texts = Texts(),
+    model: str | Path | Network,
+    texts: Texts | Sequence[Batch] = Texts(),
+    wanted: Wanted = Wanted(),
     *,
-    measures: tuple[str, ...] = MEASURES,
+    reference: Network | None = None,
     device: str = "auto",
     dtype: str = "auto",
     progress: Progress = silent,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Inspected:
     """Measure every layer in one pass.
 
     Args:
-        model: a folder, hub id or `demo`.
-        texts: the calibrate part of it is read.
-        measures: names of registered measures of layers.
+        model: a folder, hub id, `demo`, or an opened network.
+        texts: the calibrate part of it is read; or batches, for a network without a tokenizer.
+        wanted: names of measures and descriptions, their options, labelled documents.
+        reference: another checkpoint that rotations are measured from.
         device: where to compute.
         dtype: in which type to compute.
         progress: called with what is done, how far, and out of how much.
+        say: told what costs more than the pass, before it starts.
 
     Returns:
-        One row per layer with its parts, bytes and every measure that is a number.
+        One row per layer with its parts, bytes and every figure.
     """
-    network = open_network(model, device=device, dtype=dtype)
-    batches = windows(load_reader(network), texts, "calibrate")
-    probes = {find(name, "measure").name: find(name, "measure").bind()() for name in measures}
-    stats = observe(network, batches, probes, partial(progress, "measuring layers"))
-    sizes = layer_bytes(network)
+    opened = isinstance(model, Network)
+    network = model if opened else open_network(model, device=device, dtype=dtype)
+    if isinstance(texts, Texts):
+        check_length(network, texts.length + wanted.respond)
+    picked, warnings = chosen(wanted, network, reference is not None)
+    run = _Run(network, texts, wanted, progress)
+    for line in announced(picked, network, texts, wanted):
+        say(line)
+    stats, figures = run.everything(picked, reference)
+    rows = _rows(network, picked, stats, figures)
+    name = type(network.module).__name__ if opened else str(model)
+    return Inspected(
+        name,
+        rows,
+        figures,
+        stats,
+        network,
+        columns_of(rows, picked),
+        tuple(warnings),
+        _more(figures),
+    )
+
+
+class _Run:
+    """The passes over the data, one per kind of document, and what the engine gives methods."""
+
+    def __init__(
+        self,
+        network: Network,
+        data: Texts | Sequence[Batch],
+        wanted: Wanted,
+        progress: Progress,
+    ) -> None:
+        self.network, self.data = network, data
+        self.wanted, self.progress = wanted, progress
+        self.given: dict[str, Any] = {"fetch": partial(fetch, network), "prompt": 0}
+
+    def everything(
+        self, picked: Sequence[Method], reference: Network | None
+    ) -> tuple[Stats, dict[str, Figures]]:
+        if reference is not None:
+            self.given["reference"] = partial(fetch, reference)
+        figures: dict[str, Figures] = {}
+        plain = Stats({})
+        for kind in ("text", "labels", "views"):
+            mine = [m for m in picked if kind_of(m) == kind]
+            if mine:
+                stats = self.passed(kind, mine)
+                plain = stats if kind == "text" else plain
+                figures |= {
+                    m.name: self.described(m, stats) for m in mine if m.family == "describe"
+                }
+        return plain, figures
+
+    def passed(self, kind: str, picked: Sequence[Method]) -> Stats:
+        """One pass with the union of all probes that methods of one kind of documents need."""
+        names = dict.fromkeys(n for m in picked for n in (m.needs or _itself(m)))
+        probes = {n: find(n, "measure").bind(self.wanted.options(n))() for n in names}
+        given = {key for m in picked for key in m.given}
+        if not probes and not given & {"rerun", "tail"}:
+            return Stats({})
+        batches = self.batches(kind)
+        if "rerun" in given:
+            self.given["rerun"] = Rerun(self.network, [_one(b) for b in batches[:PROMPTS]])
+        if "tail" in given:
+            self.given["tail"] = Tail(self.network, batches[0])
+        if not probes:
+            return Stats({})
+        return observe(self.network, batches, probes, partial(self.progress, "measuring layers"))
+
+    def batches(self, kind: str) -> Sequence[Batch]:
+        """The documents of one kind; batches that were given are the text."""
+        wanted, network = self.wanted, self.network
+        if kind == "text" and not isinstance(self.data, Texts):
+            return self.data
+        texts = self.data if isinstance(self.data, Texts) else Texts()
+        reader = load_reader(network)
+        if kind == "labels":
+            found = labelled(network, reader, wanted.labels, texts.length, wanted.noise)
+            self.given["labels"] = found.labels
+            return found.batches
+        if kind == "views":
+            self.given["views"] = VIEWS[1]
+            return views(network, reader, texts, *VIEWS)
+        if wanted.respond:
+            self.given["prompt"] = texts.length
+            return responses(network, reader, texts, wanted.respond)
+        return windows(reader, texts, "calibrate")
+
+    def described(self, method: Method, stats: Stats) -> Figures:
+        """A description of all stacks; what needs the network's end is one of its last stack."""
+        bound = method.bind(self.wanted.options(method.name), **self.given)
+        stacks = [s for s in self.network.stacks if _measured(s, method, stats)]
+        if {"tail", "rerun"} & set(method.given):
+            stacks = [s for s in stacks if s.name == network_end(self.network)]
+        self.progress(f"describing: {method.name}", 0, 1)
+        with torch.no_grad():
+            found = {s.name: bound(s, stats) for s in stacks}
+        self.progress(f"describing: {method.name}", 1, 1)
+        values = {k: v for f in found.values() for k, v in f.values.items()}
+        maps = {
+            name if len(found) == 1 else f"{stack} {name}": table
+            for stack, f in found.items()
+            for name, table in f.maps.items()
+        }
+        return Figures(values, next((f.note for f in found.values()), ""), maps)
+
+
+def _one(batch: Batch) -> Batch:
+    """The first document of a batch."""
+    return {key: value[:1] for key, value in batch.items()}
+
+
+def _itself(method: Method) -> tuple[str, ...]:
+    return (method.name,) if method.family == "measure" else ()
+
+
+def _measured(stack: Stack, method: Method, stats: Stats) -> bool:
+    layered = [n for n in method.needs if n in stats.values and stats.along(n, stack)]
+    return bool(layered) or not method.needs or "neuron_means" in method.needs
+
+
+def fetch(network: Network, key: str) -> dict[str, Tensor]:
+    """The matrices `[out, in]` of a layer as stored, by their key; none that has no such layer."""
+    layer = next((la for la in network.layers() if la.key == key), None)
+    if layer is None:
+        return {}
+    tensors = network.fetch(layer)
+    return {m.key: m.view(tensors[m.parameter]) for m in layer.matrices}
+
+
+def _rows(
+    network: Network, picked: Sequence[Method], stats: Stats, figures: Mapping[str, Figures]
+) -> list[dict[str, Any]]:
+    sizes = layer_bytes(network) if network.source is not None else _held(network)
     rows = []
     for layer in network.layers():
         row: dict[str, Any] = {
@@ -58,10 +247,43 @@ def inspect_model(
             "matrices": len(layer.matrices),
             "bytes": sizes[layer.key],
         }
-        for name, value in stats.at(layer.key).items():
-            if isinstance(value, float):
-                row[name] = value
+        for method in picked:
+            if method.family == "measure":
+                value = stats.at(layer.key).get(method.name)
+                found = value if isinstance(value, dict) else {"": value}
+            else:
+                found = figures[method.name].values.get(layer.key, {})
+            for name, number in found.items():
+                if isinstance(number, float) and math.isfinite(number):
+                    row[f"{method.name}.{name}" if name else method.name] = number
         if "residual_cosine" in row:
             row["block_influence"] = 1 - row["residual_cosine"]
         rows.append(row)
-    return Inspected(rows, stats, network)
+    return rows
+
+
+def _held(network: Network) -> dict[str, int]:
+    """Bytes of every layer of a module in memory."""
+    return {la.key: sum(p.nbytes for p in la.module.parameters()) for la in network.layers()}
+
+
+def columns_of(rows: Sequence[Mapping[str, Any]], picked: Sequence[Method]) -> tuple[str, ...]:
+    """What the table shows: the first figure of every method, then the second of each ..."""
+    keys = dict.fromkeys(k for row in rows for k in row)
+    ranked = [[k for k in keys if k == m.name or k.startswith(f"{m.name}.")] for m in picked]
+    deepest = max(map(len, ranked), default=0)
+    order = [group[i] for i in range(deepest) for group in ranked if i < len(group)]
+    return tuple(order[:SHOWN])
+
+
+def _more(figures: Mapping[str, Figures]) -> dict[str, Any]:
+    """What no row holds: figures of stacks and matrices, maps, and what a sample was."""
+    found: dict[str, Any] = {}
+    for name, table in figures.items():
+        found[name] = {
+            "note": table.note,
+            "stacks": {k: v for k, v in table.values.items() if "/" not in k},
+            "matrices": {k: v for k, v in table.values.items() if k.count("/") > 1},
+            "maps": {k: v.tolist() for k, v in table.maps.items()},
+        }
+    return found

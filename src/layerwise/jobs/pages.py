@@ -18,7 +18,7 @@ def inspect_section(model: str, found: Inspected, data: str) -> dict[str, Any]:
         "kind": "inspect",
         "model": str(model),
         "stack": ", ".join(stack.name for stack in found.network.stacks),
-        "layers": found.rows,
+        "layers": found.shown(),
         "note": f"one pass over the calibrate part of {data}",
     }
 

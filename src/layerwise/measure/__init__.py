@@ -1,13 +1,32 @@
 """Measure: probes that look at every layer in one pass."""
 
+from layerwise.measure.geometry import document_geometry, position_parts, stream_moments
 from layerwise.measure.moments import second_moment, second_moment_diagonal
-from layerwise.measure.residual import last_states, output_error, residual_cosine, update_norm
+from layerwise.measure.residual import (
+    depth_use,
+    last_states,
+    output_error,
+    residual_cosine,
+    update_norm,
+)
+from layerwise.measure.runtime import head_patterns, neuron_means
+from layerwise.measure.states import first_states, largest_states, pooled_states, token_sample
 
 __all__ = [
+    "depth_use",
+    "document_geometry",
+    "first_states",
+    "head_patterns",
+    "largest_states",
     "last_states",
+    "neuron_means",
     "output_error",
+    "pooled_states",
+    "position_parts",
     "residual_cosine",
     "second_moment",
     "second_moment_diagonal",
+    "stream_moments",
+    "token_sample",
     "update_norm",
 ]

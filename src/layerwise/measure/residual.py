@@ -1,5 +1,6 @@
 """What a layer does to the residual stream, measured between its input and its output."""
 
+import math
 from typing import Literal
 
 import torch
@@ -8,19 +9,24 @@ from torch import Tensor
 
 from layerwise.core.method import method
 from layerwise.core.stats import Probe, Seen
+from layerwise.core.stream import Added, measured
+from layerwise.core.tokens import by_token, kept
 
 
 def _tokens(
-    state: Float[Tensor, "batch seq dim"], mask: Tensor | None, which: str
+    state: Float[Tensor, "batch ..."], mask: Tensor | None, which: str
 ) -> Float[Tensor, "tokens dim"]:
     """Rows of the tokens that count: all that are not masked, or the last of each sequence."""
-    kept = torch.ones(state.shape[:2], dtype=torch.bool, device=state.device)
-    if mask is not None:
-        kept = mask.to(state.device).bool()
+    keep, rows = kept(state, mask), by_token(state)
     if which == "last":
-        last = kept.long().cumsum(1).argmax(1)
-        return state[torch.arange(len(state), device=state.device), last].float()
-    return state[kept].float()
+        last = keep.long().cumsum(1).argmax(1)
+        return rows[torch.arange(len(rows), device=rows.device), last].float()
+    return rows[keep].float()
+
+
+def _mean(state: tuple[float, int]) -> float:
+    """The mean of what was summed; no number where a layer changes the shape of the state."""
+    return state[0] / state[1] if state[1] else math.nan
 
 
 @method("measure", paper="arXiv:2403.03853")
@@ -46,13 +52,14 @@ def residual_cosine(*, tokens: Literal["all", "last"] = "all") -> Probe:
     """
 
     def update(state: tuple[float, int], seen: Seen) -> tuple[float, int]:
-        assert seen.output is not None
+        if seen.output is None or seen.output.shape != seen.inputs.shape:
+            return state
         x = _tokens(seen.inputs, seen.mask, tokens)
         y = _tokens(seen.output, seen.mask, tokens)
         cosine = torch.cosine_similarity(x, y, dim=-1).double()
         return state[0] + cosine.sum().item(), state[1] + len(cosine)
 
-    return Probe("layer", lambda key: (0.0, 0), update, lambda s: s[0] / max(s[1], 1))
+    return Probe("layer", lambda key: (0.0, 0), update, _mean, figures=True)
 
 
 @method("measure")
@@ -71,13 +78,77 @@ def update_norm() -> Probe:
     """
 
     def update(state: tuple[float, int], seen: Seen) -> tuple[float, int]:
-        assert seen.output is not None
+        if seen.output is None or seen.output.shape != seen.inputs.shape:
+            return state
         x = _tokens(seen.inputs, seen.mask, "all")
         y = _tokens(seen.output, seen.mask, "all")
         share = ((y - x).norm(dim=-1) / x.norm(dim=-1).clamp_min(1e-20)).double()
         return state[0] + share.sum().item(), state[1] + len(share)
 
-    return Probe("layer", lambda key: (0.0, 0), update, lambda s: s[0] / max(s[1], 1))
+    return Probe("layer", lambda key: (0.0, 0), update, _mean, figures=True)
+
+
+#: per part: tokens, sum of ratios, sum of cosines, largest ratio; of all tokens and of the rest
+Use = dict[str, Float[Tensor, "two four"]]
+
+
+@method("measure", aliases=("contribution",), paper="arXiv:2505.13898")
+def depth_use() -> Probe:
+    r"""How much each part adds to the stream and in which direction.
+
+    Per token, then the mean over tokens: `|a| / |h|` and `cos(a, h)` for what a part adds, `a`,
+    and the stream that it is added to, `h`; `layer` is the whole update `h_out - h_in` on `h_in`.
+    Each also as `_rest`, without the first token of a document, whose norm is often huge.
+
+    Returns:
+        A probe whose value per layer has `<part>_ratio`, `<part>_cosine`, `<part>_largest` (the
+        largest ratio) and the first two as `_rest`. A part whose addition cannot be followed, such
+        as two that are merged before they are added, has no figures; the whole layer always has.
+
+    Example:
+        >>> h, out = torch.tensor([[[3.0, 4.0]]]), torch.tensor([[[0.0, 10.0]]])
+        >>> probe = depth_use()
+        >>> found = probe.finish(probe.update(probe.init(""), Seen(h, out, None, None, {}, None)))
+        >>> round(found["layer_ratio"], 4), round(found["layer_cosine"], 4)
+        (1.3416, 0.4472)
+
+    Reference: Csordas et al., 2025, arXiv:2505.13898; denominators at least 1e-6, as there.
+    """
+
+    def update(state: Use, seen: Seen) -> Use:
+        if seen.output is None or seen.output.shape != seen.inputs.shape:
+            return state
+        keep = kept(seen.inputs, seen.mask)
+        first = keep & (keep.long().cumsum(1) == 1)
+        layer = {"layer": measured(seen.inputs, seen.output - seen.inputs)}
+        found = dict(state)
+        for part, added in {**seen.added, **layer}.items():
+            here = torch.stack([_summed(added, keep), _summed(added, keep & ~first)])
+            before = found.get(part, torch.zeros_like(here))
+            largest = torch.maximum(before[:, 3:], here[:, 3:])
+            found[part] = torch.cat([before[:, :3] + here[:, :3], largest], 1)
+        return found
+
+    def finish(state: Use) -> dict[str, float]:
+        values: dict[str, float] = {}
+        parts = sorted(state, key=lambda part: (part == "layer", part))
+        for row, end in ((0, ""), (1, "_rest")):
+            for column, name in ((1, "ratio"), (2, "cosine")):
+                mean = {p: state[p][row, column] / state[p][row, 0] for p in parts}
+                values |= {f"{p}_{name}{end}": x.item() for p, x in mean.items()}
+        values |= {f"{p}_largest": state[p][0, 3].item() for p in parts}
+        return values
+
+    return Probe("layer", lambda key: {}, update, finish, watch=("added",), figures=True)
+
+
+def _summed(added: Added, keep: Tensor) -> Float[Tensor, " four"]:
+    stream, gift, dot = (x[keep].double().cpu() for x in added)
+    ratio = gift / stream.clamp_min(1e-6)
+    cosine = dot / (gift * stream).clamp_min(1e-12)
+    largest = ratio.max() if len(ratio) else torch.zeros((), dtype=torch.float64)
+    count = torch.tensor(float(len(ratio)), dtype=torch.float64)
+    return torch.stack([count, ratio.sum(), cosine.sum(), largest])
 
 
 @method("measure")

@@ -74,8 +74,13 @@ def print_table(title: str, rows: Sequence[dict[str, Any]], columns: Sequence[st
     filled = [c for c in columns if any(row.get(c) is not None for row in rows)]
     for column in filled:
         numeric = any(isinstance(row.get(column), int | float) for row in rows)
-        name = _UNITS.get(column, column.replace("_", " "))
-        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+        short = column.rpartition(".")[2]
+        alone = sum(c.rpartition(".")[2] == short for c in filled) == 1
+        name = short if alone else column.replace(".", " ")
+        name = _UNITS.get(name, name.replace("_", " "))
+        key = column == "layer"
+        side = "right" if numeric else "left"
+        table.add_column(name, justify=side, overflow="fold", no_wrap=key)
     for row in rows:
         cells = [
             show_bytes(row.get(c)) if c in ("bytes", "memory") else show(row.get(c)) for c in filled

@@ -1,0 +1,203 @@
+"""What a layer adds to the residual stream, found by following the additions while it runs.
+
+A layer's output is its input after a few accumulations `stream + added`. Which additions those are
+is read off the data: they lead, one to the next, from the tensor that the layer receives to the
+one that it returns, through nothing but views, casts and norms. So pre-norm, post-norm, sandwich
+and parallel layers need no table, and what is added is what is added, after any norm or scale.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+from weakref import ref
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from layerwise.core.hollow import operands
+from layerwise.core.stack import Layer
+from layerwise.core.tokens import by_token
+
+ADDITIONS = (Tensor.add, torch.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__)
+IN_PLACE = (Tensor.add_, Tensor.__iadd__)
+#: what hands on the tensor that it is given
+SAME = {
+    *(Tensor.to, Tensor.float, Tensor.type, Tensor.type_as, Tensor.clone, Tensor.contiguous),
+    *(Tensor.view, Tensor.reshape, Tensor.flatten, torch.reshape, torch.flatten, F.dropout),
+}
+NORMS = {F.layer_norm, F.rms_norm, torch.layer_norm}
+
+
+class Added(NamedTuple):
+    """One accumulation, token by token: the norms of the stream and of what a part adds to it,
+    and their inner product, each `[batch, seq]`."""
+
+    stream: Tensor
+    added: Tensor
+    dot: Tensor
+
+
+class Attention(NamedTuple):
+    """One call of scaled dot-product attention, from which its probabilities can be computed."""
+
+    query: Tensor
+    key: Tensor
+    mask: Tensor | None
+    causal: bool
+    scale: float
+
+    def probabilities(self, document: int) -> Float[Tensor, "head seq keys"]:
+        """`softmax(q k^T scale + mask)` of one document of the batch, in float32."""
+        q, k = self.query[document].float(), self.key[document].float()
+        k = k.repeat_interleave(q.shape[0] // k.shape[0], dim=0)
+        scores = q @ k.mT * self.scale
+        if self.causal:
+            ones = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
+            scores = scores.masked_fill(~ones.tril(), -torch.inf)
+        if self.mask is not None:
+            mask = self.mask.expand(len(self.query), *scores.shape)[document]
+            free = mask.dtype == torch.bool
+            scores = scores.masked_fill(~mask, -torch.inf) if free else scores + mask
+        return scores.softmax(-1).nan_to_num()
+
+
+class _Link(NamedTuple):
+    """A tensor of the stream: whose it is, and the accumulations that led to it."""
+
+    batch: int
+    before: tuple[tuple[str, Added], ...]
+
+
+class StreamWatch(TorchFunctionMode):
+    """Follows the stream through one layer; entered before the lanes run, left behind them.
+
+    Nothing is kept alive but three numbers per token and accumulation, and with `attention` the
+    queries and keys.
+    """
+
+    def __init__(
+        self, layer: Layer, inputs: Mapping[int, Tensor], additions: bool, attention: bool
+    ) -> None:
+        super().__init__()
+        parameters = dict(layer.module.named_parameters(remove_duplicate=False))
+        self._parts = {
+            parameters[m.parameter].untyped_storage().data_ptr(): m.part for m in layer.matrices
+        }
+        self._follow, self._attend = additions, attention
+        self._links: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        #: tensor -> the parts that it is the sum of, and what each of them gave
+        self._from: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._last, self._batch = "layer", min(inputs, default=0)
+        self.attention: dict[int, list[Attention]] = {batch: [] for batch in inputs}
+        for batch, x in inputs.items():
+            self._links[x] = _Link(batch, ())
+
+    def additions(self, output: Tensor) -> dict[str, Added]:
+        """What every part added on the way to a layer's output; nothing where it was not seen."""
+        link = self._links.get(output)
+        if link is None:
+            return {}
+        found: dict[str, Added] = {}
+        for part, added in link.before:
+            name = next(n for n in _numbered(part) if n not in found)
+            found[name] = Added(*(x.reshape(by_token(output).shape[:2]) for x in added))
+        return found
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if self._attend and func is F.scaled_dot_product_attention:
+            self.attention[self._batch].append(_attention(*args, **kwargs))
+        if not self._follow:
+            self._enter(args)
+            return func(*args, **kwargs)
+        known = func in IN_PLACE and (args[0] in self._links or args[0] in self._from)
+        before = args[0].clone() if known else None
+        output = func(*args, **kwargs)
+        if isinstance(output, Tensor) and args and isinstance(args[0], Tensor):
+            self._enter(args)
+            self._note(func, args, kwargs, output, before)
+        return output
+
+    def _enter(self, args: tuple[Any, ...]) -> None:
+        """Know whose tensors these are: lanes run one after another, each from its input on."""
+        first = args[0] if args else None
+        link = self._links.get(first) if isinstance(first, Tensor) else None
+        self._batch = self._batch if link is None else link.batch
+
+    def _note(
+        self, func: Any, args: tuple, kwargs: dict, output: Tensor, before: Tensor | None
+    ) -> None:
+        if func in ADDITIONS:
+            if len(args) > 1 and isinstance(args[1], Tensor) and not kwargs.get("alpha"):
+                self._add(args[0], args[1], output, before)
+        elif func in SAME or func in NORMS:
+            for known in (self._links, self._from):
+                if func in SAME and known is self._from and args[0] in known:
+                    known[output] = _renewed(known[args[0]], args[0], output)
+                elif known is self._links and args[0] in known:
+                    known[output] = known[args[0]]
+        elif (found := operands(func, args, kwargs)) is not None:
+            part = self._parts.get(found[1].untyped_storage().data_ptr())
+            if part is not None:
+                self._last = part
+                self._from[output] = ((part, ref(output)),)
+
+    def _add(self, a: Tensor, b: Tensor, output: Tensor, before: Tensor | None) -> None:
+        if a.shape != b.shape:
+            return
+        old = a if before is None else before  # an addition in place has overwritten it
+        if a in self._links:
+            self._accumulate(self._links[a], old, b, self._made(b), output)
+        elif b in self._links:
+            self._accumulate(self._links[b], b, old, self._made(a), output)
+        elif a in self._from and b in self._from:
+            held = [(p, gave()) for p, gave in (*self._from[a], *self._from[b])]
+            self._from[output] = tuple((p, _holding(old if x is a else x)) for p, x in held)
+
+    def _made(self, tensor: Tensor) -> tuple:
+        return self._from.get(tensor) or ()
+
+    def _accumulate(
+        self, link: _Link, stream: Tensor, gift: Tensor, made: tuple, output: Tensor
+    ) -> None:
+        found = [(part, gave()) for part, gave in made]
+        apart = len({part for part, _ in found}) > 1 and all(x is not None for _, x in found)
+        gifts = found if apart else [(found[0][0] if found else self._last, gift)]
+        additions = tuple((p, measured(stream, x)) for p, x in gifts if x is not None)
+        self._links[output] = _Link(link.batch, link.before + additions)
+
+
+def _holding(tensor: Tensor | None) -> Callable[[], Tensor | None]:
+    return lambda: tensor
+
+
+def _renewed(parts: tuple, old: Tensor, new: Tensor) -> tuple:
+    """The parts of a view: a lone one is the view itself."""
+    return tuple((part, ref(new) if gave() is old else gave) for part, gave in parts)
+
+
+def _numbered(part: str) -> Iterable[str]:
+    return (f"{part}{n}" if n > 1 else part for n in range(1, 1 << 30))
+
+
+def measured(stream: Tensor, added: Tensor) -> Added:
+    """Norms and inner product, token by token, of a stream and of what is added to it."""
+    x, y = ((t if t.ndim < 4 else by_token(t)).float() for t in (stream, added))
+    return Added(x.norm(dim=-1), y.norm(dim=-1), (x * y).sum(-1))
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Attention:
+    usual = float(query.shape[-1]) ** -0.5
+    return Attention(query, key, attn_mask, is_causal, usual if scale is None else scale)

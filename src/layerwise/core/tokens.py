@@ -1,0 +1,106 @@
+"""What probes keep of tokens: which count, a sample of them, and their moments.
+
+All are sums or sets that do not depend on how the documents were cut into batches.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def by_token(state: Tensor) -> Float[Tensor, "batch seq dim"]:
+    """A hidden state with one row per position; images `[batch, channels, height, width]` too."""
+    return state if state.ndim == 3 else state.flatten(2).mT
+
+
+def kept(state: Tensor, mask: Tensor | None) -> Bool[Tensor, "batch seq"]:
+    """Which positions are no padding."""
+    shape = by_token(state).shape[:2]
+    if mask is None:
+        return torch.ones(shape, dtype=torch.bool, device=state.device)
+    return mask.to(state.device).bool()
+
+
+def places(keep: Bool[Tensor, "batch seq"], documents: int) -> Int[Tensor, "tokens two"]:
+    """Document and position of every token that counts; padding has no positions."""
+    position = keep.long().cumsum(1) - 1
+    document = torch.arange(len(keep), device=keep.device)[:, None] + documents
+    return torch.stack([document.expand_as(position)[keep], position[keep]], 1)
+
+
+def priorities(where: Int[Tensor, "tokens two"]) -> Int[Tensor, " tokens"]:
+    """A number per token, by its document and position alone: the smallest make a sample.
+
+    Steele et al., 2014, SplitMix: two rounds of multiply and shift over 64 bits.
+    """
+    pairs = where.cpu().numpy().astype(np.uint64)
+    mixed = (pairs[:, 0] << np.uint64(32)) + pairs[:, 1] + np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return torch.from_numpy(((mixed ^ (mixed >> np.uint64(31))) >> np.uint64(1)).astype(np.int64))
+
+
+class Sample(NamedTuple):
+    """States of some tokens before and after a layer, and which tokens these are.
+
+    `where` is (document, position); `before` is empty where a layer changes the positions.
+    """
+
+    where: Int[Tensor, "tokens two"]
+    before: Float[Tensor, "sources dim"]
+    after: Float[Tensor, "tokens out"]
+
+
+class Moments(NamedTuple):
+    """Sums over paired rows `x`, `y`, joined to `z = [x, y]`, in float64.
+
+    With `r = (|x|^2, |y|^2)`: the number of rows, `sum z`, `sum z z^T`, `sum r`, `sum r r^T`,
+    `sum z r^T`, the width of `x`, and what was subtracted from `z` first. Enough for linear CKA,
+    CCA and least squares of y on x.
+    """
+
+    count: int
+    total: Float[Tensor, " both"]
+    product: Float[Tensor, "both both"]
+    norms: Float[Tensor, " two"]
+    norm_product: Float[Tensor, "two two"]
+    weighted: Float[Tensor, "both two"]
+    width: int
+    shift: Float[Tensor, " both"]
+
+    def plus(self, other: "Moments") -> "Moments":
+        """The moments of both sets of rows."""
+        names = self._fields[:-2]
+        return self._replace(**{n: getattr(self, n) + getattr(other, n) for n in names})
+
+    def side(self, which: int) -> slice:
+        """Where `x` (0) or `y` (1) is in `z`."""
+        return slice(0, self.width) if which == 0 else slice(self.width, None)
+
+    def covariance(self, i: int, j: int) -> Float[Tensor, "left right"]:
+        """Centred second moment between two sides, divided by the number of rows."""
+        mean = self.total / self.count
+        product = self.product[self.side(i), self.side(j)] / self.count
+        return product - torch.outer(mean[self.side(i)], mean[self.side(j)])
+
+
+def moments_of(
+    x: Float[Tensor, "rows left"],
+    y: Float[Tensor, "rows right"],
+    shift: tuple[Tensor, Tensor] | None = None,
+) -> Moments:
+    """The moments of paired rows, less a shift of either side.
+
+    Example:
+        >>> m = moments_of(torch.tensor([[1.0], [3.0]]), torch.tensor([[2.0], [0.0]]))
+        >>> m.covariance(0, 1)
+        tensor([[-1.]], dtype=torch.float64)
+    """
+    z = torch.cat([x, y], 1).double()
+    start = torch.cat(shift).double() if shift else z.new_zeros(z.shape[1])
+    z = z - start
+    r = torch.stack([z[:, : x.shape[1]].square().sum(1), z[:, x.shape[1] :].square().sum(1)], 1)
+    return Moments(len(z), z.sum(0), z.T @ z, r.sum(0), r.T @ r, z.T @ r, x.shape[1], start)

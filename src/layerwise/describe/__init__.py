@@ -1,0 +1,32 @@
+"""Describe: from what was measured to figures for people."""
+
+from layerwise.describe.combine import combinations, layer_weights
+from layerwise.describe.effects import skip_effect, task_match
+from layerwise.describe.geometry import spread, update_fit
+from layerwise.describe.labels import probe, truncation
+from layerwise.describe.lens import lens, tuned_lens, voids
+from layerwise.describe.neurons import specialisation
+from layerwise.describe.similarity import canonical, direct_match, similarity
+from layerwise.describe.views import invariance
+from layerwise.describe.weights import rotation, spectrum
+
+__all__ = [
+    "canonical",
+    "combinations",
+    "direct_match",
+    "invariance",
+    "layer_weights",
+    "lens",
+    "probe",
+    "rotation",
+    "similarity",
+    "skip_effect",
+    "specialisation",
+    "spectrum",
+    "spread",
+    "task_match",
+    "truncation",
+    "tuned_lens",
+    "update_fit",
+    "voids",
+]

@@ -1,0 +1,214 @@
+"""The shape of what lies between layers: moments, spectra of documents, position and context."""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from layerwise.core.method import method
+from layerwise.core.stats import Probe, Seen
+from layerwise.core.tokens import Moments, by_token, kept, moments_of
+
+#: documents so far, the mean of the first one before and after, moments of even and odd documents
+Paired = tuple[int, tuple[Tensor, Tensor] | None, tuple[Moments | None, Moments | None]]
+
+
+@method("measure")
+def stream_moments() -> Probe:
+    """Moments of every token before (`x`) and after (`y`) a layer, of even and of odd documents.
+
+    In float64, both sides shifted by the mean of the first document, which changes nothing that is
+    invariant to a shift but saves digits. `4 dim^2` multiplications per token, a third of a layer.
+
+    Returns:
+        A probe whose value per layer is the `Moments` of even and of odd documents, so that what
+        is fitted on one can be tested on the other; none where a layer moves positions.
+
+    Example:
+        >>> x = torch.arange(6.0).reshape(2, 3, 1)
+        >>> probe = stream_moments()
+        >>> seen = Seen(x, 2 * x, None, None, {}, None)
+        >>> even, odd = probe.finish(probe.update(probe.init("decoder/0"), seen))
+        >>> even.count, odd.count, even.plus(odd).covariance(0, 1)
+        (3, 3, tensor([[5.8333]], dtype=torch.float64))
+    """
+
+    def update(state: Paired, seen: Seen) -> Paired:
+        assert seen.output is not None
+        documents, shift, folds = state
+        x, y = by_token(seen.inputs), by_token(seen.output)
+        if x.shape[:2] != y.shape[:2]:
+            return state
+        keep = kept(seen.inputs, seen.mask)
+        if shift is None:
+            shift = (x[0][keep[0]].double().mean(0), y[0][keep[0]].double().mean(0))
+        odd = (torch.arange(len(keep), device=keep.device) + documents) % 2 == 1
+        found = []
+        for fold, mine in zip(folds, (~odd, odd), strict=True):
+            here = keep & mine[:, None]
+            new = moments_of(x[here], y[here], shift)
+            found.append(new if fold is None else fold.plus(new))
+        return documents + len(keep), shift, (found[0], found[1])
+
+    def finish(state: Paired) -> tuple[Moments, ...]:
+        return tuple(fold for fold in state[2] if fold is not None)
+
+    return Probe("layer", lambda key: (0, None, (None, None)), update, finish)
+
+
+@method("measure", aliases=("prompt_entropy", "curvature"), paper="arXiv:2502.02013")
+def document_geometry(*, documents: int = 8, alpha: float = 1.0, clamp: bool = False) -> Probe:
+    r"""Spectral entropy and curvature of the states within a document, after each layer.
+
+    With `Z` `[tokens, dim]` the document's states minus their mean, every row of norm 1, and `p`
+    the eigenvalues of `Z Z^T` over their sum: `entropy = -sum p log p`, or `log(sum p^alpha) /
+    (1 - alpha)`, in nats; `rank = exp(entropy)`. `curvature` is the mean angle between successive
+    steps `z_{k+1} - z_k` of the states, `turn` that between the rows of `Z`, in degrees.
+
+    Args:
+        documents: only the first so many are looked at; each costs an eigenvalue problem.
+        alpha: order of the entropy.
+        clamp: set negative entries of `Z Z^T` to 0 first, as the authors' code does.
+
+    Returns:
+        A probe whose value per layer has means over documents of `entropy`, `entropy_share` (of
+        `log min(tokens, dim)`), `rank`, `curvature`, `turn`. A document of fewer than 3 tokens or
+        of equal ones has none. Isotropic independent tokens have a curvature of 120 degrees.
+
+    Example:
+        >>> eye = torch.eye(8)[None, :5]
+        >>> probe = document_geometry()
+        >>> found = probe.finish(probe.update(probe.init(""), Seen(eye, eye, None, None, {}, None)))
+        >>> round(found["rank"], 4), round(found["curvature"], 2)
+        (4.0, 120.0)
+
+    Reference: Skean et al., 2025, arXiv:2502.02013. Their code computes `turn` and calls it
+    curvature; the clamp makes the two sides `Z Z^T` and `Z^T Z` disagree, so it is off here.
+    """
+
+    def update(state: tuple[int, tuple[Tensor, ...]], seen: Seen) -> tuple[int, tuple[Tensor, ...]]:
+        assert seen.output is not None
+        count, found = state
+        rows, keep = by_token(seen.output), kept(seen.output, seen.mask)
+        for document, mine in list(zip(rows, keep, strict=True))[: max(documents - count, 0)]:
+            figures = _figures(document[mine].double(), alpha, clamp)
+            found = found if figures is None else (*found, figures)
+        return count + len(keep), found
+
+    def finish(state: tuple[int, tuple[Tensor, ...]]) -> dict[str, float]:
+        names = ("entropy", "entropy_share", "rank", "curvature", "turn")
+        if not state[1]:
+            return {}
+        return dict(zip(names, torch.stack(state[1]).mean(0).tolist(), strict=True))
+
+    return Probe("layer", lambda key: (0, ()), update, finish, figures=True)
+
+
+def _figures(x: Float[Tensor, "tokens dim"], alpha: float, clamp: bool) -> Tensor | None:
+    z = x - x.mean(0)
+    norms = z.norm(dim=1, keepdim=True)
+    if len(x) < 3 or norms.min() <= 1e-9 * x.norm(dim=1).max():
+        return None
+    z = z / norms
+    gram = (z @ z.T).clamp_min(0) if clamp else z @ z.T if len(z) <= z.shape[1] else z.T @ z
+    entropy = spectral_entropy(torch.linalg.eigvalsh(gram), alpha)
+    steps = torch.nn.functional.normalize(x.diff(dim=0), dim=1)
+    angles = [
+        ((v[1:] * v[:-1]).sum(1)).clamp(-1, 1).arccos().mean() * 180 / math.pi for v in (steps, z)
+    ]
+    share = entropy / math.log(min(x.shape))
+    return torch.stack([entropy, share, entropy.exp(), *angles])
+
+
+def spectral_entropy(values: Float[Tensor, " count"], alpha: float = 1.0) -> Float[Tensor, ""]:
+    """Renyi entropy in nats of eigenvalues over their sum; `alpha` 1 is Shannon's.
+
+    Example:
+        >>> round(spectral_entropy(torch.tensor([1.0, 1.0, 1.0, 0.0])).exp().item(), 4)
+        3.0
+    """
+    p = values.clamp_min(0) / values.clamp_min(0).sum()
+    p = p[p > 1e-14]
+    if alpha == 1:
+        return -(p * p.log()).sum()
+    return (p**alpha).sum().log() / (1 - alpha)
+
+
+#: length -> (sum over documents per position, the mean of each document, sum of products)
+Grids = dict[int, tuple[Tensor, tuple[Tensor, ...], Tensor]]
+
+
+@method("measure", aliases=("position_context",), paper="arXiv:2310.04861")
+def position_parts(*, skip_first: bool = True) -> Probe:
+    r"""How much of the states after a layer is position, how much document, how much neither.
+
+    Over documents `c` of equal length `T`: `h = mean + pos_t + ctx_c + rest`, exactly additive:
+    `sum |h - mean|^2 = C sum |pos_t|^2 + T sum |ctx_c|^2 + sum |rest|^2`. Where lengths differ,
+    the length that most tokens have is taken.
+
+    Args:
+        skip_first: leave position 0 out, whose huge norm would be all of `pos`.
+
+    Returns:
+        A probe whose value per layer has the shares of variance `position_share`,
+        `context_share`, `rest_share`; `position_rank`, the stable rank of `pos`;
+        `position_top10`, its ten largest singular values over all; `position_norm`, its spectral
+        norm relative to that of `h - mean`; `incoherence`, the largest `|cos(pos_t, ctx_c)|`;
+        `smoothness`, the share of `pos` in the lowest tenth of frequencies. Noise alone gives
+        `pos` the share `rest_share / documents`.
+
+    Example:
+        >>> h = torch.eye(4)[:2][None] + torch.eye(4)[2:][:, None]  # [documents, positions, dim]
+        >>> probe = position_parts(skip_first=False)
+        >>> found = probe.finish(probe.update(probe.init(""), Seen(h, h, None, None, {}, None)))
+        >>> [round(abs(found[k]), 4) for k in ("position_share", "rest_share", "incoherence")]
+        [0.5, 0.0, 0.0]
+
+    Reference: Song and Zhong, 2023, arXiv:2310.04861; they print `position_norm` and a ratio of
+    singular values, which are no shares of variance.
+    """
+
+    def update(state: Grids, seen: Seen) -> Grids:
+        assert seen.output is not None
+        rows, keep = by_token(seen.output), kept(seen.output, seen.mask)
+        found = dict(state)
+        for document, mine in zip(rows, keep, strict=True):
+            x = document[mine].double()[int(skip_first) :].cpu()
+            before = found.get(
+                len(x), (torch.zeros_like(x), (), x.new_zeros(x.shape[1], x.shape[1]))
+            )
+            found[len(x)] = (before[0] + x, (*before[1], x.mean(0)), before[2] + x.T @ x)
+        return found
+
+    return Probe("layer", lambda key: {}, update, split_positions, figures=True)
+
+
+def split_positions(state: Grids) -> dict[str, float]:
+    """The figures of the length that most tokens have; none of fewer than two documents."""
+    length = max(state, key=lambda n: (n * len(state[n][1]), n), default=0)
+    if length < 2 or len(state[length][1]) < 2:
+        return {}
+    sums, means, product = state[length]
+    ctx = torch.stack(means)
+    count, mean = len(ctx), ctx.mean(0)
+    pos, ctx = sums / count - mean, ctx - mean
+    covariance = product - count * length * torch.outer(mean, mean)
+    total = covariance.trace().item()
+    parts = [count * pos.square().sum().item() / total, length * ctx.square().sum().item() / total]
+    values = torch.linalg.svdvals(pos)
+    unit = torch.nn.functional.normalize
+    largest = torch.linalg.eigvalsh(covariance)[-1].clamp_min(0).sqrt()
+    waves = torch.fft.rfft(pos, dim=0).abs().square().sum(1)
+    waves[1:] *= 2
+    return {
+        "position_share": parts[0],
+        "context_share": parts[1],
+        "rest_share": 1 - sum(parts),
+        "position_rank": (values.square().sum() / values[0].square().clamp_min(1e-300)).item(),
+        "position_top10": (values[:10].sum() / values.sum().clamp_min(1e-300)).item(),
+        "position_norm": (count**0.5 * values[0] / largest).item(),
+        "incoherence": (unit(pos, dim=1) @ unit(ctx, dim=1).T).abs().max().item(),
+        "smoothness": (waves[: 1 + len(waves) // 10].sum() / waves.sum().clamp_min(1e-300)).item(),
+        "documents": float(count),
+    }

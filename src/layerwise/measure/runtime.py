@@ -1,0 +1,136 @@
+"""What runs inside a layer: how its heads look at positions, which of its neurons fire."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from layerwise.core.method import method
+from layerwise.core.stats import Probe, Seen
+from layerwise.core.tokens import kept
+
+#: rows, sum of entropies per head, inner products of the heads' patterns, tokens, documents
+Heads = tuple[int, Tensor | None, Tensor | None, int, int]
+
+
+@method("measure", aliases=("head_cosine",), paper="arXiv:2605.20441")
+def head_patterns() -> Probe:
+    r"""How alike the attention heads of a layer are, and how spread out each one looks.
+
+    `entropy` is the mean over rows and heads of `-sum_j P log(P + 1e-12)` in nats,
+    `entropy_spread` its standard deviation between heads; `cosine` the mean cosine between the
+    patterns of two heads, over all rows; `gap` the gap between the two largest eigenvalues of the
+    matrix of cosines. Two heads of random scores have a cosine of `floor` at this length if they
+    may look back only: nothing below it says anything. Probabilities are computed anew from
+    queries and keys, so the network runs as it is.
+
+    Returns:
+        A probe whose value per layer has these; nothing where the layer has no attention, or one
+        that is not computed by scaled dot-product attention.
+
+    Reference: Verma, 2026, arXiv:2605.20441; by the author's later note the two readouts predict
+    nothing beyond step count, loss and weight norm: a readout, no detector.
+    """
+
+    def update(state: Heads, seen: Seen) -> Heads:
+        shape = seen.inputs.shape[:2]
+        calls = [
+            a
+            for a in seen.attention
+            if (*a.query.shape[::2], a.key.shape[-2]) == (*shape, shape[1])
+        ]
+        if not calls:
+            return state
+        rows, entropy, gram, tokens, documents = state
+        for document, keep in enumerate(kept(seen.inputs, seen.mask)):
+            p = calls[0].probabilities(document)[:, keep].double()
+            flat = p.flatten(1)
+            bits = -(p * (p + 1e-12).log()).sum((1, 2))
+            entropy = bits if entropy is None else entropy + bits
+            gram = flat @ flat.T if gram is None else gram + flat @ flat.T
+            rows += p.shape[1]
+        count = len(seen.inputs)
+        return (
+            rows,
+            entropy,
+            gram,
+            tokens + int(kept(seen.inputs, seen.mask).sum()),
+            documents + count,
+        )
+
+    def finish(state: Heads) -> dict[str, float]:
+        rows, entropy, gram, tokens, documents = state
+        if entropy is None or gram is None:
+            return {}
+        each = entropy / rows
+        size = gram.diagonal().sqrt()
+        cosine = gram / torch.outer(size, size)
+        heads = len(cosine)
+        found = {"entropy": each.mean().item(), "entropy_spread": each.std(correction=0).item()}
+        if heads > 1:
+            values = torch.linalg.eigvalsh(cosine)
+            found["cosine"] = ((cosine.sum() - heads) / (heads * (heads - 1))).item()
+            found["gap"] = (values[-1] - values[-2]).item()
+            found["floor"] = causal_floor(round(tokens / documents))
+        return found
+
+    return Probe(
+        "layer",
+        lambda key: (0, None, None, 0, 0),
+        update,
+        finish,
+        watch=("attention",),
+        figures=True,
+    )
+
+
+def causal_floor(length: int, pairs: int = 64) -> float:
+    """Mean cosine between two causal heads whose scores are independent standard normal numbers.
+
+    Example:
+        >>> round(causal_floor(16), 1)
+        0.7
+    """
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, max(1, min(pairs, 2**22 // length**2)), length, length)
+    scores = torch.randn(shape, generator=generator)
+    ahead = torch.ones(length, length, dtype=torch.bool).triu(1)
+    a, b = scores.masked_fill(ahead, -torch.inf).softmax(-1).flatten(2)
+    return torch.cosine_similarity(a, b, dim=-1).mean().item()
+
+
+@method("measure", paper="arXiv:2409.02877")
+def neuron_means(*, inputs: str = "") -> Probe:
+    """Mean size of every neuron over the tokens of each document: `mean_t |x_t|`.
+
+    Neurons are the inputs of a matrix; those of a feed-forward part are what its last matrix
+    receives. Magnitudes, since gated neurons have a sign.
+
+    Args:
+        inputs: only input groups whose name ends so, such as `mlp.down`; all without it.
+
+    Returns:
+        A probe whose value per input group is `[documents, neurons]`, and `[0]` where its rows
+        are not the layer's tokens, as inside experts.
+
+    Example:
+        >>> x, owners = torch.tensor([[1.0], [-3.0], [5.0]]), torch.tensor([0, 0, 1])
+        >>> probe = neuron_means()
+        >>> seen = Seen(x, None, None, None, {}, None, owners=owners)
+        >>> probe.finish(probe.update(probe.init("decoder/0/mlp.down"), seen))
+        tensor([[2.],
+                [5.]])
+    """
+
+    def update(state: tuple[Tensor, ...] | None, seen: Seen) -> tuple[Tensor, ...] | None:
+        if state is None or seen.owners is None:
+            return state
+        owners = seen.owners.long()
+        sums = torch.zeros(int(owners.max()) + 1, seen.inputs.shape[1], dtype=torch.float64)
+        sums.index_add_(0, owners.cpu(), seen.inputs.abs().double().cpu())
+        count = torch.bincount(owners.cpu(), minlength=len(sums))
+        return (*state, (sums / count[:, None]).float())
+
+    def finish(state: tuple[Tensor, ...] | None) -> Float[Tensor, "..."]:
+        return torch.cat(state) if state else torch.zeros(0)
+
+    return Probe("input", lambda key: () if key.endswith(inputs) else None, update, finish)

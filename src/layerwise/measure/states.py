@@ -1,0 +1,147 @@
+"""States that are kept: of some tokens, or one per document."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from layerwise.core.method import method
+from layerwise.core.stats import Probe, Seen
+from layerwise.core.tokens import Sample, by_token, kept, places, priorities
+
+#: documents so far, the priorities of the kept tokens, and these
+Kept = tuple[int, Tensor, Sample | None]
+
+
+@method("measure")
+def token_sample(*, tokens: int = 512) -> Probe:
+    """States of at most `tokens` tokens before and after every layer, the same in all layers.
+
+    A token's document and position decide by a hash whether it is kept, so that neither the cut
+    into batches nor padding matters. Memory: `2 * tokens * dim` numbers per layer.
+
+    Args:
+        tokens: how many are kept.
+
+    Returns:
+        A probe whose value per layer is a `Sample`, ordered by document and position.
+
+    Example:
+        >>> seen = Seen(torch.zeros(2, 9, 4), torch.ones(2, 9, 4), None, None, {}, None)
+        >>> probe = token_sample(tokens=5)
+        >>> probe.finish(probe.update(probe.init("decoder/0"), seen)).after.shape
+        torch.Size([5, 4])
+    """
+
+    def update(state: Kept, seen: Seen) -> Kept:
+        assert seen.output is not None
+        documents, ranks, sample = state
+        keep = kept(seen.output, seen.mask)
+        where = places(keep, documents)
+        here = priorities(where)
+        chosen = _smallest(here, tokens).to(where.device)
+        new = Sample(where[chosen].cpu(), *(x[chosen].cpu() for x in _rows(seen, keep)))
+        ranks = torch.cat([ranks, here[chosen.cpu()]])
+        if sample is not None:
+            new = Sample(*(torch.cat(pair) for pair in zip(sample, new, strict=True)))
+        best = _smallest(ranks, tokens)
+        return documents + len(keep), ranks[best], Sample(*(_at(x, best) for x in new))
+
+    def finish(state: Kept) -> Sample:
+        sample = state[2]
+        assert sample is not None
+        order = (sample.where[:, 0] * 2**32 + sample.where[:, 1]).argsort()
+        return Sample(*(_at(x, order) for x in sample))
+
+    start = torch.zeros(0, dtype=torch.int64)
+    return Probe("layer", lambda key: (0, start, None), update, finish)
+
+
+def _rows(seen: Seen, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens that count, before and after; none before where the layer moves positions."""
+    assert seen.output is not None
+    before, after = by_token(seen.inputs), by_token(seen.output)
+    same = before.shape[:2] == after.shape[:2]
+    return before[keep] if same else before.new_zeros(int(keep.sum()), 0), after[keep]
+
+
+def _smallest(ranks: Tensor, count: int) -> Tensor:
+    return ranks.topk(min(count, len(ranks)), largest=False).indices
+
+
+def _at(rows: Tensor, chosen: Tensor) -> Tensor:
+    return rows[chosen]
+
+
+Pooling = Literal["mean", "last", "first", "max"]
+
+
+@method("measure")
+def pooled_states(*, how: Pooling = "mean") -> Probe:
+    """One state per document before and after every layer: its mean, last, first or largest token.
+
+    Args:
+        how: `mean` and `max` over the tokens that are no padding, or the `first` or `last` of them.
+
+    Returns:
+        A probe whose value per layer is a `Sample` whose rows are documents; its `where` holds the
+        document and the number of its tokens.
+
+    Example:
+        >>> x = torch.tensor([[[1.0], [4.0], [9.0]]])
+        >>> probe = pooled_states()
+        >>> seen = Seen(x, -x, torch.tensor([[1, 1, 0]]), None, {}, None)
+        >>> probe.finish(probe.update(probe.init("decoder/0"), seen)).after
+        tensor([[-2.5000]])
+    """
+
+    def update(state: tuple[Sample, ...], seen: Seen) -> tuple[Sample, ...]:
+        assert seen.output is not None
+        keep = kept(seen.output, seen.mask)
+        before, after = (by_token(x) for x in (seen.inputs, seen.output))
+        same = before.shape[:2] == after.shape[:2]
+        first = pool(before, keep, how) if same else before.new_zeros(len(keep), 0)
+        count = sum(len(part.where) for part in state)
+        document = torch.arange(count, count + len(keep))
+        where = torch.stack([document, keep.sum(1).cpu()], 1)
+        return (*state, Sample(where, first.float().cpu(), pool(after, keep, how).float().cpu()))
+
+    def finish(state: tuple[Sample, ...]) -> Sample:
+        return Sample(*(torch.cat(parts) for parts in zip(*state, strict=True)))
+
+    return Probe("layer", lambda key: (), update, finish)
+
+
+@method("measure")
+def first_states() -> Probe:
+    """The state of every document's first token, where encoders put what stands for all of it.
+
+    Returns:
+        `pooled_states` of the first token.
+    """
+    return pooled_states(how="first")
+
+
+@method("measure")
+def largest_states() -> Probe:
+    """The largest value of every dimension over a document's tokens.
+
+    Returns:
+        `pooled_states` of the maximum; padding is left out, not taken for 0.
+    """
+    return pooled_states(how="max")
+
+
+def pool(
+    rows: Float[Tensor, "batch seq dim"], keep: Tensor, how: Pooling
+) -> Float[Tensor, "batch dim"]:
+    """One row per document."""
+    if how == "mean":
+        share = keep[..., None].double()
+        return (rows.double() * share).sum(1) / share.sum(1).clamp_min(1)
+    if how == "max":
+        return rows.masked_fill(~keep[..., None], -torch.inf).amax(1)
+    count = keep.long().cumsum(1)
+    place = count.argmax(1) if how == "last" else (count == 1).long().argmax(1)
+    return rows[torch.arange(len(rows), device=rows.device), place]
