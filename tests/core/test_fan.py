@@ -46,13 +46,16 @@ def test_an_error_of_an_item_is_raised(engine: Engine, cluster: None) -> None:
         fan_out(summed, [3, -1, 3], engine)
 
 
-def test_threads_depend_on_items_and_cores_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fan, "_CORES", 8)
-    assert [fan.threads_each(n) for n in (1, 2, 3, 8, 100)] == [8, 4, 2, 1, 1]
-    seen: set[int] = set()
-    fan_out(lambda _: seen.add(torch.get_num_threads()), [1, 2, 3, 4], Engine("threads", 1))
-    assert seen == {2}
-    assert torch.get_num_threads() == 1
+def test_threads_depend_on_items_and_cores_alone() -> None:
+    torch.set_num_threads(8)
+    try:
+        assert [fan.threads_each(n) for n in (1, 2, 3, 8, 100)] == [8, 4, 2, 1, 1]
+        seen: set[int] = set()
+        fan_out(lambda _: seen.add(torch.get_num_threads()), [1, 2, 3, 4], Engine("threads", 1))
+        assert seen == {2}
+        assert torch.get_num_threads() == 8
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_as_many_at_once_as_there_are_workers() -> None:

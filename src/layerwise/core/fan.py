@@ -32,16 +32,13 @@ class Engine(NamedTuple):
 
 
 def threads_each(count: int) -> int:
-    """Threads for each of `count` items: the cores of this machine, shared out.
+    """Threads for each of `count` items: those that torch may use here, shared out.
 
     Example:
         >>> threads_each(10_000)
         1
     """
-    return max(1, _CORES // max(count, 1))
-
-
-_CORES = torch.get_num_threads()
+    return max(1, torch.get_num_threads() // max(count, 1))
 
 
 def fan_out(
@@ -69,7 +66,7 @@ def fan_out(
         [1, 2, 3]
     """
     threads = threads_each(len(items))
-    workers = min(engine.workers or _CORES // threads, len(items))
+    workers = min(engine.workers or torch.get_num_threads() // threads, len(items))
     if engine.kind == "ray":
         return _ray(function, items, engine.workers, threads, done)
     if engine.kind == "processes":
