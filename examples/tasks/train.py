@@ -163,8 +163,8 @@ def image(folder: Path) -> tuple[Path, int]:
 
 #: task -> (how its folder is made, steps, highest learning rate)
 TASKS: dict[str, tuple[Callable[[Path], tuple[Path, int]], int, float]] = {
-    "masked": (masked, 500, 2e-3),
-    "seq2seq": (seq2seq, 700, 2e-3),
+    "masked": (masked, 1800, 1e-3),
+    "seq2seq": (seq2seq, 2400, 1e-3),
     "image": (image, 700, 1e-3),
 }
 
