@@ -133,7 +133,7 @@ def _dequantize(folder: Path, method: str, out: Path) -> None:
         _save(_plain(kind, config, found), out, folder)
 
 
-def _load(kind: type[PreTrainedModel], folder: Path, **options: Any) -> Any:
+def _load(kind: Any, folder: Path, **options: Any) -> Any:
     """A stock model, with every weight from its files."""
     loaded: Any = kind.from_pretrained(folder, dtype="auto", output_loading_info=True, **options)
     found, info = loaded
