@@ -14,8 +14,10 @@ from layerwise.cli import app
 from layerwise.core.data import Texts
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.network import Network
+from layerwise.core.reader import windows
 from layerwise.jobs.against import beside, inspect_models
 from layerwise.jobs.inspect import Inspected, inspect_model
+from layerwise.jobs.session import load_reader
 from layerwise.jobs.wanted import MEASURES, Wanted, announced
 
 BATCHES = [
@@ -83,6 +85,15 @@ def test_states_are_those_of_transformers(tiny) -> None:
         sample = found.stats["token_sample"][f"decoder/{i}"]
         rows = torch.stack([torch.cat([g[i + 1] for g in given])[d, t] for d, t in sample.where])
         torch.testing.assert_close(sample.after, rows)
+
+
+def test_the_calibrate_part_is_read(tiny, texts: Texts) -> None:
+    network = layerwise.open(tiny("llama"))
+    batches = windows(load_reader(network), texts, "calibrate")
+    given, read = (
+        inspect_model(network, data, Wanted(("update_norm",))) for data in (batches, texts)
+    )
+    assert [row["update_norm"] for row in given.rows] == [row["update_norm"] for row in read.rows]
 
 
 def test_rows_hold_every_figure_and_nothing_else(tiny, texts: Texts) -> None:
