@@ -14,8 +14,10 @@ from layerwise.cli import app
 from layerwise.core.data import Texts
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.network import Network
+from layerwise.core.reader import windows
 from layerwise.jobs.against import beside, inspect_models
 from layerwise.jobs.inspect import Inspected, inspect_model
+from layerwise.jobs.session import load_reader
 from layerwise.jobs.wanted import MEASURES, Wanted, announced
 
 BATCHES = [
@@ -85,6 +87,15 @@ def test_states_are_those_of_transformers(tiny) -> None:
         torch.testing.assert_close(sample.after, rows)
 
 
+def test_the_calibrate_part_is_read(tiny, texts: Texts) -> None:
+    network = layerwise.open(tiny("llama"))
+    batches = windows(load_reader(network), texts, "calibrate")
+    given, read = (
+        inspect_model(network, data, Wanted(("update_norm",))) for data in (batches, texts)
+    )
+    assert [row["update_norm"] for row in given.rows] == [row["update_norm"] for row in read.rows]
+
+
 def test_rows_hold_every_figure_and_nothing_else(tiny, texts: Texts) -> None:
     found = inspect_model(tiny("llama"), texts, Wanted(("depth_use", "similarity", "spectrum")))
     assert found.rows[0]["depth_use.attention_ratio"] > 0
@@ -120,7 +131,7 @@ def test_everything_at_once(tiny, texts: Texts, labelled: Path) -> None:
         "head_patterns",
         "position_parts",
     } <= heads
-    assert found.warnings == ("left out for want of what they need: rotation",)
+    assert found.warnings[0].endswith("need: rotation, skip_effect, task_match")
     assert [line.partition(":")[0].split()[0] for line in said][:2] == ["tuned_lens", "invariance"]
     assert all(row["probe.accuracy"] == 1 for row in found.rows)
 
@@ -191,7 +202,9 @@ def test_layers_left_out_and_standing_in(tiny, texts: Texts) -> None:
     wanted = Wanted(("skip_effect", "task_match"), options)
     found = inspect_model(tiny("llama"), texts, wanted, say=said.append)
     assert said[0] == "skip_effect runs the network 5 times on one document"
-    assert all(row["skip_effect.output"] > 0 and row["task_match.loss"] > 0 for row in found.rows)
+    assert all(row["skip_effect.output"] > 0 for row in found.rows[:-1])
+    assert found.rows[-1]["skip_effect.output"] == 0  # nothing mixes positions above it
+    assert all(row["task_match.loss"] > 0 for row in found.rows)
 
 
 def test_costs_are_said_before(tiny) -> None:

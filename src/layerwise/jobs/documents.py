@@ -136,7 +136,7 @@ def perturbed(text: str, generator: random.Random, share: float = 0.1) -> str:
 
     Example:
         >>> perturbed("one two three", random.Random(1), share=1.0)
-        'o ne two thhree'
+        'noe tow th ree'
     """
     words = []
     for word in text.split(" "):

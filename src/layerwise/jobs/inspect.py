@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,7 @@ class _Run:
             return Stats({})
         batches = self.batches(kind)
         if "rerun" in given:
-            self.given["rerun"] = Rerun(self.network, [_one(b) for b in batches[:PROMPTS]])
+            self.given["rerun"] = Rerun(self.network, alone(batches, PROMPTS))
         if "tail" in given:
             self.given["tail"] = Tail(self.network, batches[0])
         if not probes:
@@ -212,9 +213,14 @@ class _Run:
         return Figures(values, next((f.note for f in found.values()), ""), maps)
 
 
-def _one(batch: Batch) -> Batch:
-    """The first document of a batch."""
-    return {key: value[:1] for key, value in batch.items()}
+def alone(batches: Sequence[Batch], count: int) -> list[Batch]:
+    """The first documents of some batches, each in a batch of its own."""
+    rows = (
+        {key: value[i : i + 1] for key, value in batch.items()}
+        for batch in batches
+        for i in range(len(next(iter(batch.values()))))
+    )
+    return list(islice(rows, count))
 
 
 def _itself(method: Method) -> tuple[str, ...]:

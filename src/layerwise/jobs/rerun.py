@@ -24,13 +24,19 @@ class Ran(NamedTuple):
 
 
 class Rerun:
-    """Runs one of some batches, with layers' outputs replaced; `count` says how many there are."""
+    """Runs one of some batches, with layers' outputs replaced; `count` says how many there are.
+
+    The weights are brought in at the first run: a pass over the data before it drops them.
+    """
 
     def __init__(self, network: Network, batches: Sequence[Batch]) -> None:
-        self.network, self.batches, self.count = network.load(), batches, len(batches)
+        self.network, self.batches, self.count = network, batches, len(batches)
+        self.loaded = False
 
     def __call__(self, number: int, replace: Mapping[str, Replace] = {}) -> Ran:
         """Run a batch; gradients flow through what is replaced if they are enabled."""
+        if not self.loaded:
+            self.network, self.loaded = self.network.load(), True
         before: dict[str, Tensor] = {}
         after: dict[str, Tensor] = {}
 

@@ -53,7 +53,8 @@ def chosen(wanted: Wanted, network: Network, against: bool) -> tuple[list[Method
     if names == ("all",):
         ready = [m for m in every if set(m.given) <= given and _reads(m)]
         left = [m.name for m in every if m not in ready and m.family == "describe"]
-        return ready, [f"left out for want of what they need: {', '.join(left)}"] if left else []
+        what = f"not in `all`, to be named with what they need: {', '.join(left)}"
+        return ready, [what] if left else []
     found = [find(n, "measure", "describe") for n in names]
     if names == MEASURES:
         return [m for m in found if set(m.given) <= given], []
