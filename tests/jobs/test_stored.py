@@ -158,7 +158,10 @@ def test_experts_that_no_token_reaches(tiny: Callable[..., Path], tmp_path: Path
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     edits = (Edit("*/*/mlp", (Step("gptq", {"bits": 4, "group": 32}),)),)
     spec = DataSpec(str(data), samples=4, length=16)
-    after = applied(model, data=spec, edits=edits)
+    plan = plan_for(model, data=spec, edits=edits)
+    (warning,) = apply_plan(model, plan, model.with_name("out")).warnings
+    assert warning.startswith("no data came to decoder/0/mlp.") and "[2]" in warning
+    after = tensors_of(model.with_name("out"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     experts = {name for name in before if ".experts." in name}
     assert experts and experts <= changed

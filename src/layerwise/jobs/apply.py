@@ -112,10 +112,21 @@ def apply_plan(
         plan.save(part / "plan.yaml")
         reports = {key: line["report"] for key, line in journal.lines.items()}
         rows = [layer_row(network, la, plan, reports.get(la.key, {})) for la in network.layers()]
-        warnings = must_be_sound(part, network, batch) if check else []
+        unseen = [key for report in reports.values() for key in report["unseen"]]
+        warnings = [without_data(unseen)] if unseen else []
+        warnings += must_be_sound(part, network, batch) if check else []
         os.replace(part, out)
         journal.remove()
     return Applied(out, nbytes, rows, warnings)
+
+
+def without_data(unseen: Sequence[str]) -> str:
+    """A warning that names matrices which no token of the data came to."""
+    more = f" and {len(unseen) - 3} more" if len(unseen) > 3 else ""
+    return (
+        f"no data came to {', '.join(unseen[:3])}{more}: solved without statistics; give more or "
+        "other data, or keep them with --keep"
+    )
 
 
 def stored_dense(solver: Solver) -> Callable[[Layer], Mapping[str, Weight]]:

@@ -67,6 +67,7 @@ class Solver:
         self.gathering = Gathering(self.probes, batches)
         self.records: dict[str, Weight] = {}
         self.errors: dict[str, float] = {}
+        self.unseen: list[str] = []
         self.solved: list[str] = []
         self.began = 0.0
 
@@ -104,11 +105,11 @@ class Solver:
             members = [matrix for rows in stop.rows for matrix in rows.matrices]
             self._solve(members, stop.weight, stats, stop)
         else:
-            self._solve(layer.matrices, stop.weight, {}, stop)  # experts that no token was sent to
+            self._solve(layer.matrices, stop.weight, {}, stop)  # what no token was sent to
             self.finish(layer)
 
     def _begin(self) -> None:
-        self.records, self.errors, self.began = {}, {}, monotonic()
+        self.records, self.errors, self.unseen, self.began = {}, {}, [], monotonic()
 
     def _solve(
         self,
@@ -123,6 +124,7 @@ class Solver:
         tasks = [Task(weight(m), kind, stats.get(m.inputs, {}), self.chain(m)) for m in open_]
         if self.engine.kind == "ray":  # a slice would travel with all of its parameter
             tasks = [task._replace(weight=task.weight.clone()) for task in tasks]
+        self.unseen += [m.key for m in open_ if self.probes and not stats.get(m.inputs)]
         solved = fan_out(solve_matrix, tasks, self.engine)
         for matrix, (record, error) in zip(open_, solved, strict=True):
             self.records[matrix.key], self.errors[matrix.key] = record, error
@@ -130,10 +132,14 @@ class Solver:
                 stop.substitute(matrix, record.dense())
 
     def finish(self, layer: Layer) -> None:
-        """Write the layer to the journal."""
-        seconds = monotonic() - self.began
-        report = {"errors": self.errors, "bytes": sum(r.nbytes for r in self.records.values())}
-        self.journal.write(layer.key, self.records, report | {"seconds": seconds})
+        """Write the layer to the journal, and which matrices no data came to."""
+        report = {
+            "errors": self.errors,
+            "bytes": sum(r.nbytes for r in self.records.values()),
+            "unseen": self.unseen,
+            "seconds": monotonic() - self.began,
+        }
+        self.journal.write(layer.key, self.records, report)
         self.solved.append(layer.key)
 
 
