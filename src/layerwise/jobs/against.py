@@ -62,7 +62,7 @@ def inspect_models(
     b = inspect_model(second, texts, wanted, progress=progress, say=say)
     maps = cross_maps(first, second, a.stats, b.stats)
     warnings = a.warnings + (() if maps else ("no maps between layers: other tokens or no sample",))
-    columns = tuple(c for name in a.columns[:4] for c in (name, f"{name} (B)"))
+    columns = tuple(c for name in a.columns[:3] for c in (name, f"{name} (B)"))
     turned = ("rotation.rotation",) if alike else ()
     return replace(
         a,
