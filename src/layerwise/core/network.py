@@ -138,6 +138,19 @@ class Network:
         _bring_outside(wide)
         return wide
 
+    def inspect(self, texts: Any = None, **wanted: Any) -> Any:
+        """Every layer measured in one pass, as a table; `layerwise.inspect` says what it takes.
+
+        Args:
+            texts: a `layerwise.core.data.Texts`; the standard library without.
+            wanted: fields of `layerwise.jobs.wanted.Wanted`, such as `measures`.
+        """
+        from layerwise.core.data import Texts
+        from layerwise.jobs.against import inspect_models
+        from layerwise.jobs.wanted import Wanted
+
+        return inspect_models(self, "", texts or Texts(), Wanted(**wanted))
+
     def load(self) -> "Network":
         """Fill in every layer, so that the network can be run many times."""
         for layer in self.layers():
