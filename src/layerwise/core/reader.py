@@ -43,7 +43,12 @@ class Reader(NamedTuple):
                 fix="mend the row, or give it a `text` instead",
             ):
                 text = self.processor.apply_chat_template(json.loads(text), tokenize=False)
-        ids = self.processor(text, verbose=False, add_special_tokens=not bare)["input_ids"]
+        with refusing(
+            "tokenizer",
+            allowed="one that reads the data",
+            fix="copy the tokenizer that belongs to this model into its folder",
+        ):
+            ids = self.processor(text, verbose=False, add_special_tokens=not bare)["input_ids"]
         if self.rows and ids and max(ids) >= self.rows:
             raise LayerwiseError(
                 "tokenizer",

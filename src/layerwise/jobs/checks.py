@@ -144,7 +144,15 @@ def _edited_in_memory(
             yield answers_of(original)(batch)
     try:
         yield answers_of(_reordered(original, stacks, kept))(batch)
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError):
+    except (
+        LayerwiseError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        IndexError,
+        KeyError,
+        AttributeError,
+    ):
         return  # an order that the unedited configuration does not allow
 
 
