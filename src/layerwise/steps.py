@@ -1,0 +1,172 @@
+"""The steps that several commands share: what was asked, and plan, apply and verify for people."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from layerwise.console import Output
+
+
+def say_data(output: Output, data: str) -> None:
+    """Say what the default data is whenever it is used."""
+    if data == "stdlib":
+        version = ".".join(map(str, sys.version_info[:3]))
+        output.say(
+            f"data: source text of the Python {version} standard library (--data changes it)"
+        )
+
+
+def request_of(given: dict[str, Any]) -> Any:
+    """A planner's request out of the options of a command."""
+    from layerwise.core.errors import LayerwiseError
+    from layerwise.core.folder import find_folder
+    from layerwise.core.plan import DataSpec, settings
+    from layerwise.jobs.plan import Request
+    from layerwise.jobs.session import Budget, parse_bits, parse_bytes, parse_share
+
+    named = [n for n in ("size", "bytes_", "bits", "depth") if given[n] not in ("", None)]
+    if len(named) != 1:
+        raise LayerwiseError(
+            "budget",
+            allowed="exactly one of --size, --bytes, --bits, --depth",
+            found=", ".join("--" + n.rstrip("_") for n in named) or "none",
+            fix="give one, such as --size 25%",
+        )
+    depth = None
+    if given["depth"]:
+        depth = _layers(find_folder(given["model"]), given["depth"], parse_share)
+    budget = Budget(
+        parse_share(given["size"], "--size") if given["size"] else None,
+        parse_bytes(given["bytes_"]) if given["bytes_"] else None,
+        parse_bits(given["bits"]) if given["bits"] is not None else None,
+        depth,
+    )
+    return Request(
+        given["model"],
+        budget,
+        target=given["target"] or ("hf" if given["depth"] else "compressed-tensors"),
+        method=given["method"],
+        score=given["score"],
+        allocator=given["allocator"],
+        data=DataSpec(given["data"], given["seed"], given["samples"], given["length"]),
+        keep=tuple(given["keep"]),
+        settings=settings(given["set_"]),
+        device=given["device"],
+        dtype=given["dtype"],
+        engine=engine_of(given["engine"], given["workers"]),
+    )
+
+
+def engine_of(kind: str, workers: int) -> Any:
+    """Where independent work is done."""
+    from layerwise.core.errors import LayerwiseError
+    from layerwise.core.fan import Engine
+
+    if kind not in ("threads", "processes", "ray"):
+        raise LayerwiseError(
+            "--engine", allowed="threads, processes or ray", found=kind, fix="choose one of them"
+        )
+    return Engine(kind, workers)
+
+
+def check_new(out: Path) -> None:
+    """A folder that is to be written must not exist, and its place must be writable."""
+    from layerwise.core.errors import LayerwiseError
+    from layerwise.jobs.session import check_out
+
+    if out.exists():
+        raise LayerwiseError(
+            f"--out {out}",
+            allowed="a new folder",
+            found="one that exists",
+            fix="choose another name or remove it",
+        )
+    check_out(out)
+
+
+def _layers(folder: Path, text: str, share: Callable[[str, str], float]) -> int:
+    """How many layers `9` or `75%` are."""
+    if text.strip().isdigit():
+        return int(text)
+    from layerwise.core.network import open_network
+
+    return max(1, int(share(text, "--depth") * len(open_network(folder).layers())))
+
+
+def run_plan(output: Output, request: Any) -> Any:
+    """Make a plan and show what every group or layer gets."""
+    from layerwise.jobs.plan import make_plan, reached
+    from layerwise.report.terminal import progress_bar
+
+    say_data(output, request.data.source)
+    with progress_bar(output.as_json) as progress:
+        planned = make_plan(request, progress)
+    key = "group" if planned.menus else "layer"
+    output.table("plan", planned.rows, key, "option", "bytes", "importance", "damage")
+    output.more["bytes"] = planned.nbytes
+    output.say(reached(planned))
+    return planned
+
+
+def run_apply(
+    output: Output,
+    model: str,
+    plan: str,
+    out: str,
+    dry_run: bool,
+    options: dict[str, Any],
+) -> None:
+    """Apply a plan, or show what would be, and write the report into the folder."""
+    from layerwise.core.machine import write_whole
+    from layerwise.core.plan import read_plan
+    from layerwise.jobs.apply import apply_plan, preview
+    from layerwise.jobs.card import write_card
+    from layerwise.report.terminal import progress_bar
+
+    read = read_plan(Path(plan))
+    if not dry_run:
+        check_new(Path(out))
+    if dry_run:
+        rows = preview(model, read, options["other_weights"])
+        output.table("would be applied", rows, "layer", "from", "options", "bytes")
+        return
+    with progress_bar(output.as_json) as progress:
+        applied = apply_plan(model, read, Path(out), progress=progress, **options)
+    output.table("applied", applied.rows, "layer", "from", "options", "bytes", "error", "seconds")
+    output.files.append(out)
+    output.warnings += applied.warnings
+    output.more["bytes"] = applied.nbytes
+    write_card(Path(out), model, read)
+    report = Path(out) / "report.json"
+    write_whole(report, json.dumps(output.as_dict(), indent=1))
+
+
+def run_verify(output: Output, model: str, folder: Path, settings: Any) -> None:
+    """Verify a folder, show what came of it, and write its reports."""
+    from layerwise.core.machine import write_whole
+    from layerwise.core.plan import read_plan
+    from layerwise.jobs.card import write_card
+    from layerwise.jobs.pages import plan_section, write_page
+    from layerwise.jobs.verify import verify as run
+    from layerwise.report.terminal import progress_bar
+
+    with progress_bar(output.as_json) as progress:
+        found = run(model, folder, settings, progress)
+    columns = ("name", "bytes", "loss", "kl", "agree", "prefill", "decode", "memory")
+    output.table("verified", found.rows, *columns)
+    for row in found.rows[1:]:
+        output.say(f"{row['name']}: {row['what']}")
+    output.warnings += found.warnings
+    output.more |= {"checks": found.checks, "ratio": found.ratio, "verdict": found.verdict}
+    for check in found.checks:
+        output.say(f"{'ok ' if check['ok'] else 'NO '} {check['name']}: {check['found']}")
+    output.say(found.verdict)
+    write_card(folder, model, read_plan(folder / "plan.yaml"), found)
+    section = plan_section(folder, found)
+    write_page(folder / "report.html", f"{folder.name}: {model}", [section])
+    report = folder / "report.json"
+    before = json.loads(report.read_text()) if report.exists() else {}
+    write_whole(report, json.dumps(before | {"verify": output.as_dict()}, indent=1))
+    output.files.append(str(folder / "report.html"))
