@@ -2,6 +2,12 @@
 
 from layerwise.core.intervene import keeping
 from layerwise.core.sites import At, Cache, Intervention, Runs, sites
+from layerwise.intervene.sweeps import (
+    activation_patching,
+    attribution_patching,
+    back_patching,
+    moved,
+)
 from layerwise.intervene.verbs import ablate, add, patch, repeat, replace, scale, skip, stop
 
 __all__ = [
@@ -10,8 +16,12 @@ __all__ = [
     "Intervention",
     "Runs",
     "ablate",
+    "activation_patching",
     "add",
+    "attribution_patching",
+    "back_patching",
     "keeping",
+    "moved",
     "patch",
     "repeat",
     "replace",

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.hollow import ShortCircuit
-from layerwise.core.intervene import instead, swapped
+from layerwise.core.instead import instead, swapped
 from layerwise.core.lockstep import hidden
 from layerwise.core.network import Network
 from layerwise.core.stack import Layer
