@@ -133,6 +133,10 @@ def test_heads_are_slices_of_what_the_projection_receives(opened, kind: str) -> 
     heads, whole = found.values.values()
     width = heads.shape[-1]
     assert torch.equal(heads.flatten(2), whole[..., : 2 * width])
+    one = At(1 - len(network.stack.layers), "attention", positions=-1, heads=1)
+    assert torch.equal(found[one], heads[:, -1:, 1:])
+    with pytest.raises(LayerwiseError, match=r"1 attention, head 0-1; 1 attention\.o"):
+        found[At(1, "attention", heads=2)]
     got = logits(network, batch, [ablate(At(1, "attention", heads=1))])
     matrix = [m for m in layer.matrices if m.part == "attention"][-1]
     parameter = dict(layer.module.named_parameters())[matrix.parameter]

@@ -70,10 +70,8 @@ def cache(
         edits: changes of the same run; what is kept is what is there after them.
         grad: keep nodes of the graph, so that the output can be differentiated by them.
     """
+    where = where or sites(network)
     kept: dict[At, list[Tensor]] = {}
-    keep = [keeping(at, kept, grad) for at in where or sites(network)]
-    output = run(network, batch, [*edits, *keep], grad)
-    return Cache(
-        {at: torch.cat(found, 1) if len(found) > 1 else found[0] for at, found in kept.items()},
-        output,
-    )
+    output = run(network, batch, [*edits, *(keeping(at, kept, grad) for at in where)], grad)
+    values = {at: torch.cat(kept[at], 1) if kept[at][1:] else kept[at][0] for at in where}
+    return Cache(values, output, (network.stack.name, len(network.stack.wiring)))

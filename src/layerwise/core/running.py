@@ -156,15 +156,17 @@ class Running:
     def _apply(
         self, wanted: Iterable[Intervention], value: Tensor, start: int, heads: int = 0
     ) -> Tensor:
+        own = False  # a value made here is written into: a sweep has many sites in one place
         for at, change in wanted:
             if at.heads is not None:
                 _check_heads(at, value, heads)
-            new = changed(at, value, change, start, heads)
+            new = changed(at, value, change, start, heads, own)
             if new is None:
                 if at in self.unreached:
                     self.unreached[at] = f"positions {start} to {start + value.shape[1] - 1}"
             else:
                 self.unreached.pop(at, None)
+                own = not at.whole and (own or new is not value) and not new.requires_grad
                 value = new
         return value
 

@@ -1,6 +1,6 @@
 """Places in a network where a value can be seen and changed, and what to do there."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -41,6 +41,11 @@ class At(NamedTuple):
     part: str = "out"
     positions: Several = None
     heads: Several = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether all positions are meant, and no heads."""
+        return self.positions is None and self.heads is None
 
     @property
     def label(self) -> str:
@@ -146,7 +151,9 @@ def indices(several: Several, length: int, start: int = 0) -> list[int]:
     return [n for n in local if 0 <= n < length]
 
 
-def changed(at: At, value: Tensor, change: Change, start: int = 0, heads: int = 0) -> Tensor | None:
+def changed(
+    at: At, value: Tensor, change: Change, start: int = 0, heads: int = 0, own: bool = False
+) -> Tensor | None:
     """A value after a change at its positions and heads; None where it has none of them.
 
     Args:
@@ -155,11 +162,12 @@ def changed(at: At, value: Tensor, change: Change, start: int = 0, heads: int = 
         change: given `[batch, positions, dim]`, or `[batch, positions, head, dim]`.
         start: the position of the first row.
         heads: how many there are in `dim`.
+        own: whether the value may be written into, when positions or heads are chosen.
 
     Raises:
         LayerwiseError: what comes back does not fit what was there.
     """
-    if at.positions is None and at.heads is None:
+    if at.whole:
         return _fitting(at, value, change(value))
     if value.ndim != 3:
         found = f"one of the shape {list(value.shape)}"
@@ -178,7 +186,7 @@ def changed(at: At, value: Tensor, change: Change, start: int = 0, heads: int = 
     new = change(here)
     if new is here:
         return value
-    room = folded.clone()
+    room = folded if own else folded.clone()
     room[key] = _fitting(at, here, new)
     return room.reshape(value.shape)
 
@@ -197,28 +205,61 @@ def _fitting(at: At, old: Tensor, new: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Cache:
-    """What was at some places in a run, and the network's output."""
+    """What was at some places in a run, and the network's output.
+
+    `stack` is the name and depth of the stack that numbers of layers are about.
+    """
 
     values: Mapping[At, Tensor]
     output: Any
+    stack: tuple[str, int]
 
     def __getitem__(self, at: At) -> Tensor:
-        """The value at a place, or out of what is held of all its positions.
+        """The value at a place, or out of what is held of more positions or heads there.
 
         Raises:
             LayerwiseError: it was not captured.
         """
         if at in self.values:
             return self.values[at]
-        whole = self.values.get(at._replace(positions=None))
-        if whole is None:
-            held = "; ".join(known.label for known in self.values)
-            fix = "name the site when the cache is made"
-            raise LayerwiseError(f"cache at {at.label}", allowed=held, found="nothing", fix=fix)
-        return whole[:, indices(at.positions, whole.shape[1])]
+        for known, value in self.values.items():
+            if known.part == at.part and self._key(known) == self._key(at):
+                found = _out_of(known, value, at)
+                if found is not None:
+                    return found
+        raise LayerwiseError(
+            f"cache at {at.label}",
+            allowed="; ".join(known.label for known in self.values),
+            found="nothing",
+            fix="name the site when the cache is made",
+        )
 
-    def __iter__(self) -> Any:
+    def _key(self, at: At) -> str:
+        name, depth = self.stack
+        return at.layer if isinstance(at.layer, str) else f"{name}/{at.layer % depth}"
+
+    def __iter__(self) -> Iterator[At]:
         return iter(self.values)
 
     def __len__(self) -> int:
         return len(self.values)
+
+
+def _out_of(known: At, value: Tensor, at: At) -> Tensor | None:
+    """What is at a place, out of what is held of a layer and part; None if it is not in it."""
+    if known.positions not in (None, at.positions):
+        return None
+    if known.positions != at.positions:
+        value = value[:, indices(at.positions, value.shape[1])]
+    if known.heads == at.heads:
+        return value
+    held, wanted = _numbers(known.heads), _numbers(at.heads)
+    if not wanted or not set(wanted) <= set(held):
+        return None
+    return value[:, :, [held.index(head) for head in wanted]]
+
+
+def _numbers(several: Several) -> tuple[int, ...]:
+    if several is None or isinstance(several, int):
+        return () if several is None else (several,)
+    return tuple(several)

@@ -56,11 +56,11 @@ def activation_patching(
         tensor(1., dtype=torch.float64)
     """
     _check_alike(clean, corrupted)
-    plain = [
-        moved(network, side, side, [], metric, len(where), rows) for side in (clean, corrupted)
-    ]
-    above, below = (values.mean(1) for values in plain)
-    patched = moved(network, clean, corrupted, [(at, at) for at in where], metric, rows=rows)
+    slots = _slots(clean, len(where), rows)
+    kept, right = _taken(network, clean, where, metric, slots)
+    wrong = _taken(network, corrupted, (), metric, slots)[1]
+    above, below = right.mean(1), wrong.mean(1)
+    patched = _put(network, corrupted, list(zip(where, kept, strict=True)), metric, slots)
     slot = torch.arange(len(where)) % len(below)
     return (patched.mean(1) - below[slot]) / _apart(above - below)[slot]
 
@@ -144,46 +144,74 @@ def moved(
     target: Batch,
     moves: Sequence[tuple[At, At]],
     metric: Metric,
-    slots: int = 0,
     rows: int = 64,
 ) -> Float[Tensor, "moves prompts"]:
     """The metric of a target run in which one site holds what the source run has at another.
 
-    Every move has a slot, rows of its own, in a batch that repeats the prompts; one forward of the
-    source and one of the target per batch full of moves.
-
     Args:
         network: the opened model.
         source: where values are taken from.
-        target: where they are put.
+        target: where they are put; as many prompts.
         moves: pairs (site in the source, site in the target).
         metric: a number for each prompt, or one for all.
-        slots: without moves, the metric of the target in each of so many slots.
         rows: prompts in one forward.
     """
-    prompts = len(next(iter(target.values())))
-    slots = max(1, min(len(moves) or slots, rows // prompts))
-    mine = [slice(i * prompts, (i + 1) * prompts) for i in range(slots)]
+    slots = _slots(target, len(moves), rows)
+    kept, _ = _taken(network, source, [at for at, _ in moves], metric, slots)
+    put = [(at, value) for (_, at), value in zip(moves, kept, strict=True)]
+    return _put(network, target, put, metric, slots)
+
+
+def _slots(batch: Batch, count: int, rows: int) -> int:
+    """How often a forward repeats the prompts; every site has a slot, rows of its own."""
+    most = max(1, rows // len(next(iter(batch.values()))))
+    forwards = max(1, -(-count // most))
+    return max(1, -(-count // forwards))
+
+
+def _taken(
+    network: Network, batch: Batch, where: Sequence[At], metric: Metric, slots: int
+) -> tuple[list[Tensor], Float[Tensor, "slots prompts"]]:
+    """What a run has at every site, in the slot of that site, and the metric of every slot."""
+    prompts = len(next(iter(batch.values())))
     kept: dict[int, Tensor] = {}
-    keep = [Intervention(at, _keeping(kept, i, mine[i % slots])) for i, (at, _) in enumerate(moves)]
-    if keep:
-        run(network, _repeated(source, slots), keep)
+    keep = [
+        Intervention(at, _keeping(kept, i, _place(i % slots, prompts)))
+        for i, at in enumerate(where)
+    ]
+    output = run(network, _repeated(batch, slots), keep)
+    values = torch.stack([_of_slot(output, i, prompts, slots, metric) for i in range(slots)])
+    return [kept[i] for i in range(len(where))], values
+
+
+def _put(
+    network: Network, batch: Batch, puts: Sequence[tuple[At, Tensor]], metric: Metric, slots: int
+) -> Float[Tensor, "sites prompts"]:
+    """The metric with every value put at its site, each in its own slot."""
+    prompts = len(next(iter(batch.values())))
     found: list[Tensor] = []
-    for start in range(0, max(len(moves), 1), slots):
-        part = range(start, min(start + slots, len(moves)))
-        put = [Intervention(moves[i][1], _putting(kept.pop(i), mine[i - start])) for i in part]
-        output = run(network, _repeated(target, slots), put)
-        for place in mine[: len(part) or slots]:
-            found.append(_of_rows(output, place, slots * prompts, metric))
+    for start in range(0, len(puts), slots):
+        part = puts[start : start + slots]
+        edits = [
+            Intervention(at, _putting(value, _place(i, prompts)))
+            for i, (at, value) in enumerate(part)
+        ]
+        output = run(network, _repeated(batch, slots), edits)
+        found += [_of_slot(output, i, prompts, slots, metric) for i in range(len(part))]
     return torch.stack(found)
 
 
-def _of_rows(output: Any, place: slice, total: int, metric: Metric) -> Tensor:
-    """The metric of some rows of an output, which it sees as if they were all."""
+def _place(slot: int, prompts: int) -> slice:
+    return slice(slot * prompts, (slot + 1) * prompts)
+
+
+def _of_slot(output: Any, slot: int, prompts: int, slots: int, metric: Metric) -> Tensor:
+    """The metric of the rows of a slot, which it sees as if they were all."""
+    place, total = _place(slot, prompts), slots * prompts
     here = tree_map(
         lambda t: t[place] if isinstance(t, Tensor) and t.shape[:1] == (total,) else t, output
     )
-    return metric(here).detach().double().cpu().expand(place.stop - place.start)
+    return metric(here).detach().double().cpu().expand(prompts)
 
 
 def _repeated(batch: Batch, times: int) -> dict[str, Tensor]:
