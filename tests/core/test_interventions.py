@@ -50,6 +50,11 @@ def _module(kind: str) -> nn.Module:
             t.ViTConfig(**small, num_hidden_layers=3, image_size=32, patch_size=8)
         ),
     }
+    makers["xglm"] = lambda: t.XGLMForCausalLM(
+        t.XGLMConfig(
+            vocab_size=128, d_model=64, ffn_dim=96, num_layers=2, attention_heads=4, init_std=0.1
+        )
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return makers[kind]()
@@ -70,7 +75,7 @@ def opened(tiny: Callable[..., Any]) -> Callable[[str], tuple[Network, dict[str,
     def make(kind: str) -> tuple[Network, dict[str, Tensor]]:
         batch = batch_for(kind)
         if kind not in made:
-            own = kind in ("t5", "bart", "vit")
+            own = kind in ("t5", "bart", "vit", "xglm")
             network = layerwise.open(_module(kind), inputs=batch) if own else None
             made[kind] = network or layerwise.open(tiny(kind)).load()
         return made[kind], batch
@@ -124,7 +129,7 @@ def test_the_stream_is_the_sum_of_what_parts_add(opened, kind: str) -> None:
     assert torch.equal(found[At(1)], hidden[2])
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "bart", "vit"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bart", "vit", "xglm"])
 def test_heads_are_slices_of_what_the_projection_receives(opened, kind: str) -> None:
     """Reference: the columns of the output projection set to zero."""
     network, batch = opened(kind)

@@ -39,8 +39,7 @@ class MatrixInputs(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention or func in SOFTMAX:
-            scores = args[0] if args else next(iter(kwargs.values()))
-            self.heads = scores.shape[1] if scores.ndim == 4 else self.heads
+            self.heads = self._heads(args[0] if args else next(iter(kwargs.values())))
         found = operands(func, args, kwargs)
         if found is not None:
             x, weight, _ = found
@@ -51,6 +50,14 @@ class MatrixInputs(TorchFunctionMode):
                 args = tuple(new if a is x else a for a in args)
                 kwargs = {k: new if v is x else v for k, v in kwargs.items()}
         return func(*args, **kwargs)
+
+    def _heads(self, x: Tensor) -> int:
+        """The heads in queries or scores `[batch, head, seq, any]`, or those two folded into one."""
+        batch, seq = self.shape[:2]
+        if x.ndim not in (3, 4) or x.shape[-2] != seq:
+            return self.heads
+        heads, rest = divmod(x.shape[:-2].numel(), batch)
+        return heads if not rest and (x.ndim == 3 or x.shape[0] == batch) else self.heads
 
     def _changed(self, wanted: Sequence[Intervention], x: Tensor) -> Tensor:
         tokens = self.shape[0] * self.shape[1] == x.shape[:-1].numel()
