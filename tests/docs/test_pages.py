@@ -56,7 +56,7 @@ def test_how_methods_fit() -> None:
         assert len(body.splitlines()) <= 2
 
 
-@pytest.mark.parametrize("page", ["guide/measure.md", "../README.md"])
+@pytest.mark.parametrize("page", ["guide/measure.md", "guide/interventions.md", "../README.md"])
 def test_examples_run(page: str) -> None:
     exec(blocks(page), {})
 

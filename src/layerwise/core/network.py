@@ -3,9 +3,10 @@
 import copy
 import ctypes
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from layerwise.core.source import Source, check_stored
 from layerwise.core.stack import Layer, Stack
 from layerwise.core.task import Task, example_inputs, forward_arguments, task_of
 from layerwise.core.wiring import edited_config, parse_wiring
+
+if TYPE_CHECKING:
+    from layerwise.core.sites import At, Cache, Edits
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,36 @@ class Network:
         from layerwise.jobs.wanted import Wanted
 
         return inspect_models(self, "", texts or Texts(), Wanted(**wanted))
+
+    def run(self, batch: Mapping[str, Tensor], edits: "Edits" = (), grad: bool = False) -> Any:
+        """The output for a batch, with changes at some sites; see `layerwise.intervene`.
+
+        Example:
+            >>> from layerwise.intervene import At, ablate
+            >>> ids = torch.arange(8)[None]
+            >>> output = open_network("demo").run({"input_ids": ids}, [ablate(At(3, "mlp"))])
+        """
+        from layerwise.core.intervene import run
+
+        return run(self, batch, edits, grad)
+
+    def cache(
+        self,
+        batch: Mapping[str, Tensor],
+        sites: "Sequence[At]" = (),
+        edits: "Edits" = (),
+        grad: bool = False,
+    ) -> "Cache":
+        """What is at some sites in a run, by default the stream after every layer."""
+        from layerwise.core.intervene import cache
+
+        return cache(self, batch, sites, edits, grad)
+
+    def edited(self, edits: "Edits") -> "AbstractContextManager[Any]":
+        """A block in which everything that runs the model runs with changes, `generate` too."""
+        from layerwise.core.intervene import edited
+
+        return edited(self, edits)
 
     def load(self) -> "Network":
         """Fill in every layer, so that the network can be run many times."""

@@ -75,18 +75,25 @@ class StreamWatch(TorchFunctionMode):
     """Follows the stream through one layer; entered before the lanes run, left behind them.
 
     Nothing is kept alive but three numbers per token and accumulation, and with `attention` the
-    queries and keys.
+    queries and keys. With `change` it measures nothing: what a part is about to add is given to
+    `change(part, added)`, and what comes back is added in its place.
     """
 
     def __init__(
-        self, layer: Layer, inputs: Mapping[int, Tensor], additions: bool, attention: bool
+        self,
+        layer: Layer,
+        inputs: Mapping[int, Tensor],
+        additions: bool,
+        attention: bool,
+        change: Callable[[str, Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         parameters = dict(layer.module.named_parameters(remove_duplicate=False))
         self._parts = {
             parameters[m.parameter].untyped_storage().data_ptr(): m.part for m in layer.matrices
         }
-        self._follow, self._attend = additions, attention
+        self._follow, self._attend, self._change = additions, attention, change
+        self._given: list[str] = []
         self._links: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         #: tensor -> the parts that it is the sum of, and what each of them gave
         self._from: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -113,6 +120,8 @@ class StreamWatch(TorchFunctionMode):
         if not self._follow:
             self._enter(args)
             return func(*args, **kwargs)
+        if self._change is not None and func in ADDITIONS and _plain(args, kwargs):
+            args = self._changed(*args[:2], in_place=func in IN_PLACE)
         known = func in IN_PLACE and (args[0] in self._links or args[0] in self._from)
         before = args[0].clone() if known else None
         output = func(*args, **kwargs)
@@ -131,7 +140,7 @@ class StreamWatch(TorchFunctionMode):
         self, func: Any, args: tuple, kwargs: dict, output: Tensor, before: Tensor | None
     ) -> None:
         if func in ADDITIONS:
-            if len(args) > 1 and isinstance(args[1], Tensor) and not kwargs.get("alpha"):
+            if _plain(args, kwargs):
                 self._add(args[0], args[1], output, before)
         elif func in SAME or func in NORMS:
             for known in (self._links, self._from):
@@ -146,8 +155,6 @@ class StreamWatch(TorchFunctionMode):
                 self._from[output] = ((part, ref(output)),)
 
     def _add(self, a: Tensor, b: Tensor, output: Tensor, before: Tensor | None) -> None:
-        if a.shape != b.shape:
-            return
         old = a if before is None else before  # an addition in place has overwritten it
         if a in self._links:
             self._accumulate(self._links[a], old, b, self._made(b), output)
@@ -157,17 +164,49 @@ class StreamWatch(TorchFunctionMode):
             held = [(p, gave()) for p, gave in (*self._from[a], *self._from[b])]
             self._from[output] = tuple((p, _holding(old if x is a else x)) for p, x in held)
 
+    def _changed(self, a: Tensor, b: Tensor, in_place: bool) -> tuple[Tensor, Tensor]:
+        """The operands of an addition, with what parts add to the stream replaced."""
+        apart = {part for part, _ in self._made(a)} != {part for part, _ in self._made(b)}
+        sums = a in self._from and b in self._from and apart
+        new = self._gift(a) if (b in self._links and a not in self._links) or sums else a
+        if in_place and new is not a:
+            new = a.copy_(new)
+        return new, self._gift(b) if a in self._links or sums else b
+
+    def _gift(self, tensor: Tensor) -> Tensor:
+        """What is to be added in the place of a tensor, unless it is a sum of several parts."""
+        parts = {part for part, _ in self._made(tensor)} or {self._last}
+        if len(parts) > 1:
+            return tensor
+        part = parts.pop()
+        self._given.append(next(name for name in _numbered(part) if name not in self._given))
+        assert self._change is not None
+        new = self._change(self._given[-1], tensor)
+        if new is not tensor:
+            self._from[new] = ((part, ref(new)),)
+        return new
+
     def _made(self, tensor: Tensor) -> tuple:
         return self._from.get(tensor) or ()
 
     def _accumulate(
         self, link: _Link, stream: Tensor, gift: Tensor, made: tuple, output: Tensor
     ) -> None:
+        if self._change is not None:
+            self._links[output] = link
+            return
         found = [(part, gave()) for part, gave in made]
         apart = len({part for part, _ in found}) > 1 and all(x is not None for _, x in found)
         gifts = found if apart else [(found[0][0] if found else self._last, gift)]
         additions = tuple((p, measured(stream, x)) for p, x in gifts if x is not None)
         self._links[output] = _Link(link.batch, link.before + additions)
+
+
+def _plain(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether an addition is one of two tensors of one shape, neither of them scaled."""
+    tensors = [x for x in args[:2] if isinstance(x, Tensor)]
+    same = len(tensors) == 2 and tensors[0].shape == tensors[1].shape
+    return same and not kwargs.get("alpha")
 
 
 def _holding(tensor: Tensor | None) -> Callable[[], Tensor | None]:

@@ -1,15 +1,14 @@
 """The end of a network as a function: whatever stands between its last layer and its answer."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.hollow import ShortCircuit
+from layerwise.core.instead import instead, swapped
 from layerwise.core.lockstep import hidden
 from layerwise.core.network import Network
 from layerwise.core.stack import Layer
@@ -39,7 +38,7 @@ class Tail:
             )
         self.ids = {k: v[:1, :1] for k, v in batch.items() if k.endswith("input_ids")}
         self.shapes: dict[str, Any] = {}
-        with self._instead(self._remember):
+        with instead(network.layers(), self._remember):
             self._run(1, SHORT)
 
     def __call__(self, states: Tensor) -> Tensor:
@@ -50,10 +49,10 @@ class Tail:
 
         def told(layer: Layer) -> Callable[..., Any]:
             output, own = self.shapes[layer.key]
-            new = _with(output, own, given) if layer.stack == mine else output
+            new = swapped(output, own, given) if layer.stack == mine else output
             return lambda *args, **kwargs: new
 
-        with self._instead(told):
+        with instead(self.network.layers(), told):
             logits = self._run(*given.shape[:2])
         return logits if states.ndim == 3 else logits[0]
 
@@ -74,26 +73,7 @@ class Tail:
 
         return run
 
-    @contextmanager
-    def _instead(self, forward: Callable[[Layer], Callable[..., Any]]) -> Iterator[None]:
-        """Let every layer run something else than its own forward."""
-        places: list[dict[str, Any]] = [vars(la.module) for la in self.network.layers()]
-        before = [place.get("forward") for place in places]
-        for layer, place in zip(self.network.layers(), places, strict=True):
-            place["forward"] = forward(layer)
-        try:
-            yield
-        finally:
-            for place, own in zip(places, before, strict=True):
-                place.pop("forward")
-                place.update({} if own is None else {"forward": own})
-
 
 def network_end(network: Network) -> str:
     """The stack that the network's answer is made from."""
     return network.stacks[-1].name
-
-
-def _with(output: Any, own: Tensor, states: Tensor) -> Any:
-    """What a layer returned, with other states in the place of its own."""
-    return tree_map(lambda leaf: states if leaf is own else leaf, output)
