@@ -183,6 +183,61 @@ def test_ablating_a_planted_feature_changes_exactly_that() -> None:
     assert torch.equal(cached[At(0, positions=(2, 0))], 2 * plain[:, [2, 0]] + 0.5)
 
 
+class Mixing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(4, 4)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.out(h.cumsum(1))
+
+
+class Sequenced(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.mlp = Mixing(), nn.Linear(4, 4)
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = h + self.attn(h)
+        return self.mlp(h) + h
+
+
+class InPlace(Sequenced):
+    def forward(self, h: Tensor) -> Tensor:
+        both = self.mlp(h)
+        both += self.attn(h)
+        both += h
+        return both
+
+
+class Overwritten(Sequenced):
+    def forward(self, h: Tensor) -> Tensor:
+        h = h.clone()
+        h += self.attn(h)
+        made = self.mlp(h)
+        made.add_(h)
+        return made
+
+
+@pytest.mark.parametrize("kind", [Sequenced, InPlace, Overwritten])
+@pytest.mark.parametrize("child", ["attn", "mlp"])
+def test_additions_of_every_form(kind: Callable[[], Any], child: str) -> None:
+    """Reference: the matrix of the part set to zero."""
+    torch.manual_seed(0)
+    module = nn.Sequential(kind(), kind())
+    x = torch.sin(torch.arange(24.0)).reshape(2, 3, 4)
+    network = layerwise.open(module, inputs={"input": x})
+    layer = network.stack.layers[1]
+    part = next(p.name for p in layer.parts if child in p.modules)
+    before = network.run({"input": x})
+    got = network.run({"input": x}, [ablate(At(1, part))])
+    assert torch.equal(network.run({"input": x}), before)
+    for parameter in layer.module.get_submodule(child).parameters():
+        parameter.data.zero_()
+    torch.testing.assert_close(got, network.run({"input": x}))
+    assert not torch.allclose(got, before)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_skip_is_what_stand_ins_do(opened, kind: str) -> None:
     network, batch = opened(kind)
