@@ -153,36 +153,6 @@ def test_heads_are_slices_of_what_the_projection_receives(opened, kind: str) -> 
     assert not torch.allclose(got, logits(network, batch))
 
 
-class Planted(nn.Module):
-    """A position-wise layer that writes feature 0 from feature 1, and feature 2 from feature 3."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mlp = nn.Linear(4, 4, bias=False)
-        self.mlp.weight = nn.Parameter(torch.zeros(4, 4))
-        self.mlp.weight.data[0, 1] = self.mlp.weight.data[2, 3] = 1.0
-
-    def forward(self, h: Tensor) -> Tensor:
-        return h + self.mlp(h)
-
-
-def test_ablating_a_planted_feature_changes_exactly_that() -> None:
-    module = nn.Sequential(Planted(), Planted())
-    x = torch.arange(1.0, 25.0).reshape(2, 3, 4)
-    network = layerwise.open(module, inputs={"input": x})
-    before = network.run({"input": x})
-    site = At(1, "mlp", positions=2)
-    got = network.run({"input": x}, [ablate(site, torch.tensor([2.0, 0, 0, 0]))])
-    wanted = before.clone()
-    wanted[:, 2, 0] -= x[:, 2, 1]
-    assert torch.equal(got, wanted)
-    both = [scale(At(0), 2), add(At(0, positions=(0, -1)), torch.ones(4), 0.5)]
-    cached = network.cache({"input": x}, [At(0), At(0, positions=1)], both)
-    plain = network.cache({"input": x})[At(0)]
-    assert torch.equal(cached[At(0)][:, 1], 2 * plain[:, 1])
-    assert torch.equal(cached[At(0, positions=(2, 0))], 2 * plain[:, [2, 0]] + 0.5)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_skip_is_what_stand_ins_do(opened, kind: str) -> None:
     network, batch = opened(kind)

@@ -52,7 +52,7 @@ class MatrixInputs(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _heads(self, x: Tensor) -> int:
-        """The heads in queries or scores `[batch, head, seq, any]`, or the first two as one."""
+        """The heads of queries or scores `[batch, head, seq, any]`; the first two may be one."""
         batch, seq = self.shape[:2]
         if x.ndim not in (3, 4) or x.shape[-2] != seq:
             return self.heads
