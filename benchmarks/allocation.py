@@ -1,21 +1,16 @@
 """What each score and allocator reaches with the same solver at the same bytes, on both models."""
 
-from torch.func import functional_call
-
 from benchmarks.models import Model, models
 from benchmarks.timing import table
 from layerwise.core.data import Texts
 from layerwise.core.network import open_network
-from layerwise.core.plan import DataSpec
-from layerwise.core.quality import Quality, measure_quality
+from layerwise.core.plan import DataSpec, Plan
 from layerwise.core.reader import samples_of
-from layerwise.core.task import answer, forward_arguments
 from layerwise.export import PACKED
 from layerwise.jobs.bits import plan_bits
-from layerwise.jobs.naive import solved_in_memory
-from layerwise.jobs.request import Request
+from layerwise.jobs.naive import Contest
+from layerwise.jobs.request import Request, identity
 from layerwise.jobs.session import Budget, load_reader, silent
-from layerwise.jobs.stock import answers_of, load_stock
 
 BUDGETS = (2.5, 3.0, 4.0)
 WAYS = (
@@ -40,17 +35,7 @@ def compare(model: Model, documents: int = 48, length: int = 256) -> None:
     texts = Texts(model.data, 0, 0, length)
     network = open_network(model.folder)
     batches = samples_of(load_reader(network), texts, "evaluate", documents)
-    original = load_stock(network.checkpoint.folder, "float32", network.device)
-
-    def quality(plan) -> Quality:
-        dense = solved_in_memory(model.folder, network, plan, silent)
-
-        def run(batch):
-            given = forward_arguments(original, batch)
-            return answer(functional_call(original, dense, (), given, strict=False), batch)
-
-        return measure_quality(batches, run, answers_of(original))
-
+    contest = Contest(model.folder, Plan(identity(network)), 0, batches)
     rows = []
     for bits in BUDGETS:
         base = None
@@ -59,7 +44,7 @@ def compare(model: Model, documents: int = 48, length: int = 256) -> None:
                 model.folder, Budget(bits=bits), allocator=allocator, score=score, data=data
             )
             planned = plan_bits(request, network, PACKED, silent)
-            found = quality(planned.plan)
+            found = contest.solved(planned.plan)
             base = found if base is None else base
             ratio = found.against(base, "kl")
             way = f"{allocator}, {score}" if score else allocator

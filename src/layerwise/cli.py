@@ -35,7 +35,6 @@ from layerwise.options import (
     Workers,
 )
 from layerwise.steps import (
-    check_new,
     engine_of,
     request_of,
     run_apply,
@@ -224,6 +223,7 @@ def compress(
 ) -> None:
     """Plan, apply and verify in one go; stopped, the same command goes on."""
     quiet()
+    from layerwise.jobs.session import check_new
     from layerwise.jobs.verify import Settings
 
     request = request_of(locals())

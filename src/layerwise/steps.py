@@ -71,21 +71,6 @@ def engine_of(kind: str, workers: int) -> Any:
     return Engine(kind, workers)
 
 
-def check_new(out: Path) -> None:
-    """A folder that is to be written must not exist, and its place must be writable."""
-    from layerwise.core.errors import LayerwiseError
-    from layerwise.jobs.session import check_out
-
-    if out.exists():
-        raise LayerwiseError(
-            f"--out {out}",
-            allowed="a new folder",
-            found="one that exists",
-            fix="choose another name or remove it",
-        )
-    check_out(out)
-
-
 def _layers(folder: Path, text: str, share: Callable[[str, str], float]) -> int:
     """How many layers `9` or `75%` are."""
     if text.strip().isdigit():
@@ -126,8 +111,6 @@ def run_apply(
     from layerwise.report.terminal import progress_bar
 
     read = read_plan(Path(plan))
-    if not dry_run:
-        check_new(Path(out))
     if dry_run:
         rows = preview(model, read, options["other_weights"])
         output.table("would be applied", rows, "layer", "from", "options", "bytes")

@@ -24,7 +24,7 @@ from layerwise.intervene import (
     skip,
     stop,
 )
-from layerwise.jobs.stock import StandIns
+from layerwise.jobs.stock import standing_in
 from layerwise.jobs.tail import Tail
 
 IDS = torch.arange(3, 27).reshape(2, 12)
@@ -158,7 +158,7 @@ def test_skip_is_what_stand_ins_do(opened, kind: str) -> None:
     network, batch = opened(kind)
     layers = network.stack.layers
     got = logits(network, batch, [skip(1)])
-    with torch.no_grad(), StandIns(layers, {1: None}):
+    with torch.no_grad(), standing_in(layers, {layers[1].key: None}):
         wanted = network.run(batch).logits
     assert torch.equal(got, wanted)
     assert torch.equal(logits(network, batch, [repeat(1, 1)]), logits(network, batch))

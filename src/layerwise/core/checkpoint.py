@@ -131,7 +131,11 @@ def _pages(nbytes: int) -> Tensor:
     """Bytes; big ones in pages of their own, which go back to the system when they are freed."""
     if nbytes < BIG:
         return torch.empty(nbytes, dtype=torch.uint8)
-    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+    if "MADV_HUGEPAGE" not in dir(mmap):  # Linux alone has them
+        return torch.empty(nbytes, dtype=torch.uint8)
+    pages = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages.madvise(mmap.MADV_HUGEPAGE)  # faults of 4 kB each would take longer than reading
+    return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import shutil
 import warnings
 from collections.abc import Callable
 from importlib.metadata import version
@@ -14,12 +13,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from layerwise.core.checkpoint import read_header
+from layerwise.core.companions import ADAPTER, copy_companions, files_in
 from layerwise.core.config import model_class, read_config
 from layerwise.core.errors import LayerwiseError, refusing
 from layerwise.core.hollow import build_meta
-from layerwise.core.index import PICKLES, read_json
+from layerwise.core.index import read_json
 
-ADAPTER = "adapter_config.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PACKED = "compressed-tensors"
 
@@ -47,17 +46,6 @@ def recipe_for(folder: Path, find_base: Callable[[str], Path]) -> Recipe | None:
     return None
 
 
-def companions(folder: Path) -> list[Path]:
-    """Files of a folder that are neither weights nor configuration: tokenizer, template, card."""
-    weights = {".safetensors", ".gguf", ".h5", ".msgpack", ".check", *PICKLES}
-    own = {"config.json", ADAPTER, "README.md", "plan.yaml", "report.json", "report.html"}
-    return [p for p in _files(folder) if p.suffix not in weights and p.name not in own]
-
-
-def _files(folder: Path) -> list[Path]:
-    return [p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".")]
-
-
 def _adapter(folder: Path, find_base: Callable[[str], Path]) -> Recipe:
     """A PEFT adapter, merged by peft into the model that it names."""
     path = folder / ADAPTER
@@ -83,7 +71,9 @@ def _adapter(folder: Path, find_base: Callable[[str], Path]) -> Recipe:
     with refusing("PEFT adapters", allowed="peft being installed", fix="pip install peft"):
         by = ("adapter", version("peft"), transformers.__version__)
     what = f"{folder} is a {kind} adapter of {name}, merged into it by peft"
-    return Recipe(what, (*_files(base), *_files(folder)), by, lambda out: _merge(base, folder, out))
+    return Recipe(
+        what, (*files_in(base), *files_in(folder)), by, lambda out: _merge(base, folder, out)
+    )
 
 
 def _merge(base: Path, adapter: Path, out: Path) -> None:
@@ -117,7 +107,7 @@ def _quantized(folder: Path) -> Recipe:
         )
     what = f"{folder} is quantized with {method}, dequantized by transformers"
     by = ("quantized", transformers.__version__)
-    return Recipe(what, tuple(_files(folder)), by, lambda out: _dequantize(folder, method, out))
+    return Recipe(what, tuple(files_in(folder)), by, lambda out: _dequantize(folder, method, out))
 
 
 def _dequantize(folder: Path, method: str, out: Path) -> None:
@@ -170,6 +160,5 @@ def _plain(
 def _save(model: PreTrainedModel, out: Path, *sources: Path) -> None:
     """Weights and configuration, and what else the sources hold; the last source wins."""
     model.save_pretrained(out)
-    for file in (file for source in sources for file in companions(source)):
-        if "index.json" not in file.name:
-            shutil.copyfile(file, out / file.name)
+    for source in sources:
+        copy_companions(source, out)

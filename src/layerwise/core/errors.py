@@ -2,7 +2,7 @@
 
 import difflib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 
@@ -59,6 +59,17 @@ def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     head = lines[:2] if lines and lines[0].endswith(":") else lines[:1]
     return shortened(" ".join(head), 200)
+
+
+def first_few(names: Sequence[str]) -> str:
+    """The first three of some names, and how many more there are.
+
+    Example:
+        >>> first_few(["a", "b", "c", "d"])
+        'a, b, c and 1 more'
+    """
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
 def shortened(text: str, limit: int) -> str:

@@ -5,15 +5,17 @@ another order. It therefore follows from the number of items and of cores alone.
 """
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import get_context
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
-from layerwise.core.errors import LayerwiseError
+from layerwise.core.errors import LayerwiseError, first_line
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -74,12 +76,12 @@ def fan_out(
             max(workers, 1), get_context("spawn"), torch.set_num_threads, (threads,)
         )
         with pool:
-            return _collect(pool, function, items, workers, done)
+            return _pooled(pool, function, items, workers, done)
     with _threads(threads):
         if workers <= 1:
             return [_one(function, item, done) for item in items]
         with ThreadPoolExecutor(workers) as pool:
-            return _collect(pool, function, items, workers, done)
+            return _pooled(pool, function, items, workers, done)
 
 
 def _one(function: Callable[[T], R], item: T, done: Callable[[], Any]) -> R:
@@ -99,28 +101,42 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _collect(
+    submit: Callable[[T], Any],
+    result: Callable[[Any], R],
+    items: Sequence[T],
+    most: int,
+    done: Callable[[], Any],
+) -> list[R]:
+    """Results in order, with at most so many items on their way, so that few are in memory."""
+    waiting: deque[Any] = deque()
+    results: list[R] = []
+
+    def take() -> None:
+        results.append(result(waiting.popleft()))
+        done()
+
+    for item in items:
+        waiting.append(submit(item))
+        if len(waiting) > most:
+            take()
+    while waiting:
+        take()
+    return results
+
+
+def _pooled(
     pool: Executor,
     function: Callable[[T], R],
     items: Sequence[T],
     workers: int,
     done: Callable[[], Any],
 ) -> list[R]:
-    """Keep every worker busy with one more item in waiting, so that few are in memory."""
-    waiting: list[Future[R]] = []
-    results: list[R] = []
+    """Keep every worker of a pool busy with one more item in waiting."""
     try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 2 * workers:
-                results.append(waiting.pop(0).result())
-                done()
-        while waiting:
-            results.append(waiting.pop(0).result())
-            done()
-    finally:
-        for future in waiting:
-            future.cancel()
-    return results
+        return _collect(partial(pool.submit, function), Future.result, items, 2 * workers, done)
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
 
 
 def _ray(
@@ -134,17 +150,8 @@ def _ray(
     count = workers or max(int(ray.cluster_resources().get("CPU", 1)) // threads, 1)
     shared = ray.put(function)
     remote = ray.remote(num_cpus=threads)(_with_threads)
-    waiting: list[Any] = []
-    results: list[R] = []
-    for item in items:
-        waiting.append(remote.remote(shared, item, threads))
-        if len(waiting) >= count:
-            results.append(ray.get(waiting.pop(0)))
-            done()
-    for reference in waiting:
-        results.append(ray.get(reference))
-        done()
-    return results
+    submit = lambda item: remote.remote(shared, item, threads)  # noqa: E731
+    return _collect(submit, ray.get, items, count - 1, done)
 
 
 def _with_threads(function: Callable[[T], R], item: T, threads: int) -> R:
@@ -167,7 +174,7 @@ def _connected() -> Any:
             raise LayerwiseError(
                 "--engine ray",
                 allowed="a running Ray cluster",
-                found=str(error).partition("\n")[0],
+                found=first_line(error),
                 fix="start one with `ray start --head`, or set RAY_ADDRESS",
             ) from None
     return ray

@@ -6,6 +6,7 @@ ramp over the outputs, so that what depends on position still does.
 """
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -95,9 +96,17 @@ def ramp(x: Tensor, size: int) -> Tensor:
     The mean is an uneven one: a layer norm before the call makes the even one 0.
     """
     width = x.shape[-1]
-    uneven = 1 + torch.cos(torch.arange(width, dtype=torch.float32, device=x.device))
-    steps = torch.linspace(-1, 1, size, dtype=torch.float32, device=x.device) + 0.1
-    return ((x.float() @ uneven[:, None] / width) * steps).to(x.dtype)
+    return ((x.float() @ _uneven(width, x.device) / width) * _steps(size, x.device)).to(x.dtype)
+
+
+@lru_cache(16)
+def _uneven(width: int, device: torch.device) -> Tensor:
+    return 1 + torch.cos(torch.arange(width, dtype=torch.float32, device=device))[:, None]
+
+
+@lru_cache(16)
+def _steps(size: int, device: torch.device) -> Tensor:
+    return torch.linspace(-1, 1, size, dtype=torch.float32, device=device) + 0.1
 
 
 #: function -> (argument of the input, argument of the weight, whether the weight is [in, out])

@@ -82,14 +82,17 @@ def _check(where: str, needed: Mapping[str, int], room: int, fix: str) -> None:
         )
 
 
-def amount(nbytes: int) -> str:
-    """Bytes for people.
+def amount(nbytes: float) -> str:
+    """Bytes in the largest decimal unit.
 
     Example:
-        >>> amount(1_230_000_000)
-        '1.2 GB'
+        >>> amount(1_230_000_000), amount(512)
+        ('1.23 GB', '512 B')
     """
-    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 10**9 else f"{nbytes / 1e6:.1f} MB"
+    for power, unit in ((9, "GB"), (6, "MB"), (3, "kB")):
+        if abs(nbytes) >= 10**power:
+            return f"{nbytes / 10**power:.2f} {unit}"
+    return f"{nbytes:.0f} B"
 
 
 def available_memory() -> int:

@@ -1,7 +1,6 @@
 """An opened network: its module, its stacks, and where the weights live."""
 
 import copy
-import ctypes
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from layerwise.core.checkpoint import BIG, Checkpoint
+from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.config import model_class, read_config
 from layerwise.core.errors import LayerwiseError, nearest, refusing
 from layerwise.core.find import find_stacks
@@ -122,15 +121,13 @@ class Network:
         """Make a streamed layer hollow again."""
         if self.source is None:
             return
-        self.source.forget()
         freed = 0
         for module in layer.module.modules():
             for name, p in module._parameters.items():
                 if p is not None:
                     freed += p.untyped_storage().nbytes()
                     module._parameters[name] = hollow_parameter(p.shape, p.dtype)
-        if freed >= BIG:
-            give_back()
+        self.source.forget(freed)
 
     def widened(self) -> "Network":
         """The same network computing in float32."""
@@ -190,14 +187,6 @@ class Network:
         for layer in self.layers():
             self.bring(layer)
         return Network(self.module, self.stacks, self.device, self.dtype, self.task)
-
-
-def give_back() -> None:
-    """Return freed memory to the system; the allocator of glibc keeps what lies between blocks."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):
-        return  # another C library
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], device: torch.device) -> None:

@@ -106,6 +106,13 @@ class Reader(NamedTuple):
             )
         return found
 
+    def padded(self, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """Rows of any lengths as one batch, padded on the right, with its mask."""
+        pad, width = self.processor.pad_token_id or 0, max(map(len, rows))
+        ids = [[*row, *[pad] * (width - len(row))] for row in rows]
+        mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
+        return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
     def picture(self, documents: Sequence[Document]) -> dict[str, Tensor]:
         """Images as a batch, with the classes that their folders name."""
         from PIL import Image
@@ -202,13 +209,8 @@ def _pairs(reader: Reader, documents: Sequence[Document], length: int) -> Batche
 
 def _padded(reader: Reader, rows: list[list[int]]) -> Batches:
     """Batches of documents of different lengths; a lone last one joins the batch before it."""
-    pad = reader.processor.pad_token_id or 0
     starts = list(range(0, max(len(rows) - 1, 1), TOGETHER))
     batches = []
     for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True):
-        some = rows[start:stop]
-        width = max(map(len, some))
-        ids = torch.tensor([row + [pad] * (width - len(row)) for row in some])
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in some])
-        batches.append({"input_ids": ids, "attention_mask": mask})
+        batches.append(reader.padded(rows[start:stop]))
     return batches

@@ -1,6 +1,6 @@
 """Stored weights under the names that a model has in memory, read through transformers' mapping."""
 
-from collections.abc import Collection
+import ctypes
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,11 +17,13 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from layerwise.core.checkpoint import Checkpoint
-from layerwise.core.errors import LayerwiseError, notice, refusing
+from layerwise.core.errors import LayerwiseError, first_few, notice, refusing
 from layerwise.core.hollow import build_meta
 
 #: calls of torch that building a model may take for each of its stored tensors
 CALLS = 100
+#: freed bytes after which memory is given back
+OFTEN = 128_000_000
 
 
 class Source:
@@ -43,6 +45,7 @@ class Source:
         self.owner = {name: self._name_in_memory(name, known) for name in checkpoint.tensors}
         self.conversions = [c for c in self.mapping if c.was_used()]
         self._held = self._names_held()
+        self._freed = 0
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
 
     def _name_in_memory(self, name: str, known: dict[str, Tensor]) -> str:
@@ -113,9 +116,13 @@ class Source:
             self._last = (prefix, self.load_apart(prefix, ()))
         return dict(self._last[1])
 
-    def forget(self) -> None:
-        """Let go of what was loaded last."""
+    def forget(self, freed: int = 0) -> None:
+        """Let go of what was loaded last; now and then, what was freed goes back to the system."""
         self._last = ("", {})
+        self._freed += freed
+        if self._freed >= OFTEN:
+            self._freed = 0
+            give_back()
 
     def load_apart(self, prefix: str, apart: tuple[str, ...]) -> dict[str, Tensor]:
         """Tensors in memory whose name starts with `prefix` and with none of `apart`."""
@@ -151,6 +158,14 @@ class Source:
         return {n: t for n, t in taken.items() if n.startswith(prefix) and not n.startswith(apart)}
 
 
+def give_back() -> None:
+    """Return freed memory to the system; the allocator of glibc keeps what lies between blocks."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        return  # another C library
+
+
 def _equal(one: Tensor, two: Tensor) -> bool:
     return one.shape == two.shape and torch.equal(one, two)
 
@@ -168,7 +183,7 @@ def check_stored(source: Source) -> None:
         raise LayerwiseError(
             str(folder),
             allowed=f"all weights of {kind}",
-            found=f"{_some(missing)} missing",
+            found=f"{first_few(sorted(missing))} missing",
             fix="copy the missing files, or correct `architectures` and the sizes in config.json",
         )
     for name, found, wanted in source.mismatched():
@@ -186,9 +201,4 @@ def check_stored(source: Source) -> None:
             fix='write "tie_word_embeddings": false into config.json if both are meant',
         )
     if unused:
-        notice(f"{folder}: {kind} does not use {_some(unused)}")
-
-
-def _some(names: Collection[str]) -> str:
-    shown = ", ".join(sorted(names)[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+        notice(f"{folder}: {kind} does not use {first_few(sorted(unused))}")

@@ -44,7 +44,10 @@ class Matrix:
         return slice_.T if self.transposed else slice_
 
     def put(self, value: Tensor, parameter: Tensor, room: Tensor | None = None) -> Tensor:
-        """The parameter with this matrix replaced, in `room` or in new memory."""
+        """The parameter with this matrix replaced: the value itself, or in `room` or new memory."""
+        whole = self.size == parameter.numel() and not self.transposed
+        if whole and (value.dtype, value.device) == (parameter.dtype, parameter.device):
+            return value.reshape(parameter.shape).contiguous()
         if room is None:
             room = torch.empty_like(parameter.detach(), memory_format=torch.contiguous_format)
             if self.size < parameter.numel():

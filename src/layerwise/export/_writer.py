@@ -1,7 +1,6 @@
 """Writing a model folder layer by layer, under the names that `save_pretrained` would use."""
 
 import copy
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from layerwise.core.checkpoint import ShardWriter
+from layerwise.core.companions import copy_companions
 from layerwise.core.network import Network
 from layerwise.core.stack import Layer
 from layerwise.core.weight import Weight
@@ -67,16 +67,6 @@ def write_config(network: Network, path: Path, extra: Mapping[str, Any]) -> None
     config.dtype = str(network.stored.dtype).removeprefix("torch.")
     vars(config).update(extra)
     config.save_pretrained(path)
-
-
-def copy_companions(source: Path, path: Path) -> None:
-    """Tokenizer, chat template, generation config and processor; whatever is no weight."""
-    own = {"config.json", "plan.yaml", "report.json", "report.html", "README.md", "layerwise.check"}
-    for file in sorted(source.iterdir()):
-        weights = file.suffix in {".safetensors", ".bin", ".pt", ".gguf", ".h5", ".msgpack"}
-        skipped = file.name in own or file.name.startswith(".") or "index.json" in file.name
-        if file.is_file() and not weights and not skipped:
-            shutil.copyfile(file, path / file.name)
 
 
 def dense_tensors(

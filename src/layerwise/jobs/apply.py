@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 
 from layerwise.core.checkpoint import write_safetensors
-from layerwise.core.errors import LayerwiseError
+from layerwise.core.errors import LayerwiseError, first_few
 from layerwise.core.fan import Engine
 from layerwise.core.journal import Journal
 from layerwise.core.lockstep import Batch, walk
@@ -29,7 +29,7 @@ from layerwise.export import TARGETS
 from layerwise.export._writer import Finished
 from layerwise.jobs.checks import CHECK, CHECKED, must_be_sound
 from layerwise.jobs.forecast import disk_to_apply, memory_to_solve
-from layerwise.jobs.session import Progress, load_reader, silent, texts_of
+from layerwise.jobs.session import Progress, check_new, load_reader, silent, texts_of
 from layerwise.jobs.solve import Solver, needs_of, solve
 
 
@@ -75,13 +75,7 @@ def apply_plan(
             target, does not fit in memory or on disk, or `out` exists; or the result computes
             something else when stock transformers loads it.
     """
-    if out.exists():
-        raise LayerwiseError(
-            f"--out {out}",
-            allowed="a new folder",
-            found="one that exists",
-            fix="choose another name or remove it",
-        )
+    check_new(out)
     network = open_network(model, wiring=plan.wiring, device=device, dtype=dtype)
     check_plan(network, plan, other_weights)
     needs = needs_of(plan.edits)
@@ -90,18 +84,8 @@ def apply_plan(
     check_memory(memory_to_solve(network, batches, needs))
     if not journal_folder.exists():
         check_disk(out.parent, disk_to_apply(network, plan))
-    job = {
-        "plan": plan.to_yaml(),
-        "weights": network.checkpoint.weights,
-        "data": digest_of(batches),
-        "device": str(network.device),
-        "dtype": str(network.dtype),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
     batch = own_batch(network, plan)
-    with Journal(journal_folder, job) as journal:
+    with Journal(journal_folder, job_of(network, plan, batches)) as journal:
         solver = solve(network, plan.edits, batches, journal, progress, engine)
         if part.exists():
             shutil.rmtree(part)
@@ -120,12 +104,25 @@ def apply_plan(
     return Applied(out, nbytes, rows, warnings)
 
 
+def job_of(network: Network, plan: Plan, batches: Sequence[Batch]) -> dict[str, Any]:
+    """All that the bytes of a result depend on; a job that goes on must find it unchanged."""
+    return {
+        "plan": plan.to_yaml(),
+        "weights": network.checkpoint.weights,
+        "data": digest_of(batches),
+        "device": str(network.device),
+        "dtype": str(network.dtype),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
 def without_data(unseen: Sequence[str]) -> str:
     """A warning that names matrices which no token of the data came to."""
-    more = f" and {len(unseen) - 3} more" if len(unseen) > 3 else ""
     return (
-        f"no data came to {', '.join(unseen[:3])}{more}: solved without statistics; give more or "
-        "other data, or keep them with --keep"
+        f"no data came to {first_few(unseen)}: solved without statistics; give more or other data, "
+        "or keep them with --keep"
     )
 
 

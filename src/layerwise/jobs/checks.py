@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from layerwise.core.checkpoint import read_header, read_tensor
-from layerwise.core.errors import LayerwiseError
+from layerwise.core.errors import LayerwiseError, first_line
 from layerwise.core.machine import amount, available_memory
 from layerwise.core.network import Network
 from layerwise.core.plan import Plan
 from layerwise.core.stack import Stack
 from layerwise.core.wiring import parse_wiring
 from layerwise.jobs.measure import agrees_cached, generates
-from layerwise.jobs.stock import StandIns, answers_of, load_stock
+from layerwise.jobs.stock import answers_of, load_stock, standing_in
 
 #: an input and the answer computed while the folder was written, for whoever reloads it
 CHECK = "layerwise.check"
@@ -89,9 +89,7 @@ def decode_checks(edited: nn.Module, batches: Sequence[Any]) -> list[dict[str, A
     try:
         same, total = agrees_cached(edited, batches[0]["input_ids"][:, :32])
     except Exception as error:  # whatever stock decoding raises is what the user would meet
-        found = (
-            f"stock `generate` fails: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        )
+        found = f"stock `generate` fails: {type(error).__name__}: {first_line(error)}"
         return [{"name": "cached equals uncached greedy decoding", "ok": False, "found": found}]
     return [
         {
@@ -140,7 +138,7 @@ def _edited_in_memory(
     if all(order == sorted(set(order)) for order in kept.values()):
         gone = [la for s in stacks for la in s.layers if la.index not in kept[s.name]]
         twins = [replace(la, module=original.get_submodule(la.path)) for la in gone]
-        with StandIns(twins, dict.fromkeys(range(len(twins)))):
+        with standing_in(twins, dict.fromkeys(la.key for la in twins)):
             yield answers_of(original)(batch)
     try:
         yield answers_of(_reordered(original, stacks, kept))(batch)

@@ -13,10 +13,8 @@ from torch import Tensor
 from layerwise.core.data import Texts
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.network import Network
-from layerwise.core.reader import Batches, Reader, windows
+from layerwise.core.reader import TOGETHER, Batches, Reader, windows
 from layerwise.core.task import config_value
-
-TOGETHER = 16
 
 
 class Labelled(NamedTuple):
@@ -90,17 +88,10 @@ def labelled(
 def padded(network: Network, reader: Reader, texts: Sequence[str], length: int) -> Batches:
     """Documents in their order, several a batch, padded on the right, with their mask."""
     rows = [reader.tokens(text)[:length] for text in texts]
-    pad = reader.processor.pad_token_id or 0
-    batches = []
-    for start in range(0, len(rows), TOGETHER):
-        some = rows[start : start + TOGETHER]
-        width = max(map(len, some))
-        ids = torch.tensor([row + [pad] * (width - len(row)) for row in some])
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in some])
-        batch = {"input_ids": ids, "attention_mask": mask}
-        if network.task == "seq2seq":
-            batch["decoder_input_ids"] = torch.full((len(some), 1), reader.start)
-        batches.append(batch)
+    batches = [reader.padded(rows[i : i + TOGETHER]) for i in range(0, len(rows), TOGETHER)]
+    if network.task == "seq2seq":
+        for batch in batches:
+            batch["decoder_input_ids"] = torch.full((len(batch["input_ids"]), 1), reader.start)
     return batches
 
 

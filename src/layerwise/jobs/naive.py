@@ -1,15 +1,12 @@
 """The naive plan: what a user would do without a planner, at the same size."""
 
-import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
 
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.journal import Journal
@@ -17,14 +14,15 @@ from layerwise.core.network import Network, open_network
 from layerwise.core.plan import Plan, chain_for, describe
 from layerwise.core.quality import Quality, measure_quality
 from layerwise.core.reader import windows
-from layerwise.core.task import answer, forward_arguments
+from layerwise.core.stack import Layer
+from layerwise.core.weight import Weight
 from layerwise.export import PACKED, TARGETS
 from layerwise.jobs.bits import plan_bits
 from layerwise.jobs.depth import able_to_go, assemble_depth, layers_to_drop, wiring_without
 from layerwise.jobs.request import Planned, Request
 from layerwise.jobs.session import Budget, Progress, load_reader, silent, texts_of
 from layerwise.jobs.solve import needs_of, solve
-from layerwise.jobs.stock import answers_of, streamed
+from layerwise.jobs.stock import streamed
 
 
 class Contest(NamedTuple):
@@ -33,10 +31,32 @@ class Contest(NamedTuple):
     model: str | Path
     plan: Plan
     nbytes: int
-    original: nn.Module
     batches: Sequence[Any]
-    dtype: str
-    device: str
+    dtype: str = "float32"
+    device: str = "auto"
+
+    def opened(self, wiring: Mapping[str, Sequence[Any]] | None = None) -> Network:
+        """The original, or what a wiring makes of it, to compute with."""
+        return open_network(self.model, wiring=wiring, device=self.device, dtype=self.dtype)
+
+    def quality(
+        self, edited: Network, records: Callable[[Layer], Mapping[str, Weight]] = lambda layer: {}
+    ) -> Quality:
+        """A candidate against the original, with one layer of each in memory."""
+        with (
+            streamed(self.opened(), self.batches) as original,
+            streamed(edited, self.batches, records) as answers,
+        ):
+            return measure_quality(self.batches, answers, original)
+
+    def solved(self, plan: Plan, progress: Progress = silent) -> Quality:
+        """The original with the edits of another plan, solved on that plan's data."""
+        network, needs = open_network(self.model, device=self.device), needs_of(plan.edits)
+        reader = load_reader(network) if needs else None
+        batches = windows(reader, texts_of(plan.data), "calibrate") if reader else []
+        with tempfile.TemporaryDirectory() as folder, Journal(Path(folder), {}) as journal:
+            solver = solve(network, plan.edits, batches, journal, progress)
+            return self.quality(self.opened(), solver.finished)
 
 
 class Naive(NamedTuple):
@@ -64,8 +84,7 @@ def build_naive(contest: Contest, progress: Progress = silent) -> Naive | None:
 
 def naive_depth(contest: Contest) -> Naive | None:
     """The best of: last k dropped, last k but the final one, the median of 5 random choices."""
-    model, device = contest.model, contest.device
-    network = open_network(model, device=device, dtype=contest.dtype)
+    network = contest.opened()
     keys = [layer.key for layer in able_to_go(network, contest.plan.fixed)]
     count = len(network.layers()) - sum(
         len(contest.plan.wiring.get(stack.name, stack.layers)) for stack in network.stacks
@@ -83,11 +102,7 @@ def naive_depth(contest: Contest) -> Naive | None:
     tails = [keys[len(keys) - count :], keys[len(keys) - count - 1 : len(keys) - 1]]
 
     def quality(gone: list[str]) -> Quality:
-        wiring = wiring_without(network, gone)
-        wired = open_network(model, wiring=wiring, device=device, dtype=contest.dtype).load()
-        return measure_quality(
-            contest.batches, answers_of(wired.module), answers_of(contest.original)
-        )
+        return contest.quality(contest.opened(wiring_without(network, gone)))
 
     random = sorted((quality(gone) for gone in chosen), key=lambda q: q.estimate("loss").value)
     found = [(f"{count} at random dropped, median of 5", random[len(random) // 2])]
@@ -98,45 +113,17 @@ def naive_depth(contest: Contest) -> Naive | None:
         if all(wiring_without(network, gone).values()):
             found.append((name.format(count), quality(gone)))
     name, best = min(found, key=lambda item: item[1].estimate("loss").value)
-    request = Request(model, Budget(bytes=contest.nbytes), target="hf")
+    request = Request(contest.model, Budget(bytes=contest.nbytes), target="hf")
     planned = assemble_depth(request, network, tails[0], None)
     return Naive(f"best naive: {name}", best, planned.nbytes)
 
 
 def naive_bits(contest: Contest, progress: Progress) -> Naive | None:
-    """The same solver, one option everywhere, on the resident original."""
-    network = open_network(contest.model, device=contest.device)
-    planned = plan_uniform(contest, network)
+    """The same solver, one option everywhere."""
+    planned = plan_uniform(contest, open_network(contest.model, device=contest.device))
     if planned is None:
         return None
-    dense = solved_in_memory(contest.model, network, planned.plan, progress)
-    original = contest.original
-
-    def run(batch: Any) -> Tensor:
-        inputs = {k: v.to(next(original.parameters()).device) for k, v in batch.items()}
-        given = forward_arguments(original, inputs)
-        return answer(functional_call(original, dense, (), given, strict=False), batch)
-
-    quality = measure_quality(contest.batches, run, answers_of(original))
-    return Naive(f"uniform: {describe(planned.plan)}", quality, planned.nbytes)
-
-
-def naive_streamed(contest: Contest, progress: Progress) -> Naive | None:
-    """The same as `naive_bits`, with one layer in memory; what is solved lies on disk."""
-    network = open_network(contest.model, device=contest.device)
-    planned = plan_uniform(contest, network) if contest.plan.edits else None
-    if planned is None:
-        return None
-    edits, data = planned.plan.edits, needs_of(planned.plan.edits)
-    texts = texts_of(planned.plan.data)
-    batches = windows(load_reader(network), texts, "calibrate") if data else []
-    with tempfile.TemporaryDirectory(prefix="layerwise-naive-") as folder:
-        solver = solve(network, edits, batches, Journal(Path(folder), {}), progress)
-        with (
-            streamed(network.widened(), contest.batches) as original,
-            streamed(network.widened(), contest.batches, solver.finished) as edited,
-        ):
-            quality = measure_quality(contest.batches, edited, original)
+    quality = contest.solved(planned.plan, progress)
     return Naive(f"uniform: {describe(planned.plan)}", quality, planned.nbytes)
 
 
@@ -175,28 +162,3 @@ def packed_size(contest: Contest) -> int:
     chains = {m.key: chain_for(contest.plan.edits, m) for m in matrices}
     saved = sum(m.size * itemsize - PACKED.nbytes(m, chains[m.key], itemsize) for m in matrices)
     return contest.nbytes - saved
-
-
-def solved_in_memory(
-    model: str | Path, network: Network, plan: Plan, progress: Progress
-) -> dict[str, Tensor]:
-    """Solve a plan and give every edited parameter in its dense form, in float32."""
-    data = needs_of(plan.edits)
-    batches = windows(load_reader(network), texts_of(plan.data), "calibrate") if data else []
-    folder = Path(tempfile.mkdtemp(prefix="layerwise-naive-"))
-    try:
-        solver = solve(network, plan.edits, batches, Journal(folder, {}), progress)
-        dense: dict[str, Tensor] = {}
-        for layer in network.layers():
-            records = solver.finished(layer)
-            tensors = network.fetch(layer) if records else {}
-            for matrix in layer.matrices:
-                if matrix.key in records:
-                    name = f"{layer.path}.{matrix.parameter}"
-                    room = dense.get(name)
-                    if room is None:
-                        room = tensors[matrix.parameter].float().to(network.device)
-                    dense[name] = matrix.put(records[matrix.key].dense(), room, room)
-        return dense
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

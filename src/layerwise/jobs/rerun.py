@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
+from layerwise.core.instead import instead, swapped
 from layerwise.core.lockstep import Batch, hidden
 from layerwise.core.network import Network
+from layerwise.core.stack import Layer
 from layerwise.core.task import forward_arguments
 
 #: a layer's input and output -> the output that takes its place
@@ -40,23 +41,19 @@ class Rerun:
         before: dict[str, Tensor] = {}
         after: dict[str, Tensor] = {}
 
-        def look(key: str) -> Callable[..., Any]:
-            def hook(module: Any, args: tuple, kwargs: dict, output: Any) -> Any:
-                x, y = hidden((args, kwargs)), hidden(output)
-                new = replace[key](x, y) if key in replace else y
-                before[key], after[key] = x, new
-                return tree_map(lambda leaf: new if leaf is y else leaf, output)
+        def look(layer: Layer) -> Callable[..., Any]:
+            own = layer.module.forward
 
-            return hook
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                output = own(*args, **kwargs)
+                x, y = hidden((args, kwargs)), hidden(output)
+                new = replace[layer.key](x, y) if layer.key in replace else y
+                before[layer.key], after[layer.key] = x, new
+                return swapped(output, y, new)
+
+            return forward
 
         batch = {k: v.to(self.network.device) for k, v in self.batches[number].items()}
-        hooks = [
-            layer.module.register_forward_hook(look(layer.key), with_kwargs=True)
-            for layer in self.network.layers()
-        ]
-        try:
+        with instead(self.network.layers(), look):
             output = self.network.module(**forward_arguments(self.network.module, batch))
-        finally:
-            for hook in hooks:
-                hook.remove()
         return Ran(before, after, output["logits"], batch.get("labels"))

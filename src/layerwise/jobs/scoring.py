@@ -26,7 +26,7 @@ from layerwise.jobs.forecast import memory_of_models
 from layerwise.jobs.request import Request
 from layerwise.jobs.session import Progress, load_reader, texts_of
 from layerwise.jobs.solve import run_chain
-from layerwise.jobs.stock import StandIns
+from layerwise.jobs.stock import standing_in
 
 #: what the kept outputs of the original's layers may take
 KEPT_BYTES = 1_000_000_000
@@ -66,21 +66,21 @@ class Trials:
         return make_trials, (self.trial,)
 
     @property
-    def module(self) -> nn.Module:
-        """This thread's twin of the model."""
-        if "module" not in vars(self._twins):
+    def twin(self) -> tuple[nn.Module, list[Layer]]:
+        """This thread's own model and its layers, with the weights that all threads share."""
+        if "twin" not in vars(self._twins):
             memo: dict[int, Any] = {id(p): p for p in self.network.module.parameters()}
             memo |= {id(b): b for b in self.network.module.buffers()}
-            self._twins.module = copy.deepcopy(self.network.module, memo)
-        return self._twins.module
+            module = copy.deepcopy(self.network.module, memo)
+            layers = self.network.layers()
+            own = [replace(la, module=module.get_submodule(la.path)) for la in layers]
+            self._twins.twin = module, own
+        return self._twins.twin
 
     @property
     def layers(self) -> list[Layer]:
         """The layers of this thread's twin."""
-        return [
-            replace(layer, module=self.module.get_submodule(layer.path))
-            for layer in self.network.layers()
-        ]
+        return self.twin[1]
 
     def _remember(self) -> None:
         """Run the original once; keep its answers and, if it may be reused, what layers gave."""
@@ -105,30 +105,35 @@ class Trials:
 
     def _reuse_is_exact(self) -> bool:
         middle = len(self.layers) // 2
-        with StandIns(self.layers, self._before(0, middle)):
+        with standing_in(self.layers, self._before(0, middle)):
             again = self.answer(self.batches[0], {})
         return torch.equal(again, self._original[0])
 
-    def _before(self, batch: int, first: int) -> dict[int, Tensor | None]:
-        """Stand-ins for the layers before `first`: what they gave in the original."""
-        return {i: self._kept[batch][i] for i in range(first)} if self._kept else {}
+    def _before(self, batch: int, first: int) -> dict[str, Tensor | None]:
+        """What the layers before `first` gave in the original, by their keys."""
+        if not self._kept:
+            return {}
+        given = zip(self.layers[:first], self._kept[batch][:first], strict=True)
+        return {layer.key: output for layer, output in given}
 
     def answer(self, batch: Any, edits: Mapping[str, Tensor]) -> Tensor:
         """The answer with some parameters replaced for this call only."""
-        module = self.module
+        module, _ = self.twin
         inputs = {k: v.to(self.network.device) for k, v in batch.items()}
         arguments = forward_arguments(module, inputs)
         with torch.no_grad():
             output = functional_call(module, dict(edits), (), arguments, strict=False)
         return answer(output, batch)
 
-    def quality(self, edits: Mapping[str, Tensor], first: int, gone: Sequence[int] = ()) -> Quality:
+    def quality(
+        self, edits: Mapping[str, Tensor], first: int, gone: Collection[str] = ()
+    ) -> Quality:
         """Quality with some parameters replaced and some layers left out, none before `first`."""
         numbers = {id(batch): i for i, batch in enumerate(self.batches)}
 
         def edited(batch: Any) -> Tensor:
             standing = self._before(numbers[id(batch)], first) | dict.fromkeys(gone)
-            with StandIns(self.layers, standing):
+            with standing_in(self.layers, standing):
                 return self.answer(batch, edits)
 
         return measure_quality(self.batches, edited, lambda b: self._original[numbers[id(b)]])
@@ -157,8 +162,8 @@ class Trials:
 
     def without(self, gone: Collection[str]) -> float:
         """Loss in nats per token when the named layers hand their input on."""
-        numbers = [i for i, layer in enumerate(self.network.layers()) if layer.key in gone]
-        return self.quality({}, min(numbers, default=0), numbers).estimate("loss").value
+        numbers = [i for i, layer in enumerate(self.layers) if layer.key in gone]
+        return self.quality({}, min(numbers, default=0), gone).estimate("loss").value
 
 
 @lru_cache(1)

@@ -84,6 +84,22 @@ def check_out(out: Path, option: str = "--out") -> Path:
     return out
 
 
+def check_new(out: Path) -> None:
+    """Make sure that a folder can be written where there is nothing yet.
+
+    Raises:
+        LayerwiseError: something is in its place, or its parent cannot be written to.
+    """
+    if out.exists():
+        raise LayerwiseError(
+            f"--out {out}",
+            allowed="a new folder",
+            found="one that exists",
+            fix="choose another name or remove it",
+        )
+    check_out(out)
+
+
 def texts_of(data: DataSpec) -> Texts:
     """The data a plan names."""
     return Texts(data.source, data.seed, data.samples, data.length)

@@ -68,7 +68,6 @@ class Solver:
         self.records: dict[str, Weight] = {}
         self.errors: dict[str, float] = {}
         self.unseen: list[str] = []
-        self.solved: list[str] = []
         self.began = 0.0
 
     def finished(self, layer: Layer) -> Mapping[str, Weight]:
@@ -140,7 +139,6 @@ class Solver:
             "seconds": monotonic() - self.began,
         }
         self.journal.write(layer.key, self.records, report)
-        self.solved.append(layer.key)
 
 
 def relative_error(weight: Any, record: Weight, moment: Any) -> float:

@@ -1,18 +1,18 @@
 """Models as stock transformers loads them."""
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from layerwise.core.config import model_class, read_config
 from layerwise.core.errors import refusing
 from layerwise.core.find import tensors_in
+from layerwise.core.instead import instead, swapped
 from layerwise.core.lockstep import hidden, walk
 from layerwise.core.network import Network
 from layerwise.core.stack import Layer
@@ -36,39 +36,31 @@ def load_stock(folder: Path, dtype: str, device: torch.device) -> nn.Module:
     return nn.Module.to(module, device).eval()
 
 
-class StandIns:
-    """While it lasts, some layers hand on a given tensor, or their input, and compute nothing.
+def standing_in(
+    layers: Iterable[Layer], given: Mapping[str, Tensor | None]
+) -> AbstractContextManager[None]:
+    """Let layers, by their keys, hand on a tensor, or their input, instead of computing it.
 
     A layer that returns more than its hidden state still runs when it hands its input on, for
     the rest of what it returns.
     """
+    chosen = [layer for layer in layers if layer.key in given]
+    return instead(
+        chosen, lambda layer: partial(_hand_on, layer, given[layer.key], layer.module.forward)
+    )
 
-    def __init__(self, layers: Sequence[Layer], given: Mapping[int, Tensor | None]) -> None:
-        self.layers = {i: layers[i] for i in given}
-        self.given = given
 
-    def __enter__(self) -> None:
-        for i, layer in self.layers.items():
-            module = layer.module
-            module.forward = partial(self._hand_on, layer, self.given[i], module.forward)
-
-    @staticmethod
-    def _hand_on(
-        layer: Layer, value: Tensor | None, forward: Callable, *args: Any, **kwargs: Any
-    ) -> Any:
-        if value is not None:
-            return value
-        if layer.alone:
-            return hidden((args, kwargs))
-        output = forward(*args, **kwargs)
-        replaced = hidden(output)
-        inputs = tensors_in((args, kwargs))
-        handed = next(t for t in inputs if t.shape == replaced.shape)
-        return tree_map(lambda leaf: handed if leaf is replaced else leaf, output)
-
-    def __exit__(self, *exception: object) -> None:
-        for layer in self.layers.values():
-            del layer.module.forward
+def _hand_on(
+    layer: Layer, value: Tensor | None, forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    if value is not None:
+        return value
+    if layer.alone:
+        return hidden((args, kwargs))
+    output = forward(*args, **kwargs)
+    replaced = hidden(output)
+    handed = next(t for t in tensors_in((args, kwargs)) if t.shape == replaced.shape)
+    return swapped(output, replaced, handed)
 
 
 @contextmanager

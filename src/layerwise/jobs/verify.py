@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.data import Texts
 from layerwise.core.machine import available_memory
-from layerwise.core.network import Network, choose_device, find_folder, open_network
+from layerwise.core.network import Network, choose_device, open_network
 from layerwise.core.plan import Plan, chain_for, describe, label, read_plan
 from layerwise.core.quality import Estimate, Quality, measure_quality
 from layerwise.core.reader import samples_of
@@ -22,7 +21,7 @@ from layerwise.jobs.checks import decode_checks, rebuild_check, reload_checks
 from layerwise.jobs.depth import layer_bytes
 from layerwise.jobs.forecast import memory_of_models
 from layerwise.jobs.measure import peak_memory, speeds
-from layerwise.jobs.naive import Contest, build_naive, naive_streamed
+from layerwise.jobs.naive import Contest, build_naive
 from layerwise.jobs.session import Progress, load_reader, silent
 from layerwise.jobs.stock import answers_of, load_stock, streamed
 
@@ -52,6 +51,25 @@ class Verified(NamedTuple):
     warnings: list[str]
 
 
+class Case(NamedTuple):
+    """An original, a folder that was made of it, and the documents both are asked about."""
+
+    model: str | Path
+    folder: Path
+    plan: Plan
+    network: Network
+    batches: Sequence[Any]
+    settings: Settings
+    before: Checkpoint
+    after: Checkpoint
+
+    @property
+    def contest(self) -> Contest:
+        """What a naive plan has to be measured on."""
+        how = self.settings.dtype, self.settings.device
+        return Contest(self.model, self.plan, self.after.nbytes, self.batches, *how)
+
+
 def verify(
     model: str | Path,
     folder: Path,
@@ -73,111 +91,74 @@ def verify(
     Raises:
         LayerwiseError: the folder holds no plan, or stock transformers cannot load it.
     """
-    plan = read_plan(folder / "plan.yaml")
-    network = open_network(model)
-    reader = load_reader(network)
+    plan, network, held = read_plan(folder / "plan.yaml"), open_network(model), Checkpoint(folder)
     texts = Texts(settings.data or plan.data.source, plan.data.seed, 0, settings.length)
-    batches = samples_of(reader, texts, "evaluate", settings.documents)
-    device = choose_device(settings.device)
-    room = available_memory()
-    needed = sum(memory_of_models(network, 3 if settings.naive else 2).values())
-    if settings.streamed or 0 < room < needed:
-        return _verify_streamed(model, folder, plan, network, batches, settings, progress)
-    progress("loading models", 0, 3)
-    original = load_stock(find_folder(model), settings.dtype, device)
-    edited = load_stock(folder, settings.dtype, device)
-    progress("evaluating", 1, 3)
-    before = measure_quality(batches, answers_of(original))
-    after = measure_quality(batches, answers_of(edited), answers_of(original))
-    rows = [
-        quality_row("original", before, None, Checkpoint(find_folder(model)).nbytes, "as it is"),
-        quality_row("plan", after, before, Checkpoint(folder).nbytes, describe(plan)),
-    ]
-    checks = [*reload_checks(folder, edited), *decode_checks(edited, batches)]
-    if plan.wiring:
-        checks += rebuild_check(original, network, plan, edited, batches[0])
-    ratio, warnings = None, []
-    if settings.naive:
-        progress("building the naive plan", 2, 3)
-        size = Checkpoint(folder).nbytes
-        contest = Contest(model, plan, size, original, batches, settings.dtype, settings.device)
-        naive = build_naive(contest, progress)
-        if naive is None:
-            warnings.append("nothing to compare with: no naive plan has this size")
-        else:
-            rows.append(quality_row("naive", naive.quality, before, naive.nbytes, naive.what))
-            ratio = {"field": "kl", "value": list(after.against(naive.quality, "kl"))}
+    batches = samples_of(load_reader(network), texts, "evaluate", settings.documents)
+    case = Case(model, folder, plan, network, batches, settings, network.checkpoint, held)
+    room, needed = available_memory(), sum(memory_of_models(network, 2).values())
+    measured = _streamed if settings.streamed or 0 < room < needed else _resident
+    progress("evaluating", 0, 2)
+    rows, qualities, checks, warnings = measured(case)
+    progress("evaluating", 1, 2)
+    naive = build_naive(case.contest, progress) if settings.naive else None
+    ratio = None
+    if naive is not None:
+        rows.append(quality_row("naive", naive.quality, qualities[0], naive.nbytes, naive.what))
+        ratio = {"field": "kl", "value": list(qualities[1].against(naive.quality, "kl"))}
+    elif settings.naive:
+        warnings.append("nothing to compare with: no naive plan has this size")
     else:
         warnings.append("no naive plan was built (--no-naive)")
-    _speeds(rows, original, edited, batches, settings)
-    if settings.memory:
-        rows[0]["memory"] = peak_memory(find_folder(model), settings.dtype)
-        rows[1]["memory"] = peak_memory(folder, settings.dtype)
-    rows[1]["cached"] = all(c["ok"] for c in checks if c["name"].startswith("cached"))
-    warnings += [f"{c['name']}: {c['found']}" for c in checks if not c["ok"]]
-    progress("evaluating", 3, 3)
-    layers = layer_rows(model, plan, folder)
-    return Verified(rows, layers, checks, ratio, verdict(ratio, checks), warnings)
+    progress("evaluating", 2, 2)
+    return Verified(rows, layer_rows(case), checks, ratio, verdict(ratio, checks), warnings)
 
 
-def _verify_streamed(
-    model: str | Path,
-    folder: Path,
-    plan: Plan,
-    network: Network,
-    batches: Sequence[Any],
-    settings: Settings,
-    progress: Progress,
-) -> Verified:
-    """Quality alone, with a layer of each model in memory."""
-
-    def opened(wiring: Mapping[str, Any]) -> Network:
-        return open_network(model, wiring=wiring, device=settings.device).widened()
-
-    held = Checkpoint(folder)
-    packed = any(name.endswith(".weight_packed") for name in held.tensors)
-    dense = None if packed else open_network(folder, device=settings.device).widened()
-    records = partial(unpack, held, edits=plan.edits) if packed else lambda layer: {}
-    progress("evaluating layer by layer", 0, 3)
-    with streamed(opened({}), batches) as answers:
-        before = measure_quality(batches, answers)
-    progress("evaluating layer by layer", 1, 3)
-    with (
-        streamed(opened({}), batches) as original,
-        streamed(dense or opened(plan.wiring), batches, records) as edited,
-    ):
-        after = measure_quality(batches, edited, original)
-    rows = [
-        quality_row("original", before, None, Checkpoint(find_folder(model)).nbytes, "as it is"),
-        quality_row("plan", after, before, held.nbytes, describe(plan)),
-    ]
-    progress("evaluating layer by layer", 2, 3)
-    ratio = None
-    warnings = ["streamed: speed, memory, decoding and the stock reload were not measured"]
-    contest = Contest(
-        model, plan, held.nbytes, network.module, batches, settings.dtype, settings.device
-    )
-    naive = naive_streamed(contest, progress) if settings.naive else None
-    if naive is None:
-        warnings.append("not compared with a naive plan")
-    else:
-        rows.append(quality_row("naive", naive.quality, before, naive.nbytes, naive.what))
-        ratio = {"field": "kl", "value": list(after.against(naive.quality, "kl"))}
-    progress("evaluating layer by layer", 3, 3)
-    return Verified(rows, layer_rows(model, plan, folder), [], ratio, verdict(ratio, []), warnings)
+#: rows, the quality of both models, checks, and warnings
+Measured = tuple[list[dict[str, Any]], tuple[Quality, Quality], list[dict[str, Any]], list[str]]
 
 
-def _speeds(
-    rows: list[dict[str, Any]],
-    original: nn.Module,
-    edited: nn.Module,
-    batches: Sequence[Any],
-    settings: Settings,
-) -> None:
+def _resident(case: Case) -> Measured:
+    """Both models as stock transformers loads them: quality, checks, speed, memory."""
+    settings, device = case.settings, choose_device(case.settings.device)
+    folders = case.before.folder, case.folder
+    original, edited = (load_stock(folder, settings.dtype, device) for folder in folders)
+    before = measure_quality(case.batches, answers_of(original))
+    after = measure_quality(case.batches, answers_of(edited), answers_of(original))
+    rows = _both(case, before, after)
+    checks = [*reload_checks(case.folder, edited), *decode_checks(edited, case.batches)]
+    if case.plan.wiring:
+        checks += rebuild_check(original, case.network, case.plan, edited, case.batches[0])
     if settings.speed:
-        found = speeds([original, edited], batches)
-        for row, (prefill, decode) in zip(rows, found, strict=False):
+        found = speeds([original, edited], case.batches)
+        for row, (prefill, decode) in zip(rows, found, strict=True):
             row["prefill"], row["decode"] = prefill, decode
+    if settings.memory:
+        for row, folder in zip(rows, folders, strict=True):
+            row["memory"] = peak_memory(folder, settings.dtype)
+    rows[1]["cached"] = all(c["ok"] for c in checks if c["name"].startswith("cached"))
+    failed = [f"{c['name']}: {c['found']}" for c in checks if not c["ok"]]
+    return rows, (before, after), checks, failed
+
+
+def _streamed(case: Case) -> Measured:
+    """Quality alone, with a layer of each model in memory."""
+    contest, held = case.contest, case.after
+    packed = any(name.endswith(".weight_packed") for name in held.tensors)
+    records = partial(unpack, held, edits=case.plan.edits) if packed else lambda layer: {}
+    with streamed(contest.opened(), case.batches) as answers:
+        before = measure_quality(case.batches, answers)
+    own = contest._replace(model=case.folder)
+    after = contest.quality(contest.opened(case.plan.wiring) if packed else own.opened(), records)
+    said = "streamed: speed, memory, decoding and the stock reload were not measured"
+    return _both(case, before, after), (before, after), [], [said]
+
+
+def _both(case: Case, before: Quality, after: Quality) -> list[dict[str, Any]]:
+    what = describe(case.plan)
+    return [
+        quality_row("original", before, None, case.before.nbytes, "as it is"),
+        quality_row("plan", after, before, case.after.nbytes, what),
+    ]
 
 
 def quality_row(
@@ -201,11 +182,11 @@ def quality_row(
     }
 
 
-def layer_rows(model: str | Path, plan: Plan, folder: Path) -> list[dict[str, Any]]:
+def layer_rows(case: Case) -> list[dict[str, Any]]:
     """What each layer of the original got; a layer that runs twice counts twice."""
-    original = open_network(model)
-    edited = open_network(model, wiring=plan.wiring) if plan.wiring else original
-    report = folder / "report.json"
+    plan, original = case.plan, case.network
+    edited = open_network(case.model, wiring=plan.wiring) if plan.wiring else original
+    report = case.folder / "report.json"
     known = json.loads(report.read_text()).get("rows", []) if report.exists() else []
     errors = {row["layer"]: row.get("error") for row in known}
     nbytes, itemsize = TARGETS[plan.target].nbytes, original.stored.dtype.itemsize

@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from layerwise.core.machine import amount
+
 
 @contextmanager
 def progress_bar(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
@@ -35,14 +37,8 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def show_bytes(count: float | None) -> str:
-    """Bytes in the largest decimal unit: `3.71 MB`."""
-    if count is None:
-        return "-"
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000 or unit == "GB":
-            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    raise AssertionError
+    """A cell of bytes: `3.71 MB`."""
+    return "-" if count is None else amount(count)
 
 
 def show(value: Any, digits: int = 4) -> str:
