@@ -4,7 +4,8 @@ from functools import partial
 
 from benchmarks.timing import interleaved, table
 from layerwise.core.data import Texts
-from layerwise.core.network import Network, open_network
+from layerwise.core.network import Network
+from layerwise.core.open import open_network
 from layerwise.core.reader import windows
 from layerwise.jobs.inspect import inspect_model
 from layerwise.jobs.session import load_reader

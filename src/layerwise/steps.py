@@ -75,7 +75,7 @@ def _layers(folder: Path, text: str, share: Callable[[str, str], float]) -> int:
     """How many layers `9` or `75%` are."""
     if text.strip().isdigit():
         return int(text)
-    from layerwise.core.network import open_network
+    from layerwise.core.open import open_network
 
     return max(1, int(share(text, "--depth") * len(open_network(folder).layers())))
 
