@@ -41,6 +41,7 @@ from layerwise.steps import (
     run_plan,
     run_verify,
     say_data,
+    write_atlas,
 )
 
 
@@ -56,6 +57,9 @@ def inspect(
     respond: Annotated[int, typer.Option(min=0, help="Let it write so many tokens more.")] = 0,
     against: Annotated[str, typer.Option(help="A second model, side by side.")] = "",
     out: Annotated[str, typer.Option(help="Write a page: atlas.html.")] = "",
+    prompt: Annotated[
+        list[str], typer.Option(help="Read on the page, layer by layer; again for more.")
+    ] = [],
     samples: Samples = 128,
     length: Length = 512,
     seed: Seed = 0,
@@ -98,10 +102,7 @@ def inspect(
     output.warnings += found.warnings
     output.more = dict(found.more)
     if out:
-        from layerwise.jobs.pages import inspect_section, write_page
-
-        write_page(Path(out), f"{model}, layer by layer", [inspect_section(model, found, data)])
-        output.files.append(out)
+        write_atlas(output, found, texts, prompt, out)
     output.end(f"the page is in {out}" if out else f"{len(found.rows)} layers of {model}")
 
 

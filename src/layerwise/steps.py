@@ -153,3 +153,25 @@ def run_verify(output: Output, model: str, folder: Path, settings: Any) -> None:
     before = json.loads(report.read_text()) if report.exists() else {}
     write_whole(report, json.dumps(before | {"verify": output.as_dict()}, indent=1))
     output.files.append(str(folder / "report.html"))
+
+
+def write_atlas(output: Output, found: Any, texts: Any, prompts: list[str], out: str) -> None:
+    """Read the prompts, and write the page of an inspected model."""
+    from layerwise.jobs.atlas import atlas_sections
+    from layerwise.jobs.pages import write_page
+    from layerwise.jobs.reading import read_prompts
+    from layerwise.report.terminal import progress_bar
+
+    with progress_bar(output.as_json) as progress:
+        reads = read_prompts(found.network, prompts, texts, progress)
+    model = output.model
+    sections = atlas_sections(model, found, described(texts), reads)
+    name = "/".join(Path(model).parts[-2:])
+    write_page(Path(out), f"{name}, layer by layer", sections)
+    output.files.append(out)
+
+
+def described(texts: Any) -> str:
+    """What was read, in words."""
+    named = "the standard library's source" if texts.source == "stdlib" else texts.source
+    return f"at most {texts.samples} windows of {texts.length} tokens of {named}"
