@@ -12,6 +12,7 @@ from layerwise.core.network import Network
 from layerwise.core.quality import ratio
 from layerwise.core.stack import Layer, Stack
 from layerwise.core.stats import Stats
+from layerwise.core.task import takes_images
 from layerwise.describe.geometry import variance_shares
 from layerwise.jobs.inspect import Inspected
 from layerwise.jobs.reading import Read
@@ -62,7 +63,7 @@ def atlas_sections(
         "ends": outside(found.network)._asdict(),
         "findings": findings,
         "facts": facts_of(found.network),
-        "note": note_of(found.stats, data, bool(certain)),
+        "note": note_of(found, data, bool(certain)),
     }
     sections = [
         stack,
@@ -75,7 +76,9 @@ def atlas_sections(
         },
     ]
     if reads:
-        sections.append({"kind": "reading", "title": "Prompts, read layer by layer", "reads": reads})
+        sections.append(
+            {"kind": "reading", "title": "Prompts, read layer by layer", "reads": reads}
+        )
     if maps:
         sections.append({"kind": "alike", "title": "Which layers are alike", "maps": maps})
     curves = spectra(found.stats, found.network)
@@ -172,19 +175,20 @@ def counted(count: int, name: str) -> str:
     return f"{count} {name}{'s' * (count != 1)}"
 
 
-def note_of(stats: Stats, data: str, certain: bool) -> str:
+def note_of(found: Inspected, data: str, certain: bool) -> str:
     """What the figures are computed on, and how sure they are."""
     said = f"Measured in one pass over {data}, the network unchanged"
-    samples = list(stats.values.get("token_sample", {}).values())
+    samples = list(found.stats.values.get("token_sample", {}).values())
     if samples:
         where = samples[-1].where
-        windows = counted(len(set(where[:, 0].tolist())), "window")
-        said += f"; CKA, ranks, spectra and lens on a sample of {len(where)} tokens of {windows}"
+        kind = "image" if takes_images(found.network.module) else "document"
+        documents = counted(len(set(where[:, 0].tolist())), kind)
+        said += f"; CKA, ranks, spectra and lens on a sample of {len(where)} tokens of {documents}"
     if not certain:
         return f"{said}. All figures are point estimates, without intervals."
     return (
         f"{said}. Block influence, one less the cosine between what enters and what leaves a "
-        "layer, has a 95% bootstrap interval over windows; all else is a point estimate on the "
+        "layer, has a 95% bootstrap interval over these; all else is a point estimate on the "
         "same data."
     )
 

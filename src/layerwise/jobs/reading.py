@@ -28,6 +28,7 @@ LIKELIEST = 5
 class Read(NamedTuple):
     """One prompt: its tokens, and per boundary of the last stack and token what was found.
 
+    `source` is what an encoder reads while `tokens` go through the decoder, else empty.
     `boundaries` are `input` and the keys of the layers. `words` and `shares` are the likeliest
     tokens and their probabilities `[boundary, token, 5]`, `kl` is to the network's answer in nats
     `[boundary, token]`; empty where the network does not answer in words. `active` says for which
@@ -35,11 +36,21 @@ class Read(NamedTuple):
     """
 
     tokens: list[str]
+    source: list[str]
     boundaries: list[str]
     words: list[list[list[str]]]
     shares: list[list[list[float]]]
     kl: list[list[float]]
     active: list[list[bool]]
+
+
+def announced(network: Network, prompts: Sequence[str]) -> str:
+    """What reading costs, before it starts."""
+    if takes_images(network.module):
+        return "the page has no prompts: the network reads images"
+    count = len(prompts) or 1
+    what = "a prompt" if count == 1 else f"{count} prompts"
+    return f"the page: one short forward more over {what}"
 
 
 def read_prompts(
@@ -72,11 +83,11 @@ def read_prompts(
     given = list(prompts) or [first_text(texts)]
     rows = [_tokens(network, reader, text, bool(prompts)) for text in given]
     batches = [_batch(reader, row) for row in rows]
-    ids = [b["decoder_input_ids" if "decoder_input_ids" in b else "input_ids"][0] for b in batches]
-    probes = {"token_sample": token_sample(tokens=sum(map(len, ids)))}
+    count = sum(b.get("decoder_input_ids", b["input_ids"]).numel() for b in batches)
+    probes = {"token_sample": token_sample(tokens=count)}
     stats = observe(network, batches, probes, partial(progress, "reading prompts"))
     with torch.no_grad():
-        return _readings(network, reader, stats, ids, batches[0])
+        return _readings(network, reader, stats, batches)
 
 
 def first_text(texts: Texts) -> str:
@@ -117,25 +128,29 @@ def _batch(reader: Reader, row: list[int]) -> dict[str, Tensor]:
 
 
 def _readings(
-    network: Network, reader: Reader, stats: Stats, ids: Sequence[Tensor], batch: Batch
+    network: Network, reader: Reader, stats: Stats, batches: Sequence[Batch]
 ) -> list[Read]:
     stack = next(s for s in network.stacks if s.name == network_end(network))
     samples = stats.along("token_sample", stack)
     states = layer_states(stack, stats)
     *_, last = states.values()
     same = {k: x for k, x in states.items() if x.shape == last.shape}
-    tail = Tail(network, batch) if network.task in WORDS else None
+    tail = Tail(network, batches[0]) if network.task in WORDS else None
     document = next(iter(samples.values())).where[:, 0]
     found = []
-    for number, row in enumerate(ids):
+    for number, batch in enumerate(batches):
         mine = {k: x[document == number] for k, x in same.items()}
         said = _said(tail, mine, reader) if tail else ([], [], [])
         active: list[Any] = []
         if len(same) == len(states):
             growth = torch.stack(list(mine.values())).float().norm(dim=-1).diff(dim=0)
             active = active_layers(growth, 0.8, "range").tolist()
-        tokens = [spelled(reader, int(i)) for i in row]
-        found.append(Read(tokens, list(mine), *said, active))
+        read, *more = (
+            batch[k][0].tolist() for k in ("input_ids", "decoder_input_ids") if k in batch
+        )
+        tokens, source = (more[0], read) if more else (read, [])
+        spelt = [[spelled(reader, i) for i in ids] for ids in (tokens, source)]
+        found.append(Read(spelt[0], spelt[1], list(mine), *said, active))
     return found
 
 

@@ -3,6 +3,7 @@ const given = Object.fromEntries([...document.querySelectorAll("script[data-of]"
 const figures = given.figures ?? { layers: [], columns: [] };
 const safe = (text) => String(text).replace(/[<>&"]/g, (c) => `&#${c.charCodeAt(0)};`);
 const shown = (x) => x === null || x === undefined ? "–" : Math.abs(x) >= 1e5 || (x && Math.abs(x) < 1e-3) ? x.toExponential(1) : Number(x.toPrecision(4)).toLocaleString("en");
+const seen = (token) => safe(token.replaceAll("\n", "⏎").replaceAll("\t", "⇥")) || "∅";
 const place = (c, x) => c.signed ? 100 * Math.max(-1, Math.min(1, x / (Math.max(Math.abs(c.low), Math.abs(c.high)) || 1))) : c.high > c.low ? 100 * Math.max(0, Math.min(1, (x - c.low) / (c.high - c.low))) : 50;
 const middle = (values) => { const s = values.filter((x) => x !== null).sort((a, b) => a - b), h = s.length >> 1; return s.length % 2 ? s[h] : (s[h - 1] + s[h]) / 2; };
 
@@ -174,8 +175,8 @@ for (const table of document.querySelectorAll(".lens")) {
   const read = given.reads[+table.dataset.read];
   cells(table, (cell) => {
     const b = +cell.parentNode.dataset.b, t = cell.cellIndex - 1;
-    const five = read.words[b][t].map((word, i) => `<b>${safe(JSON.stringify(read.list[word]).slice(1, -1)) || "∅"}</b> ${shown(read.shares[b][t][i] / 10)}%`).join(", ");
-    return `after ${safe(read.boundaries[b])}, at “${safe(read.tokens[t])}”: ${five}<span class="dim">KL to the answer ${shown(read.kl[b][t])} nats</span>`;
+    const five = read.words[b][t].map((word, i) => `<b>${seen(read.list[word])}</b> ${shown(read.shares[b][t][i] / 10)}%`).join(", ");
+    return `after ${safe(read.boundaries[b])}, at “${seen(read.tokens[t])}”: ${five}<span class="dim">KL to the answer ${shown(read.kl[b][t])} nats</span>`;
   }, (cell) => choose(figures.layers.indexOf(read.boundaries[+cell.parentNode.dataset.b])));
 }
 for (const table of document.querySelectorAll(".voids")) cells(table, () => "");

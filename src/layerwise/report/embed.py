@@ -12,11 +12,11 @@ SHOWN = {"\n": "⏎", "\r": "␍", "\t": "⇥", "": "∅"}
 
 
 def embedded(name: str, data: Any) -> str:
-    """Data as JSON inside a page, where no string can end the script; no number becomes null.
+    r"""Data as JSON inside a page, where no string can end the script; no number becomes null.
 
     Example:
-        >>> embedded("x", {"a": ["</script>", float("nan")]})
-        '<script type="application/json" data-of="x">{"a":["\\\\u003c/script\\\\u003e",null]}</script>'
+        >>> embedded("x", ["</b>", float("nan")])
+        '<script type="application/json" data-of="x">["\\u003c/b\\u003e",null]</script>'
     """
     text = json.dumps(_finite(data), separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     safe = text.translate(str.maketrans(UNSAFE))

@@ -6,6 +6,17 @@ from typing import Any
 
 from layerwise.report.embed import embedded, shade, short, token
 
+LENS = (
+    '<p class="lead">What the network would say next if it ended after each layer: the likeliest '
+    "token, the darker the surer; in bold where it is the final answer. "
+    '<span class="script">The pointer or the arrow keys show the five likeliest.</span></p>'
+)
+VOIDS = (
+    '<p class="lead">Filled where the norm of a token grows by at least 0.8 of the range of '
+    "its growth so far; a void where it does not. A first layer that makes the stream out of a "
+    "short embedding sets that range high.</p>"
+)
+READOUT = '<p class="readout script" aria-live="polite">&nbsp;</p>'
 #: boundaries beyond which rows are low
 MANY = 30
 
@@ -32,22 +43,19 @@ def _data(read: Any) -> dict[str, Any]:
 def _reading(number: int, read: Any) -> str:
     lens = voids = ""
     if read.words:
-        lens = (
-            '<p class="lead">What the network would say next if it ended after each layer: the '
-            "likeliest token, the darker the surer; in bold where it is the final answer. "
-            '<span class="script">The pointer or the arrow keys show the five likeliest.</span></p>'
-            '<p class="readout script" aria-live="polite">&nbsp;</p>' + _lens(number, read)
-        )
+        lens = f"{LENS if number == 0 else ''}{READOUT}{_lens(number, read)}"
     if read.active:
         share = sum(map(sum, read.active)) / max(sum(map(len, read.active)), 1)
         voids = (
-            '<h3>Layers that act on a token</h3><p class="lead">Filled where the norm of the '
-            "token's state grows by at least 0.8 of the range of its growth so far; a void where "
-            f"it does not. {100 * share:.0f}% of all are filled. A first layer that makes the "
-            f"stream out of a short embedding sets that range high.</p>{_voids(number, read)}"
+            f"<h3>Layers that act on a token</h3>{VOIDS if number == 0 else ''}"
+            f'<p class="note">{100 * share:.0f}% are filled.</p>{_voids(number, read)}'
         )
     text = "".join(token(t) for t in read.tokens)
-    return f'<figure class="read"><figcaption><q>{text}</q></figcaption>{lens}{voids}</figure>'
+    source = "".join(token(t) for t in read.source)
+    source = f"<q>{source}</q>, continued: " if source else ""
+    return (
+        f'<figure class="read"><figcaption>{source}<q>{text}</q></figcaption>{lens}{voids}</figure>'
+    )
 
 
 def _head(tokens: Sequence[str]) -> str:
@@ -60,7 +68,8 @@ def _table(kind: str, number: int, read: Any, rows: Sequence[str], label: str) -
     low = " low" if len(rows) > MANY else ""
     return (
         f'<div class="scroll tall" tabindex="0" role="region" aria-label="{label}">'
-        f'<table class="{kind}{low}" data-read="{number}" role="grid" style="--n:{len(read.tokens)}">'
+        f'<table class="{kind}{low}" data-read="{number}" role="grid" '
+        f'style="--n:{len(read.tokens)}">'
         f"{_head(read.tokens)}<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
@@ -90,5 +99,7 @@ def _voids(number: int, read: Any) -> str:
             for on in read.active[b]
         )
         key = read.boundaries[b + 1]
-        rows.append(f'<tr><th scope="row" title="{escape(key)}">{escape(short(key))}</th>{cells}</tr>')
+        rows.append(
+            f'<tr><th scope="row" title="{escape(key)}">{escape(short(key))}</th>{cells}</tr>'
+        )
     return _table("voids", number, read, rows, "Layers that act, by token")

@@ -77,7 +77,8 @@ def spectra_section(section: Mapping[str, Any]) -> str:
         '<svg viewBox="0 0 1000 400" preserveAspectRatio="none" role="img" '
         f'aria-label="Spectra of {len(curves)} layers">{paths}</svg>'
         f'<div class="xs">{xs}</div><div class="ys">{ys}</div></div>'
-        '<p class="ends"><span>share of variance</span><span>principal direction</span></p></figure>'
+        '<p class="ends"><span>share of variance</span><span>principal direction</span></p>'
+        "</figure>"
     )
 
 

@@ -17,7 +17,7 @@ SAYS = {
     "redundant": "neighbours that together do little",
 }
 #: height of all layers together in pixels, and of one
-TALL, LOW, HIGH = 620, 6, 30
+TALL, LOW, HIGH = 620, 6, 40
 #: what is coloured at first, the best that there is: of each part, or of the layer
 FIRST = ("_ratio", "block_influence", "residual_cosine", "update_norm")
 
@@ -190,8 +190,12 @@ def standout_section(section: Mapping[str, Any]) -> str:
     for kind, sign in SIGNS.items():
         mine = [one for one in given.found if one.kind == kind]
         items = "".join(_finding(one, keys) for one in mine)
-        items = items or '<li class="dim">Nothing was measured that would show it.</li>'
-        proof = f"<p>To prove it, measure the edit:</p><pre>{escape(given.proof[kind])}</pre>" if mine else ""
+        items = items or '<li class="dim">The figures show none.</li>'
+        proof = (
+            f"<p>To prove it, measure the edit:</p><pre>{escape(given.proof[kind])}</pre>"
+            if mine
+            else ""
+        )
         columns.append(
             f'<div><h3><b class="{kind}">{sign}</b>{kind}</h3>'
             f'<p class="dim">{SAYS[kind]}</p><ul>{items}</ul>{proof}</div>'

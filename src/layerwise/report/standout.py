@@ -3,6 +3,7 @@
 import math
 import shlex
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from statistics import median
 from typing import Any, Literal, NamedTuple
 
@@ -164,7 +165,7 @@ def _massive(rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
     if norms is None:
         return []
     keys = list(norms.figures)
-    steps = {b: norms.figures[b].value / norms.figures[a].value for a, b in zip(keys, keys[1:])}
+    steps = {b: norms.figures[b].value / norms.figures[a].value for a, b in pairwise(keys)}
     key = max(steps, key=lambda k: steps[k])
     if steps[key] < 3 or norms.figures[key].value < 10:
         return []
@@ -182,7 +183,7 @@ def _decisive(rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
     if kl is None:
         return []
     keys = list(kl.figures)
-    steps = {b: kl.figures[a].value - kl.figures[b].value for a, b in zip(keys, keys[1:])}
+    steps = {b: kl.figures[a].value - kl.figures[b].value for a, b in pairwise(keys)}
     falls = _Measured({k: Figure(v) for k, v in steps.items()})
     key = max(steps, key=lambda k: steps[k])
     if steps[key] <= 0:

@@ -155,9 +155,7 @@ def _firsts(keys: Sequence[str]) -> set[int]:
     return {i for i, name in enumerate(names) if i == 0 or names[i - 1] != name}
 
 
-def _body(
-    name: str, mine: Sequence[Strip], says: Mapping[str, str], keys: Sequence[str]
-) -> str:
+def _body(name: str, mine: Sequence[Strip], says: Mapping[str, str], keys: Sequence[str]) -> str:
     more = len(mine) - SHOWN
     button = (
         f'<button type="button" class="more script" aria-expanded="false">{more} more</button>'
@@ -196,5 +194,3 @@ def _row(strip: Strip, extra: bool, firsts: set[int]) -> str:
         f'<th scope="row"><button type="button">{escape(strip.name)}</button></th>'
         f'{"".join(cells)}<td class="range">{escape(f" {DASH} ".join(ends))}</td></tr>'
     )
-
-
