@@ -36,7 +36,10 @@ def spread(stack: Stack, stats: Stats) -> Figures:
     for key, sample in stats.along("token_sample", stack).items():
         x = sample.after.double()
         norms, count = x.norm(dim=1), len(x)
-        p = variance_shares(x)
+        centred = x - x.mean(0)
+        gram = centred.T @ centred if x.shape[1] < count else centred @ centred.T
+        p = torch.linalg.eigvalsh(gram).clamp_min(0)
+        p = p / p.sum().clamp_min(1e-300)
         unit = torch.nn.functional.normalize(x, dim=1).sum(0)
         found[key] = {
             "rank": (-torch.xlogy(p, p).sum()).exp().item(),
@@ -46,19 +49,6 @@ def spread(stack: Stack, stats: Stats) -> Figures:
             "largest_norm": (norms.max() / norms.median().clamp_min(1e-300)).item(),
         }
     return Figures(found, f"{count} tokens; anisotropy of unrelated directions is 0")
-
-
-def variance_shares(x: Float[Tensor, "tokens dim"]) -> Float[Tensor, " count"]:
-    """Eigenvalues of the centred rows' covariance over their sum, ascending.
-
-    Example:
-        >>> variance_shares(torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, -1.0]]))
-        tensor([0.2000, 0.8000])
-    """
-    centred = x - x.mean(0)
-    gram = centred.T @ centred if x.shape[1] < len(x) else centred @ centred.T
-    p = torch.linalg.eigvalsh(gram).clamp_min(0)
-    return p / p.sum().clamp_min(1e-300)
 
 
 def affine(m: Moments, ridge: float) -> tuple[Float[Tensor, "left right"], Float[Tensor, " right"]]:

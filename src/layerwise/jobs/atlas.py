@@ -13,7 +13,6 @@ from layerwise.core.quality import ratio
 from layerwise.core.stack import Layer, Stack
 from layerwise.core.stats import Stats
 from layerwise.core.task import takes_images
-from layerwise.describe.geometry import variance_shares
 from layerwise.jobs.inspect import Inspected
 from layerwise.jobs.reading import Read
 from layerwise.report.figures import size
@@ -214,6 +213,19 @@ def _rounded(map_: Tensor) -> list[list[float]]:
     return [[round(x, 3) for x in row] for row in map_.tolist()]
 
 
+def variances(x: Tensor) -> Tensor:
+    """Shares of the variance of rows along their principal directions, largest first.
+
+    Example:
+        >>> variances(torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, -1.0]]))
+        tensor([0.8000, 0.2000])
+    """
+    centred = x - x.mean(0)
+    gram = centred.T @ centred if x.shape[1] < len(x) else centred @ centred.T
+    found = torch.linalg.eigvalsh(gram).clamp_min(0).flip(0)
+    return found / found.sum().clamp_min(1e-300)
+
+
 def spectra(stats: Stats, network: Network) -> dict[str, list[tuple[int, float]]]:
     """Shares of variance of the states after every layer, largest first, at a few ranks."""
     if "token_sample" not in stats.values:
@@ -221,7 +233,7 @@ def spectra(stats: Stats, network: Network) -> dict[str, list[tuple[int, float]]
     found = {}
     for stack in network.stacks:
         for key, sample in stats.along("token_sample", stack).items():
-            p = variance_shares(sample.after.double()).flip(0)
+            p = variances(sample.after.double())
             ranks = sorted({round(x) for x in np.geomspace(1, len(p), POINTS)})
             found[key] = [(r, float(f"{p[r - 1].item():.3g}")) for r in ranks if p[r - 1] > 1e-12]
     return found
