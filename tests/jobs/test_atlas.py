@@ -16,10 +16,11 @@ from layerwise.cli import app
 from layerwise.core.data import Texts
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.network import open_network
-from layerwise.jobs.atlas import intervals, outside, shares_of
+from layerwise.jobs.atlas import intervals, outside, shares_of, spectra
 from layerwise.jobs.inspect import inspect_model
 from layerwise.jobs.reading import Read, read_prompts
 from layerwise.jobs.tail import SHORT
+from layerwise.jobs.wanted import Wanted
 
 
 @pytest.fixture(scope="module")
@@ -212,3 +213,19 @@ def test_bytes_outside_and_inside_are_all_bytes(tiny) -> None:
     assert ends.before_bytes + ends.after_bytes + layers == network.checkpoint.nbytes
     assert ends.before == ("embed_tokens",) and ends.after == ("norm", "lm_head (tied)")
     assert sum(shares_of(network.layers()[0]).values()) == pytest.approx(1)
+
+
+def test_singular_values_and_figures_of_matrices_are_drawn(tiny, data: str, tmp_path: Path) -> None:
+    options = ("--measures", "residual_cosine,spectrum")
+    text = written(tiny("llama"), data, tmp_path / "a.html", *options)
+    titles = re.findall(r'<figure class="spectrum"><figcaption>([\w.]+)', text)
+    assert titles == [f"attention.{r}" for r in "qkvo"] + ["mlp.gate", "mlp.up", "mlp.down"]
+    assert '<button type="button">mlp down</button>' in text
+    found = inspect_model(tiny("llama"), Texts(data, samples=2, length=16), Wanted(("spectrum",)))
+    state = AutoModelForCausalLM.from_pretrained(tiny("llama")).state_dict()
+    drawn = {s.title: s.curves for s in spectra(found)}["mlp.down"]
+    for i, (_, curve) in enumerate(drawn.items()):
+        values = torch.linalg.svdvals(state[f"model.layers.{i}.mlp.down_proj.weight"])
+        for rank, value in curve:
+            assert value == pytest.approx(values[rank - 1].item(), rel=1e-2)
+    assert [r for r, _ in drawn["decoder/0"]][:3] == [1, 2, 3] and len(drawn) == 4

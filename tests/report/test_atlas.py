@@ -12,6 +12,7 @@ from tags import EVIL, Reader
 from layerwise.jobs.reading import Read
 from layerwise.report import page
 from layerwise.report.embed import embedded
+from layerwise.report.shapes import Spectrum
 from layerwise.report.standout import Relation, stand_out
 from layerwise.report.strips import scale_of, strips
 
@@ -72,7 +73,9 @@ def sections(rows=None, **changes):
         {
             "kind": "spectra",
             "title": "Spectra",
-            "curves": {r["layer"]: [(1, 0.9), (2, 0.1)] for r in rows},
+            "spectra": [
+                Spectrum("States", "share", {r["layer"]: [(1, 0.9), (2, 0.1)] for r in rows}),
+            ],
         },
     ]
 
@@ -138,7 +141,7 @@ def test_tokens_and_names_are_text(evil):
     given[2]["groups"] = {"x": evil}
     given[3]["reads"] = [read((evil, "b"), 4, evil)._replace(source=[evil])]
     given[4]["maps"] = [Relation(evil, [evil], [evil], [[1.0]])]
-    given[5]["curves"] = {evil: [(1, 0.9), (2, 0.1)]}
+    given[5]["spectra"] = [Spectrum(evil, evil, {evil: [(1, 0.9), (2, 0.1)]})]
     text = page(evil, given)
     reader = Reader(text)
     assert reader.tags.count("script") == 4 and "img" not in reader.tags

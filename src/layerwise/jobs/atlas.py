@@ -1,6 +1,6 @@
 """What the atlas shows of an inspected model, beyond its rows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from layerwise.core.task import takes_images
 from layerwise.jobs.inspect import Inspected
 from layerwise.jobs.reading import Read
 from layerwise.report.figures import size
+from layerwise.report.shapes import Spectrum
 from layerwise.report.standout import Relation, stand_out
 
 #: points of a spectrum that are drawn
@@ -49,6 +50,7 @@ def atlas_sections(
     """
     certain = {k: v for s in found.network.stacks for k, v in intervals(found.stats, s).items()}
     rows = [_with_interval(row, certain) for row in found.rows]
+    inside = by_matrix(found)
     keys = [row["layer"] for row in rows]
     maps = relations(found)
     findings = stand_out(str(model), rows, [m for m in maps if m.rows == m.columns])
@@ -70,7 +72,7 @@ def atlas_sections(
         {
             "kind": "figures",
             "title": "Every figure of every layer",
-            "layers": rows,
+            "layers": [{**row, **inside.get(row["layer"], {})} for row in rows],
             "groups": {m.name: m.summary for f in ("measure", "describe") for m in methods(f)},
         },
     ]
@@ -80,10 +82,28 @@ def atlas_sections(
         )
     if maps:
         sections.append({"kind": "alike", "title": "Which layers are alike", "maps": maps})
-    curves = spectra(found.stats, found.network)
-    if curves:
-        sections.append({"kind": "spectra", "title": "Spectra of the states", "curves": curves})
+    drawn = spectra(found)
+    if drawn:
+        sections.append({"kind": "spectra", "title": "Spectra", "spectra": drawn})
     return sections
+
+
+def by_matrix(found: Inspected) -> dict[str, dict[str, float]]:
+    """Figures of single matrices as figures of their layers, experts by their mean.
+
+    A figure is named after its method and itself, then the role: `spectrum alpha.mlp down`.
+    """
+    held: dict[str, dict[str, list[float]]] = {}
+    for method, table in found.figures.items():
+        for key, figures in table.values.items():
+            layer, slash, role = key.rpartition("/")
+            if not slash or "." not in role:
+                continue
+            role = role.partition("[")[0].replace(".", " ")
+            for name, value in figures.items():
+                row = held.setdefault(layer, {})
+                row.setdefault(f"{method} {name}.{role}", []).append(value)
+    return {k: {n: sum(v) / len(v) for n, v in row.items()} for k, row in held.items()}
 
 
 def _with_interval(row: Mapping[str, Any], certain: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,8 +207,8 @@ def note_of(found: Inspected, data: str, certain: bool) -> str:
         return f"{said}. All figures are point estimates, without intervals."
     return (
         f"{said}. Block influence, one less the cosine between what enters and what leaves a "
-        "layer, has a 95% bootstrap interval over these; all else is a point estimate on the "
-        "same data."
+        "layer, has a 95% bootstrap interval over the documents of the sample, which is rather too "
+        "wide than too narrow; all else is a point estimate on the same data."
     )
 
 
@@ -226,14 +246,30 @@ def variances(x: Tensor) -> Tensor:
     return found / found.sum().clamp_min(1e-300)
 
 
-def spectra(stats: Stats, network: Network) -> dict[str, list[tuple[int, float]]]:
-    """Shares of variance of the states after every layer, largest first, at a few ranks."""
-    if "token_sample" not in stats.values:
-        return {}
-    found = {}
-    for stack in network.stacks:
-        for key, sample in stats.along("token_sample", stack).items():
+def spectra(found: Inspected) -> list[Spectrum]:
+    """Of the states after every layer, and of its matrices where `spectrum` was measured."""
+    result = []
+    states: dict[str, list[tuple[int, float]]] = {}
+    for stack in found.network.stacks if "token_sample" in found.stats.values else ():
+        for key, sample in found.stats.along("token_sample", stack).items():
             p = variances(sample.after.double())
             ranks = sorted({round(x) for x in np.geomspace(1, len(p), POINTS)})
-            found[key] = [(r, float(f"{p[r - 1].item():.3g}")) for r in ranks if p[r - 1] > 1e-12]
-    return found
+            states[key] = _positive((r, p[r - 1].item()) for r in ranks)
+    if states:
+        result.append(Spectrum("States after every layer", "share of variance", states))
+    table = found.figures.get("spectrum")
+    for name, map_ in (table.maps if table else {}).items():
+        stack, _, role = name.rpartition(" ")
+        layers = [la.key for la in found.network.layers() if stack in ("", la.stack)]
+        ranks, *rows = map_.tolist()
+        curves = {
+            key: _positive(zip(map(int, ranks), row, strict=True))
+            for key, row in zip(layers, rows, strict=True)
+        }
+        title = f"{stack} {role}".strip()
+        result.append(Spectrum(title, "singular value", {k: v for k, v in curves.items() if v}))
+    return result
+
+
+def _positive(points: Iterable[tuple[int, float]]) -> list[tuple[int, float]]:
+    return [(rank, float(f"{value:.3g}")) for rank, value in points if value > 1e-12]

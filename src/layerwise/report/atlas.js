@@ -24,7 +24,7 @@ function choose(i, focus = false) {
   for (const head of document.querySelectorAll(`.strips th[data-i="${i}"]`)) head.classList.add("here");
   const key = figures.layers[i];
   for (const path of document.querySelectorAll(".frame path")) path.classList.toggle("here", path.dataset.key === key);
-  document.querySelector(".frame path.here")?.parentNode.append(document.querySelector(".frame path.here"));
+  for (const path of document.querySelectorAll(".frame path.here")) path.parentNode.append(path);
   for (const head of document.querySelectorAll(".lens tbody th, .voids tbody th")) if (head.title === key) head.parentNode.classList.add("here");
   describe(i);
 }
@@ -53,10 +53,10 @@ function table(columns, i) {
 function describe(i) {
   const option = layers[i], [first, ...rest] = option.getAttribute("aria-label").split(", ");
   const size = rest.find((word) => /^[\d.,]+ \w?B$|bytes$/.test(word)) ?? "";
-  const parts = [...option.querySelectorAll(".bar i[title]")].map((p) => safe(p.title)).join(" · ");
+  const parts = [...option.querySelectorAll(".bar i[title]")].map((p) => safe(p.title.split(" · ")[0])).join(" · ");
   const said = [...option.querySelectorAll(".signs b")].map((b) => `<li><b class="${b.className}">${b.textContent}</b>${safe(b.className)}: ${safe(b.title)}</li>`).join("");
-  const seen = {};
-  const main = figures.columns.filter((c) => (seen[c.group] = (seen[c.group] ?? 0) + 1) <= 3);
+  const count = {};
+  const main = figures.columns.filter((c) => (count[c.group] = (count[c.group] ?? 0) + 1) <= 3).slice(0, 16);
   const more = figures.columns.length > main.length ? `<details><summary>all ${figures.columns.length} figures</summary>${table(figures.columns, i)}</details>` : "";
   const open = card.querySelector("details")?.open;
   card.innerHTML = `<h3>${safe(first)}</h3><p class="sub">${[size, parts].filter(Boolean).join(" — ")}</p>${said ? `<ul>${said}</ul>` : ""}${table(main, i)}${more}`;
@@ -69,6 +69,7 @@ function colour(key) {
   const used = key ? [...new Set([...floors.querySelectorAll(".bar i")].map((cell) => by(cell.dataset.part)).filter(Boolean))] : [];
   const whole = { low: Math.min(...used.map((c) => c.low)), high: Math.max(...used.map((c) => c.high)), signed: used.some((c) => c.signed) };
   floors.classList.toggle("signed", whole.signed);
+  floors.parentNode.classList.toggle("shaded", used.length > 0);
   layers.forEach((option, i) => {
     for (const cell of option.querySelectorAll(".bar i")) {
       const x = key ? by(cell.dataset.part)?.values[i] : undefined;

@@ -47,8 +47,9 @@ def _reading(number: int, read: Any) -> str:
     if read.active:
         share = sum(map(sum, read.active)) / max(sum(map(len, read.active)), 1)
         voids = (
-            f"<h3>Layers that act on a token</h3>{VOIDS if number == 0 else ''}"
-            f'<p class="note">{100 * share:.0f}% are filled.</p>{_voids(number, read)}'
+            "<h3>Layers that act on a token "
+            f'<span class="dim">{100 * share:.0f}% filled</span></h3>'
+            f"{VOIDS if number == 0 else ''}{_voids(number, read)}"
         )
     text = "".join(token(t) for t in read.tokens)
     source = "".join(token(t) for t in read.source)

@@ -3,10 +3,19 @@
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 from layerwise.report.embed import embedded, short
+from layerwise.report.figures import SUPERSCRIPTS
 from layerwise.report.standout import Relation
+
+
+class Spectrum(NamedTuple):
+    """Values by rank of every layer, largest first: (rank, value) by key."""
+
+    title: str
+    unit: str
+    curves: Mapping[str, Sequence[tuple[int, float]]]
 
 
 def alike_section(section: Mapping[str, Any]) -> str:
@@ -41,46 +50,55 @@ def _ticks(side: str, keys: Sequence[str], most: int = 8) -> str:
 
 
 def spectra_section(section: Mapping[str, Any]) -> str:
-    """One curve per layer: the share of variance along each principal direction."""
-    curves: Mapping[str, Sequence[Any]] = section.get("curves") or {}
-    points = [(r, v) for curve in curves.values() for r, v in curve if v > 0]
-    if not points:
+    """One drawing per kind of spectrum, in it one curve per layer."""
+    drawn = "".join(map(_drawing, section.get("spectra") or ()))
+    if not drawn:
         return '<p class="note">No states were kept.</p>'
+    return (
+        '<p class="lead">Along each principal direction, largest first; a curve per layer, from '
+        "pale (first) to dark (last). A curve that falls late uses many directions. "
+        '<span class="script">The chosen layer is in colour.</span></p>'
+        f'<div class="maps">{drawn}</div>'
+    )
+
+
+def _drawing(given: Spectrum) -> str:
+    """Curves on two logarithmic scales."""
+    points = [(r, v) for curve in given.curves.values() for r, v in curve if v > 0]
+    if not points:
+        return ""
     right = max(max(r for r, _ in points), 2)
     top = math.ceil(math.log10(max(v for _, v in points)))
     foot = max(math.floor(math.log10(min(v for _, v in points))), top - 6)
+    high = max(top - foot, 1)
 
-    def at(rank: float, share: float) -> str:
-        x = 1000 * math.log(rank) / math.log(right)
-        y = 400 * (top - max(math.log10(share), foot)) / max(top - foot, 1)
-        return f"{x:.0f} {y:.0f}"
+    def at(rank: float, value: float) -> str:
+        y = 400 * (top - max(math.log10(value), foot)) / high
+        return f"{1000 * math.log(rank) / math.log(right):.0f} {y:.0f}"
 
-    count = max(len(curves) - 1, 1)
+    count = max(len(given.curves) - 1, 1)
     paths = "".join(
         f'<path d="M{"L".join(at(r, v) for r, v in curve if v > 0)}" data-key="{escape(key)}" '
         f'style="--t:{100 * i / count:.0f}"><title>{escape(key)}</title></path>'
-        for i, (key, curve) in enumerate(curves.items())
+        for i, (key, curve) in enumerate(given.curves.items())
     )
-    ranks = [r for r in (1, 2, 5, 10, 20, 50, 100, 200, 500) if r <= right]
     xs = "".join(
-        f'<span style="left:{100 * math.log(r) / math.log(right):.1f}%">{r}</span>' for r in ranks
+        f'<span style="left:{100 * math.log(r) / math.log(right):.1f}%">{r}</span>'
+        for r in (10**k for k in range(6))
+        if r <= right
     )
     ys = "".join(
-        f'<span style="top:{100 * (top - p) / max(top - foot, 1):.1f}%">{_percent(p)}</span>'
+        f'<span style="top:{100 * (top - p) / high:.1f}%">{_power(p)}</span>'
         for p in range(foot, top + 1)
     )
     return (
-        '<p class="lead">The share of the variance of the states after a layer along each of their '
-        "principal directions, from pale (first) to dark (last). A curve that falls late uses many "
-        'directions. <span class="script">The chosen layer is in colour.</span></p>'
-        '<figure class="spectra"><div class="frame">'
-        '<svg viewBox="0 0 1000 400" preserveAspectRatio="none" role="img" '
-        f'aria-label="Spectra of {len(curves)} layers">{paths}</svg>'
-        f'<div class="xs">{xs}</div><div class="ys">{ys}</div></div>'
-        '<p class="ends"><span>share of variance</span><span>principal direction</span></p>'
-        "</figure>"
+        f'<figure class="spectrum"><figcaption>{escape(given.title)} '
+        f'<span class="dim">{escape(given.unit)} by rank</span></figcaption><div class="frame">'
+        '<svg viewBox="0 0 1000 400" preserveAspectRatio="none" role="img" aria-label="'
+        f'{escape(given.title)}, {escape(given.unit)} of {len(given.curves)} layers">{paths}</svg>'
+        f'<div class="xs">{xs}</div><div class="ys">{ys}</div></div></figure>'
     )
 
 
-def _percent(power: int) -> str:
-    return f"{100 * 10.0**power:g}%"
+def _power(power: int) -> str:
+    return f"{10.0**power:g}" if abs(power) < 4 else f"10{str(power).translate(SUPERSCRIPTS)}"

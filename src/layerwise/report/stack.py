@@ -40,7 +40,8 @@ def stack_section(section: Mapping[str, Any]) -> str:
     height = min(max(TALL / max(len(layers), 1), LOW), HIGH)
     return (
         f'<p class="facts">{facts}</p>{said}<div class="stand">'
-        f'<figure class="tower" style="--row:{height:.1f}px">{_choice(options, chosen)}{head}'
+        f'<figure class="tower{" shaded" * bool(chosen)}" style="--row:{height:.1f}px">'
+        f"{_choice(options, chosen)}{head}"
         f'<div class="floors{" thin" * (height < 16)}" role="listbox" tabindex="0" '
         f'aria-label="Layers, from input at the foot to output">{drawn}</div>{foot}'
         f"<figcaption>{_caption(layers, bool(tags))}</figcaption></figure>"
@@ -52,11 +53,13 @@ def stack_section(section: Mapping[str, Any]) -> str:
 
 def _caption(layers: Sequence[Mapping[str, Any]], tagged: bool) -> str:
     names = dict.fromkeys(n for x in layers for n in x.get("parts") or ())
-    keys = "".join(
+    parts = "".join(
         f'<span><i class="swatch {PARTS.get(str(n), "p0")}"></i>{escape(str(n))}</span>'
         for n in names
     )
+    keys = f"<span>in a layer, left to right:</span>{parts}" if len(names) > 1 else parts
     if tagged:
+        keys = f'<span class="legend">{keys}</span>'
         keys += "".join(f'<span><b class="{k}">{s}</b>{k}</span>' for k, s in SIGNS.items())
     return f'<span class="legend">{keys}</span>A bar is as wide as its bytes.'
 
