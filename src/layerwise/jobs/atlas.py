@@ -21,6 +21,8 @@ from layerwise.report.standout import Relation, stand_out
 
 #: points of a spectrum that are drawn
 POINTS = 32
+#: what a map is called
+TITLES = {"cka": "CKA", "error": "Error of the best affine map"}
 #: documents that an interval needs
 FEW = 4
 
@@ -53,7 +55,8 @@ def atlas_sections(
     inside = by_matrix(found)
     keys = [row["layer"] for row in rows]
     maps = relations(found)
-    findings = stand_out(str(model), rows, [m for m in maps if m.rows == m.columns])
+    findings = stand_out(str(model), rows, maps)
+    maps += beside(found)
     stack = {
         "kind": "stack",
         "title": "The stack",
@@ -213,7 +216,7 @@ def note_of(found: Inspected, data: str, certain: bool) -> str:
 
 
 def relations(found: Inspected) -> list[Relation]:
-    """Maps of layers by layers: CKA inside each stack, and with another model."""
+    """CKA between all layers of each stack."""
     table = found.figures.get("similarity")
     result = []
     for name, map_ in (table.maps if table else {}).items():
@@ -221,11 +224,17 @@ def relations(found: Inspected) -> list[Relation]:
         layers = [la.key for la in (stack.layers if stack else found.network.layers())]
         keys = ["input", *layers][-len(map_) :]
         if len(keys) == len(map_):
-            result.append(Relation(name.replace("cka", "CKA"), keys, keys, _rounded(map_)))
-    other = found.more.get("against", {})
-    for name, map_ in other.get("maps", {}).items():
-        rows, columns = ([str(i) for i in range(n)] for n in (len(map_), len(map_[0])))
-        result.append(Relation(f"{name} with the other model", rows, columns, map_))
+            result.append(Relation(name.replace("cka", TITLES["cka"]), keys, keys, _rounded(map_)))
+    return result
+
+
+def beside(found: Inspected) -> list[Relation]:
+    """Maps between the layers of two models, by their numbers."""
+    result = []
+    for name, map_ in found.more.get("against", {}).get("maps", {}).items():
+        rows, columns = (["input", *map(str, range(n - 1))] for n in (len(map_), len(map_[0])))
+        title = f"{TITLES.get(name, name)} with the other model (across)"
+        result.append(Relation(title, rows, columns, _rounded(torch.tensor(map_))))
     return result
 
 
