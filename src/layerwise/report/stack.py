@@ -35,8 +35,10 @@ def stack_section(section: Mapping[str, Any]) -> str:
     options, chosen = _choices(layers, columns)
     drawn = _layers(layers, tags, most, _places(columns, chosen))
     ends: Mapping[str, Any] = section.get("ends") or {}
-    head = _end("output", ends.get("after") or (), ends.get("after_bytes", 0), most)
-    foot = _end("input", ends.get("before") or (), ends.get("before_bytes", 0), most)
+    head, foot = (
+        _end(side, ends[name], ends[f"{name}_bytes"], most) if ends else ""
+        for side, name in (("output", "after"), ("input", "before"))
+    )
     height = min(max(TALL / max(len(layers), 1), LOW), HIGH)
     return (
         f'<p class="facts">{facts}</p>{said}<div class="stand">'
