@@ -166,7 +166,7 @@ def run_inspect(
     dtype: str,
 ) -> Any:
     """Measure every layer, show the table, and write the page if one is wanted."""
-    from layerwise.core.network import open_network
+    from layerwise.core.open import open_network
     from layerwise.jobs.against import inspect_models
     from layerwise.jobs.session import check_out
     from layerwise.report.terminal import progress_bar

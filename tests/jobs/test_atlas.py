@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from layerwise.cli import app
 from layerwise.core.data import Texts
 from layerwise.core.errors import LayerwiseError
-from layerwise.core.network import open_network
+from layerwise.core.open import open_network
 from layerwise.jobs.atlas import intervals, outside, shares_of, spectra
 from layerwise.jobs.inspect import inspect_model
 from layerwise.jobs.reading import Read, read_prompts

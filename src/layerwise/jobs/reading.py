@@ -9,10 +9,10 @@ from torch import Tensor
 
 from layerwise.core.data import Texts
 from layerwise.core.errors import LayerwiseError
-from layerwise.core.lockstep import Batch
 from layerwise.core.network import Network
 from layerwise.core.reader import Reader
 from layerwise.core.stats import Stats, observe
+from layerwise.core.stops import Batch
 from layerwise.core.task import config_value, takes_images
 from layerwise.describe.lens import active_layers, answer_of, compared, layer_states
 from layerwise.jobs.session import Progress, load_reader, silent
