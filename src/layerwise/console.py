@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -21,6 +21,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+@app.callback(help=app.info.help)
+def taking(
+    trust: Annotated[
+        str, typer.Option(help="Risks to take for a model that you trust: pickles, code.")
+    ] = "",
+) -> None:
+    """What holds for every command."""
+    if trust:
+        from layerwise.core.errors import LayerwiseError
+        from layerwise.core.trust import trust as allow
+
+        try:
+            allow(trust.split(","))
+        except LayerwiseError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from None
 
 
 class Output:

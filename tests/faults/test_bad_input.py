@@ -161,7 +161,7 @@ MODELS: dict[str, tuple[Callable[[Place], Any], tuple[str, ...]]] = {
         weights(lambda t: t.update({k: v.to(torch.int8) for k, v in t.items()})),
         ("floating-point",),
     ),
-    "pickles": (pickled, ("pytorch_model.bin", "pickle can run any code", "save_pretrained")),
+    "pickles": (pickled, ("pytorch_model.bin", "pickle can run any code", "--trust pickles")),
     "no weights": (remove("model/model.safetensors"), ("found none",)),
     "index of a missing file": (
         file(INDEX, '{"weight_map": {"a": "gone.safetensors"}}'),
@@ -180,7 +180,7 @@ MODELS: dict[str, tuple[Callable[[Place], Any], tuple[str, ...]]] = {
     "config: unknown type": (config(model_type="llamma"), ("llamma", "did you mean", "llama")),
     "config: no type": (config(model_type=...), ("no model_type",)),
     "config: type of a wrong kind": (config(model_type=[1]), ("model_type [1]",)),
-    "config: remote code": (config(**UNKNOWN), ("remote code", "own.Own", "does not run")),
+    "config: remote code": (config(**UNKNOWN), ("remote code", "own.Own", "--trust code")),
     "config: class of another type": (
         config(architectures=["GPT2LMHeadModel"]),
         ("GPT2LMHeadModel", "'gpt2'", "'llama'"),

@@ -1,16 +1,18 @@
 """The configuration of a model folder, and the class that it is built with."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from layerwise.core.errors import LayerwiseError, nearest, refusing
 from layerwise.core.index import read_json
+from layerwise.core.trust import trusted
 
 #: layers or experts, beyond which nobody goes
 MOST = 100_000
@@ -25,7 +27,7 @@ _AUTO = (
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """The configuration of a model folder; code that comes with a folder is never run.
+    """The configuration of a model folder; code in it is run only where the user trusts it.
 
     Raises:
         LayerwiseError: transformers has no such architecture, or a field is not what it allows.
@@ -41,14 +43,15 @@ def read_config(folder: Path) -> PretrainedConfig:
                 found=value,
                 fix="compare it with the configuration of the original model",
             )
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+    own = fields.get("auto_map") is not None and trusted("code")
+    if not own and (not isinstance(kind, str) or kind not in CONFIG_MAPPING):
         raise _unknown(path, fields)
     with refusing(
         str(path),
         allowed=f"a configuration of type {kind!r} that transformers can read",
         fix="compare it with the configuration of the original model",
     ):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=own)
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
@@ -68,8 +71,9 @@ def _unknown(path: Path, fields: dict[str, Any]) -> LayerwiseError:
     version = f"transformers {transformers.__version__}"
     found, fix = f"model_type {kind!r}", "install the transformers version that has this model"
     if remote is not None:
-        found = f"remote code, {remote}, which layerwise does not run"
-        fix = "convert the checkpoint to an architecture that transformers has itself"
+        found = f"remote code, {remote}, which is not run unless you say so"
+        fix = "say `layerwise --trust code ...` where you trust it, or convert the checkpoint to "
+        fix += "an architecture that transformers has itself"
     elif kind is None:
         found, fix = "no model_type", "write the `model_type` of the architecture into it"
     else:
@@ -84,6 +88,9 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     Raises:
         LayerwiseError: transformers has no such class.
     """
+    remote: Any = config.to_dict().get("auto_map")
+    if remote is not None and trusted("code"):
+        return _remote(config, remote)
     named: Any = config.architectures
     for name in named if isinstance(named, list) else ():
         kind = getattr(transformers, str(name), None)
@@ -98,6 +105,22 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
         allowed="architectures that transformers knows",
         found=config.architectures,
         fix="install the transformers version that has this model",
+    )
+
+
+def _remote(config: PretrainedConfig, remote: Mapping[str, str]) -> type[PreTrainedModel]:
+    """The class in the folder's own code, that with a head first."""
+    for auto in _AUTO:
+        if auto.__name__ in remote:
+            found: Any = get_class_from_dynamic_module(
+                remote[auto.__name__], str(config.name_or_path)
+            )
+            return found
+    raise LayerwiseError(
+        "config.json, auto_map",
+        allowed=f"one of {', '.join(auto.__name__ for auto in _AUTO)}",
+        found=", ".join(remote),
+        fix="name the model's class there",
     )
 
 

@@ -17,7 +17,8 @@ from layerwise.core.companions import ADAPTER, copy_companions, files_in
 from layerwise.core.config import model_class, read_config
 from layerwise.core.errors import LayerwiseError, refusing
 from layerwise.core.hollow import build_meta
-from layerwise.core.index import read_json
+from layerwise.core.index import PICKLES, read_json
+from layerwise.core.trust import trusted
 
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PACKED = "compressed-tensors"
@@ -41,6 +42,14 @@ def recipe_for(folder: Path, find_base: Callable[[str], Path]) -> Recipe | None:
     if (folder / ADAPTER).is_file():
         return _adapter(folder, find_base)
     config = folder / "config.json"
+    if config.is_file() and trusted("pickles") and _only_pickles(folder):
+        by = ("pickles", transformers.__version__)
+        return Recipe(
+            f"{folder} holds pickled weights, rewritten as safetensors",
+            tuple(files_in(folder)),
+            by,
+            lambda out: _rewrite(folder, out),
+        )
     if config.is_file() and read_json(config).get("quantization_config") is not None:
         return _quantized(folder)
     return None
@@ -89,6 +98,20 @@ def _merge(base: Path, adapter: Path, out: Path) -> None:
             warnings.filterwarnings("error", "Found missing adapter keys")
             model: Any = PeftModel.from_pretrained(found, adapter)
         _save(model.merge_and_unload(), out, base, adapter)
+
+
+def _only_pickles(folder: Path) -> bool:
+    kinds = {path.suffix for path in files_in(folder)}
+    return ".safetensors" not in kinds and bool(kinds & PICKLES)
+
+
+def _rewrite(folder: Path, out: Path) -> None:
+    with refusing(
+        f"pickled weights of {folder}",
+        allowed="ones that transformers can load",
+        fix="start from another copy of the checkpoint",
+    ):
+        _save(_load(model_class(read_config(folder)), folder), out, folder)
 
 
 def _quantized(folder: Path) -> Recipe:

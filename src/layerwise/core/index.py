@@ -82,6 +82,6 @@ def _no_weights(folder: Path, missing: list[str]) -> LayerwiseError:
     if not missing:
         found = f"only pickled weights: {', '.join(pickles)}" if pickles else "none"
     if pickles and not missing:
-        fix = "reading a pickle can run any code; where you trust it, convert it with "
-        fix += "`AutoModel.from_pretrained(...).save_pretrained(...)`"
+        fix = "reading a pickle can run any code; where you trust it, `layerwise --trust pickles "
+        fix += "...` rewrites it as safetensors once"
     return LayerwiseError(str(folder), allowed="all weights as safetensors", found=found, fix=fix)

@@ -16,6 +16,7 @@ from layerwise.core.network import Network
 from layerwise.core.plan import DataSpec
 from layerwise.core.reader import Reader
 from layerwise.core.task import config_value, takes_images
+from layerwise.core.trust import trusted
 
 #: (what is done, steps done, steps in all)
 Progress = Callable[[str, int, int], None]
@@ -42,10 +43,10 @@ def load_reader(network: Network) -> Reader:
     ):
         if images:
             processor = AutoImageProcessor.from_pretrained(
-                folder, backend="pil", trust_remote_code=False
+                folder, backend="pil", trust_remote_code=trusted("code")
             )
         else:
-            processor = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            processor = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted("code"))
     start = config_value(config, "decoder_start_token_id")
     start = config_value(config, "bos_token_id") if start is None else start
     classes = {str(name): int(number) for name, number in (config.label2id or {}).items()}
