@@ -132,7 +132,7 @@ def test_everything_at_once(tiny, texts: Texts, labelled: Path) -> None:
         "position_parts",
     } <= heads
     assert found.warnings[0].endswith("need: rotation, skip_effect, task_match")
-    assert [line.partition(":")[0].split()[0] for line in said][:2] == ["tuned_lens", "invariance"]
+    assert [line.split()[0] for line in said] == ["invariance", "spectrum", "tuned_lens"]
     assert all(row["probe.accuracy"] == 1 for row in found.rows)
 
 
@@ -209,10 +209,12 @@ def test_layers_left_out_and_standing_in(tiny, texts: Texts) -> None:
 
 def test_costs_are_said_before(tiny) -> None:
     network = layerwise.open(tiny("llama"))
-    wanted = Wanted(("tuned_lens", "spectrum", "canonical"))
+    wanted = Wanted(("spectrum", "canonical", "task_match"), {"task_match": {"steps": 7}})
     lines = announced([layerwise.find(n) for n in wanted.measures], network, BATCHES, wanted)
-    assert len(lines) == 3
-    assert "28 matrices, the smaller side up to 64" in lines[1]
+    assert lines == [
+        "spectrum takes singular values of 28 matrices, the smaller side up to 64",
+        "task_match trains 4 maps through the network, 7 steps each",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,13 @@
 """What happens further up when a layer is left out, or stands in for another one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from layerwise.core.errors import LayerwiseError
-from layerwise.core.method import method
+from layerwise.core.method import Size, method
 from layerwise.core.stack import Stack
 from layerwise.core.stats import Figures, Stats
 
@@ -23,7 +23,12 @@ def places_of(length: int, count: int) -> list[int]:
     return sorted({found[i * len(found) // count] for i in range(count)})
 
 
-@method("describe", paper="arXiv:2505.13898")
+def _forwards(size: Size, chosen: Mapping[str, Any]) -> str:
+    times = chosen["prompts"] * (1 + size.layers * chosen["places"])
+    return f"runs the network {times} times on one document"
+
+
+@method("describe", paper="arXiv:2505.13898", cost=_forwards)
 def skip_effect(
     stack: Stack, stats: Stats, *, rerun: Any, prompts: int = 4, places: int = 2
 ) -> Figures:
@@ -81,7 +86,13 @@ def _effect(clean: Any, changed: Any, key: str, t: int) -> Tensor:
     return ((a - b).norm(dim=-1) / a.norm(dim=-1).clamp_min(1e-6)).max()
 
 
-@method("describe", paper="arXiv:2412.11299")
+@method(
+    "describe",
+    paper="arXiv:2412.11299",
+    cost=lambda size, chosen: (
+        f"trains {size.layers} maps through the network, {chosen['steps']} steps each"
+    ),
+)
 def task_match(
     stack: Stack,
     stats: Stats,

@@ -129,6 +129,15 @@ def _global_map(x: Tensor, m: Moments, ridge: float) -> Tensor:
     return (x - m.shift[m.side(0)]) @ weight + offset + m.shift[m.side(1)]
 
 
+def leading(rows: Float[Tensor, "tokens dim"], count: int) -> Float[Tensor, "dim count"]:
+    """The directions in which rows are longest, from the Gram matrix of the smaller side."""
+    if rows.shape[0] < rows.shape[1]:
+        values, vectors = torch.linalg.eigh(rows @ rows.T)
+        turned = rows.T @ vectors[:, -count:] / values[-count:].clamp_min(1e-300).sqrt()
+        return turned * (values[-count:] > 1e-12 * values[-1])
+    return torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -count:]
+
+
 def residual(
     update: Float[Tensor, "tokens dim"], fitted: Float[Tensor, "tokens dim"], top: int
 ) -> dict[str, float]:
@@ -138,8 +147,8 @@ def residual(
     rest = update - fitted
     size = update.norm(dim=1).clamp_min(1e-12)
     cosine = torch.cosine_similarity
-    basis = torch.linalg.svd(fitted, full_matrices=False).Vh[:top]
-    inside = (rest @ basis.T).square().sum() / rest.square().sum().clamp_min(1e-300)
+    basis = leading(fitted, top)
+    inside = (rest @ basis).square().sum() / rest.square().sum().clamp_min(1e-300)
     return {
         "error": (rest.norm(dim=1) / size).mean().item(),
         "aligned": cosine(update, fitted, dim=1).mean().item(),

@@ -18,6 +18,7 @@ Views = Float[Tensor, "documents views dim"]
     aliases=("infonce", "lidar", "dime"),
     paper="arXiv:2502.02013",
     needs=("pooled_states",),
+    cost=lambda size, chosen: "reads {0} documents, {1} perturbed copies each".format(*size.views),
 )
 def invariance(
     stack: Stack,

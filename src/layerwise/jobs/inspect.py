@@ -228,8 +228,9 @@ def _itself(method: Method) -> tuple[str, ...]:
 
 
 def _measured(stack: Stack, method: Method, stats: Stats) -> bool:
-    layered = [n for n in method.needs if n in stats.values and stats.along(n, stack)]
-    return bool(layered) or not method.needs or "neuron_means" in method.needs
+    """Whether anything that a method needs was found of a stack's layers or matrices."""
+    units = (unit for n in method.needs for unit in stats.values.get(n, ()))
+    return not method.needs or any(unit.startswith(f"{stack.name}/") for unit in units)
 
 
 def fetch(network: Network, key: str) -> dict[str, Tensor]:

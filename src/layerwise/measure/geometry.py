@@ -10,16 +10,22 @@ from layerwise.core.method import method
 from layerwise.core.stats import Probe, Seen
 from layerwise.core.tokens import Moments, by_token, kept, moments_of
 
-#: documents so far, the mean of the first one before and after, moments of even and odd documents
-Paired = tuple[int, tuple[Tensor, Tensor] | None, tuple[Moments | None, Moments | None]]
+#: documents and tokens so far, the mean of the first document before and after, moments of even
+#: and odd documents
+Paired = tuple[int, int, tuple[Tensor, Tensor] | None, tuple[Moments | None, Moments | None]]
 
 
 @method("measure")
-def stream_moments() -> Probe:
-    """Moments of every token before (`x`) and after (`y`) a layer, of even and of odd documents.
+def stream_moments(*, per_dimension: int = 20) -> Probe:
+    """Moments of tokens before (`x`) and after (`y`) a layer, of even and of odd documents.
 
     In float64, both sides shifted by the mean of the first document, which changes nothing that is
     invariant to a shift but saves digits. `4 dim^2` multiplications per token, a third of a layer.
+
+    Args:
+        per_dimension: tokens that are enough for each dimension of the state: documents are looked
+            at until that many have been. Unrelated states have a mean squared canonical correlation
+            of one over this. 0 looks at all.
 
     Returns:
         A probe whose value per layer is the `Moments` of even and of odd documents, so that what
@@ -36,11 +42,17 @@ def stream_moments() -> Probe:
 
     def update(state: Paired, seen: Seen) -> Paired:
         assert seen.output is not None
-        documents, shift, folds = state
+        documents, tokens, shift, folds = state
         x, y = by_token(seen.inputs), by_token(seen.output)
         if x.shape[:2] != y.shape[:2]:
             return state
         keep = kept(seen.inputs, seen.mask)
+        if per_dimension:
+            begun = tokens + keep.sum(1).cumsum(0) - keep.sum(1)
+            keep = keep[begun < per_dimension * x.shape[2]]
+        x, y = x[: len(keep)], y[: len(keep)]
+        if not len(keep):
+            return state
         if shift is None:
             shift = (x[0][keep[0]].double().mean(0), y[0][keep[0]].double().mean(0))
         odd = (torch.arange(len(keep), device=keep.device) + documents) % 2 == 1
@@ -49,12 +61,12 @@ def stream_moments() -> Probe:
             here = keep & mine[:, None]
             new = moments_of(x[here], y[here], shift)
             found.append(new if fold is None else fold.plus(new))
-        return documents + len(keep), shift, (found[0], found[1])
+        return documents + len(keep), tokens + int(keep.sum()), shift, (found[0], found[1])
 
     def finish(state: Paired) -> tuple[Moments, ...]:
-        return tuple(fold for fold in state[2] if fold is not None)
+        return tuple(fold for fold in state[3] if fold is not None)
 
-    return Probe("layer", lambda key: (0, None, (None, None)), update, finish)
+    return Probe("layer", lambda key: (0, 0, None, (None, None)), update, finish)
 
 
 @method("measure", aliases=("prompt_entropy", "curvature"), paper="arXiv:2502.02013")
@@ -135,8 +147,9 @@ def spectral_entropy(values: Float[Tensor, " count"], alpha: float = 1.0) -> Flo
     return (p**alpha).sum().log() / (1 - alpha)
 
 
-#: length -> (sum over documents per position, the mean of each document, sum of products)
-Grids = dict[int, tuple[Tensor, tuple[Tensor, ...], Tensor]]
+#: length -> (mean of the first document; of what exceeds it: sum over documents per position, the
+#: mean of each document, sum of products)
+Grids = dict[int, tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor]]
 
 
 @method("measure", aliases=("position_context",), paper="arXiv:2310.04861")
@@ -174,29 +187,37 @@ def position_parts(*, skip_first: bool = True) -> Probe:
         rows, keep = by_token(seen.output), kept(seen.output, seen.mask)
         found = dict(state)
         for document, mine in zip(rows, keep, strict=True):
-            x = document[mine].double()[int(skip_first) :].cpu()
-            before = found.get(
-                len(x), (torch.zeros_like(x), (), x.new_zeros(x.shape[1], x.shape[1]))
-            )
-            found[len(x)] = (before[0] + x, (*before[1], x.mean(0)), before[2] + x.T @ x)
+            x = (document if mine.all() else document[mine])[int(skip_first) :].float()
+            found[len(x)] = _joined(found.get(len(x)), x)
         return found
 
     return Probe("layer", lambda key: {}, update, split_positions, figures=True)
 
 
+def _joined(before: tuple | None, x: Float[Tensor, "positions dim"]) -> tuple:
+    """Sums of one more document; products in float32 of what is left without the first's mean."""
+    if before is None:
+        zero = torch.zeros_like(x, dtype=torch.float64)
+        before = (x.mean(0), zero, (), zero.new_zeros(x.shape[1], x.shape[1]))
+    x = x - before[0]
+    product = before[3] + (x.T @ x).double()
+    return before[0], before[1] + x, (*before[2], x.mean(0, dtype=torch.float64)), product
+
+
 def split_positions(state: Grids) -> dict[str, float]:
     """The figures of the length that most tokens have; none of fewer than two documents."""
-    length = max(state, key=lambda n: (n * len(state[n][1]), n), default=0)
-    if length < 2 or len(state[length][1]) < 2:
+    length = max(state, key=lambda n: (n * len(state[n][2]), n), default=0)
+    if length < 2 or len(state[length][2]) < 2:
         return {}
-    sums, means, product = state[length]
-    ctx = torch.stack(means)
+    _, sums, means, product = (x if isinstance(x, tuple) else x.cpu() for x in state[length])
+    ctx = torch.stack(means).cpu()
     count, mean = len(ctx), ctx.mean(0)
     pos, ctx = sums / count - mean, ctx - mean
     covariance = product - count * length * torch.outer(mean, mean)
     total = covariance.trace().item()
     parts = [count * pos.square().sum().item() / total, length * ctx.square().sum().item() / total]
-    values = torch.linalg.svdvals(pos)
+    gram = pos @ pos.T if length < pos.shape[1] else pos.T @ pos
+    values = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt()
     unit = torch.nn.functional.normalize
     largest = torch.linalg.eigvalsh(covariance)[-1].clamp_min(0).sqrt()
     waves = torch.fft.rfft(pos, dim=0).abs().square().sum(1)

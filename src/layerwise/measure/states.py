@@ -8,11 +8,7 @@ from torch import Tensor
 
 from layerwise.core.method import method
 from layerwise.core.stats import Probe, Seen
-from layerwise.core.tokens import Sample, by_token, kept, places, priorities
-
-#: documents so far, the priorities of the kept tokens, and these
-Kept = tuple[int, Tensor, Sample | None]
-
+from layerwise.core.tokens import NONE_DRAWN, Drawn, Sample, by_token, drawn, kept
 
 @method("measure")
 def token_sample(*, tokens: int = 512) -> Probe:
@@ -34,44 +30,20 @@ def token_sample(*, tokens: int = 512) -> Probe:
         torch.Size([5, 4])
     """
 
-    def update(state: Kept, seen: Seen) -> Kept:
+    def update(state: Drawn, seen: Seen) -> Drawn:
         assert seen.output is not None
-        documents, ranks, sample = state
-        keep = kept(seen.output, seen.mask)
-        where = places(keep, documents)
-        here = priorities(where)
-        chosen = _smallest(here, tokens).to(where.device)
-        new = Sample(where[chosen].cpu(), *(x[chosen].cpu() for x in _rows(seen, keep)))
-        ranks = torch.cat([ranks, here[chosen.cpu()]])
-        if sample is not None:
-            new = Sample(*(torch.cat(pair) for pair in zip(sample, new, strict=True)))
-        best = _smallest(ranks, tokens)
-        return documents + len(keep), ranks[best], Sample(*(_at(x, best) for x in new))
+        before, after = (by_token(x).flatten(0, 1) for x in (seen.inputs, seen.output))
+        same = len(before) == len(after)  # none before where the layer moves positions
+        before = before if same else before[:0, :0].expand(len(after), 0)
+        return drawn(
+            state, kept(seen.output, seen.mask), tokens, lambda at: (before[at], after[at])
+        )
 
-    def finish(state: Kept) -> Sample:
-        sample = state[2]
-        assert sample is not None
-        order = (sample.where[:, 0] * 2**32 + sample.where[:, 1]).argsort()
-        return Sample(*(_at(x, order) for x in sample))
+    def finish(state: Drawn) -> Sample:
+        ordered = state.ordered()
+        return Sample(ordered.where, *ordered.held)
 
-    start = torch.zeros(0, dtype=torch.int64)
-    return Probe("layer", lambda key: (0, start, None), update, finish)
-
-
-def _rows(seen: Seen, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens that count, before and after; none before where the layer moves positions."""
-    assert seen.output is not None
-    before, after = by_token(seen.inputs), by_token(seen.output)
-    same = before.shape[:2] == after.shape[:2]
-    return before[keep] if same else before.new_zeros(int(keep.sum()), 0), after[keep]
-
-
-def _smallest(ranks: Tensor, count: int) -> Tensor:
-    return ranks.topk(min(count, len(ranks)), largest=False).indices
-
-
-def _at(rows: Tensor, chosen: Tensor) -> Tensor:
-    return rows[chosen]
+    return Probe("layer", lambda key: NONE_DRAWN, update, finish)
 
 
 Pooling = Literal["mean", "last", "first", "max"]
