@@ -2,7 +2,8 @@
 
 from layerwise.describe.combine import combinations, layer_weights
 from layerwise.describe.effects import skip_effect, task_match
-from layerwise.describe.geometry import spread, update_fit
+from layerwise.describe.erase import erasure, fit_effect, integrated_gradients
+from layerwise.describe.geometry import dataset_entropy, spread, update_fit
 from layerwise.describe.labels import probe, truncation
 from layerwise.describe.lens import lens, tuned_lens, voids
 from layerwise.describe.neurons import specialisation
@@ -13,7 +14,11 @@ from layerwise.describe.weights import rotation, spectrum
 __all__ = [
     "canonical",
     "combinations",
+    "dataset_entropy",
     "direct_match",
+    "erasure",
+    "fit_effect",
+    "integrated_gradients",
     "invariance",
     "layer_weights",
     "lens",

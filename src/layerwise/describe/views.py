@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from layerwise.core.method import method
+from layerwise.core.spectra import spectral_entropy
 from layerwise.core.stack import Stack
 from layerwise.core.stats import Figures, Stats
 
@@ -98,10 +99,7 @@ def dime(x: Views, permutations: int) -> float:
     unit = torch.nn.functional.normalize(x[:, :2], dim=-1)
     a, b = unit[:, 0] @ unit[:, 0].T, unit[:, 1] @ unit[:, 1].T
     orders = [torch.randperm(len(x), generator=generator) for _ in range(permutations)]
-    apart = [_entropy(a * b[order][:, order]) for order in orders]
-    return sum(apart) / len(apart) - _entropy(a * b)
-
-
-def _entropy(gram: Float[Tensor, "rows rows"]) -> float:
-    p = torch.linalg.eigvalsh(gram).clamp_min(0) / gram.trace()
-    return -torch.xlogy(p, p).sum().item()
+    apart = [
+        spectral_entropy(torch.linalg.eigvalsh(a * b[order][:, order])).item() for order in orders
+    ]
+    return sum(apart) / len(apart) - spectral_entropy(torch.linalg.eigvalsh(a * b)).item()

@@ -59,6 +59,13 @@ def chosen(wanted: Wanted, network: Network, against: bool) -> tuple[list[Method
     if names == MEASURES:
         return [m for m in found if set(m.given) <= given], []
     for method in found:
+        if "rerun" in method.given and network.task not in WORDS:
+            raise LayerwiseError(
+                f"--measures {method.name}",
+                allowed="networks that answer with a word per position",
+                found=f"one for the task {network.task!r}",
+                fix="leave it out",
+            )
         for missing, fix in (("labels", "--labels FILE"), ("reference", "--against MODEL")):
             if missing in method.given and missing not in given:
                 raise LayerwiseError(

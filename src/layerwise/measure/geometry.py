@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from layerwise.core.method import method
+from layerwise.core.spectra import smaller_gram, spectral_entropy
 from layerwise.core.stats import Probe, Seen
 from layerwise.core.tokens import Moments, by_token, kept, moments_of
 
@@ -123,7 +124,7 @@ def _figures(x: Float[Tensor, "tokens dim"], alpha: float, clamp: bool) -> Tenso
     if len(x) < 3 or norms.min() <= 1e-9 * x.norm(dim=1).max():
         return None
     z = z / norms
-    gram = (z @ z.T).clamp_min(0) if clamp else z @ z.T if len(z) <= z.shape[1] else z.T @ z
+    gram = (z @ z.T).clamp_min(0) if clamp else smaller_gram(z)
     entropy = spectral_entropy(torch.linalg.eigvalsh(gram), alpha)
     steps = torch.nn.functional.normalize(x.diff(dim=0), dim=1)
     angles = [
@@ -131,20 +132,6 @@ def _figures(x: Float[Tensor, "tokens dim"], alpha: float, clamp: bool) -> Tenso
     ]
     share = entropy / math.log(min(x.shape))
     return torch.stack([entropy, share, entropy.exp(), *angles])
-
-
-def spectral_entropy(values: Float[Tensor, " count"], alpha: float = 1.0) -> Float[Tensor, ""]:
-    """Renyi entropy in nats of eigenvalues over their sum; `alpha` 1 is Shannon's.
-
-    Example:
-        >>> round(spectral_entropy(torch.tensor([1.0, 1.0, 1.0, 0.0])).exp().item(), 4)
-        3.0
-    """
-    p = values.clamp_min(0) / values.clamp_min(0).sum()
-    p = p[p > 1e-14]
-    if alpha == 1:
-        return -(p * p.log()).sum()
-    return (p**alpha).sum().log() / (1 - alpha)
 
 
 #: length -> (mean of the first document; of what exceeds it: sum over documents per position, the
@@ -216,8 +203,7 @@ def split_positions(state: Grids) -> dict[str, float]:
     covariance = product - count * length * torch.outer(mean, mean)
     total = covariance.trace().item()
     parts = [count * pos.square().sum().item() / total, length * ctx.square().sum().item() / total]
-    gram = pos @ pos.T if length < pos.shape[1] else pos.T @ pos
-    values = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt()
+    values = torch.linalg.eigvalsh(smaller_gram(pos)).flip(0).clamp_min(0).sqrt()
     unit = torch.nn.functional.normalize
     largest = torch.linalg.eigvalsh(covariance)[-1].clamp_min(0).sqrt()
     waves = torch.fft.rfft(pos, dim=0).abs().square().sum(1)

@@ -10,6 +10,7 @@ from layerwise.core.method import method
 from layerwise.core.stats import Probe, Seen
 from layerwise.core.tokens import NONE_DRAWN, Drawn, Sample, by_token, drawn, kept
 
+
 @method("measure")
 def token_sample(*, tokens: int = 512) -> Probe:
     """States of at most `tokens` tokens before and after every layer, the same in all layers.
@@ -34,7 +35,7 @@ def token_sample(*, tokens: int = 512) -> Probe:
         assert seen.output is not None
         before, after = (by_token(x).flatten(0, 1) for x in (seen.inputs, seen.output))
         same = len(before) == len(after)  # none before where the layer moves positions
-        before = before if same else before[:0, :0].expand(len(after), 0)
+        before = before if same else after.new_zeros(len(after), 0)
         return drawn(
             state, kept(seen.output, seen.mask), tokens, lambda at: (before[at], after[at])
         )
@@ -46,7 +47,7 @@ def token_sample(*, tokens: int = 512) -> Probe:
     return Probe("layer", lambda key: NONE_DRAWN, update, finish)
 
 
-Pooling = Literal["mean", "last", "first", "max"]
+Pooling = Literal["mean", "last", "first", "max", "unit"]
 
 
 @method("measure")
@@ -54,7 +55,8 @@ def pooled_states(*, how: Pooling = "mean") -> Probe:
     """One state per document before and after every layer: its mean, last, first or largest token.
 
     Args:
-        how: `mean` and `max` over the tokens that are no padding, or the `first` or `last` of them.
+        how: `mean` and `max` over the tokens that are no padding, the `first` or `last` of them, or
+            `unit`, the mean of tokens less their mean and divided by their norm.
 
     Returns:
         A probe whose value per layer is a `Sample` whose rows are documents; its `where` holds the
@@ -112,6 +114,9 @@ def pool(
     if how == "mean":
         share = keep[..., None].double()
         return (rows.double() * share).sum(1) / share.sum(1).clamp_min(1)
+    if how == "unit":
+        centred = rows.double() - pool(rows, keep, "mean")[:, None]
+        return pool(torch.nn.functional.normalize(centred, dim=-1), keep, "mean")
     if how == "max":
         return rows.masked_fill(~keep[..., None], -torch.inf).amax(1)
     count = keep.long().cumsum(1)
