@@ -1,6 +1,5 @@
 """Entropies of spectra."""
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 

@@ -50,7 +50,7 @@ class Attention(NamedTuple):
     scale: float
 
     def probabilities(self, document: int, rows: Tensor) -> Float[Tensor, "head rows keys"]:
-        """`softmax(q k^T scale + mask)` at some positions of a document of the batch, in float32."""
+        """`softmax(q k^T scale + mask)` at some positions of one document, in float32."""
         q, k = self.query[document][:, rows].float(), self.key[document].float()
         k = k.repeat_interleave(q.shape[0] // k.shape[0], dim=0)
         scores = q @ k.mT * self.scale

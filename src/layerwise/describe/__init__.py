@@ -6,8 +6,9 @@ from layerwise.describe.erase import erasure, fit_effect, integrated_gradients
 from layerwise.describe.geometry import dataset_entropy, spread, update_fit
 from layerwise.describe.labels import probe, truncation
 from layerwise.describe.lens import lens, tuned_lens, voids
-from layerwise.describe.neurons import specialisation
+from layerwise.describe.neurons import pruning, specialisation
 from layerwise.describe.similarity import canonical, direct_match, similarity
+from layerwise.describe.topics import topics
 from layerwise.describe.views import invariance
 from layerwise.describe.weights import rotation, spectrum
 
@@ -23,6 +24,7 @@ __all__ = [
     "layer_weights",
     "lens",
     "probe",
+    "pruning",
     "rotation",
     "similarity",
     "skip_effect",
@@ -30,6 +32,7 @@ __all__ = [
     "spectrum",
     "spread",
     "task_match",
+    "topics",
     "truncation",
     "tuned_lens",
     "update_fit",

@@ -77,7 +77,7 @@ def skip_effect(
         length = clean[sites[0]].shape[1]
         for t in places_of(length, places) if places else [0]:
             where = range(1, t) if t else range(length)
-            for s, key in enumerate(keys):
+            for s in range(len(keys)):
                 without = left_out(clean, keys[s:], where, part, direct)
                 changed = rerun.edited(number, without, sites)
                 effects = [_effect(clean, changed, k, t) for k in keys]

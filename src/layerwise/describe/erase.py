@@ -1,4 +1,4 @@
-"""What single states matter for: one replaced by a mean, moved there in steps, or by a fitted map."""
+"""What states matter for: replaced by a mean, moved there in steps, or by a fitted map."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -120,8 +120,10 @@ def integrated_gradients(
             h = clean.after[key].detach()
             mean = h.mean(1, keepdim=True).expand_as(h)
 
-            def chosen(x: Tensor, key: str = key, number: int = number) -> Tensor:
-                logits = rerun(number, {key: lambda _, y: x}).logits[:, -1].float()
+            def chosen(
+                x: Tensor, key: str = key, i: int = number, choice: Tensor = choice
+            ) -> Tensor:
+                logits = rerun(i, {key: lambda _, y: x}).logits[:, -1].float()
                 return logits.log_softmax(-1).gather(1, choice[:, None]).sum()
 
             shares = path_attribution(chosen, h, mean, steps)  # [batch, seq]

@@ -19,7 +19,7 @@ Views = Float[Tensor, "documents views dim"]
     aliases=("infonce", "lidar", "dime"),
     paper="arXiv:2502.02013",
     needs=("pooled_states",),
-    cost=lambda size, chosen: "reads {0} documents, {1} perturbed copies each".format(*size.views),
+    cost=lambda size, chosen: "reads {} documents, {} perturbed copies each".format(*size.views),
 )
 def invariance(
     stack: Stack,
@@ -99,7 +99,6 @@ def dime(x: Views, permutations: int) -> float:
     unit = torch.nn.functional.normalize(x[:, :2], dim=-1)
     a, b = unit[:, 0] @ unit[:, 0].T, unit[:, 1] @ unit[:, 1].T
     orders = [torch.randperm(len(x), generator=generator) for _ in range(permutations)]
-    apart = [
-        spectral_entropy(torch.linalg.eigvalsh(a * b[order][:, order])).item() for order in orders
-    ]
-    return sum(apart) / len(apart) - spectral_entropy(torch.linalg.eigvalsh(a * b)).item()
+    products = [a * b, *(a * b[order][:, order] for order in orders)]
+    own, *apart = (spectral_entropy(torch.linalg.eigvalsh(p)).item() for p in products)
+    return sum(apart) / len(apart) - own

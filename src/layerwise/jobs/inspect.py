@@ -168,7 +168,8 @@ class _Run:
             return Stats({})
         batches = self.batches(kind)
         if "rerun" in given:
-            self.given["rerun"] = Rerun(self.network, alone(batches, PROMPTS))
+            count = PROMPTS if kind == "text" else len(self.given["labels"])
+            self.given["rerun"] = Rerun(self.network, alone(batches, count))
         if "tail" in given:
             self.given["tail"] = Tail(self.network, batches[0])
         if not probes:

@@ -1,6 +1,7 @@
 """The shape of what lies between layers: moments, spectra of documents, position and context."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -56,12 +57,11 @@ def stream_moments(*, per_dimension: int = 20) -> Probe:
             return state
         if shift is None:
             shift = (x[0][keep[0]].double().mean(0), y[0][keep[0]].double().mean(0))
-        odd = (torch.arange(len(keep), device=keep.device) + documents) % 2 == 1
-        found = []
-        for fold, mine in zip(folds, (~odd, odd), strict=True):
-            here = keep & mine[:, None]
-            new = moments_of(x[here], y[here], shift)
-            found.append(new if fold is None else fold.plus(new))
+        found = list(folds)
+        for i, here in enumerate(keep):  # one by one, they fit a processor's cache
+            fold = (documents + i) % 2
+            new = moments_of(x[i][here], y[i][here], shift)
+            found[fold] = new if found[fold] is None else found[fold].plus(new)
         return documents + len(keep), tokens + int(keep.sum()), shift, (found[0], found[1])
 
     def finish(state: Paired) -> tuple[Moments, ...]:
@@ -134,9 +134,22 @@ def _figures(x: Float[Tensor, "tokens dim"], alpha: float, clamp: bool) -> Tenso
     return torch.stack([entropy, share, entropy.exp(), *angles])
 
 
-#: length -> (mean of the first document; of what exceeds it: sum over documents per position, the
-#: mean of each document, sum of products)
-Grids = dict[int, tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor]]
+#: documents whose products are formed, for the one figure that needs them
+PRODUCTS = 16
+
+
+class Grid(NamedTuple):
+    """Sums over documents of one length, less the mean of the first: per position, the mean of
+    each document, of squares, and of products over the first documents."""
+
+    shift: Float[Tensor, " dim"]
+    positions: Float[Tensor, "positions dim"]
+    means: tuple[Tensor, ...]
+    squares: float
+    products: Float[Tensor, "dim dim"]
+
+
+Grids = dict[int, Grid]
 
 
 @method("measure", aliases=("position_context",), paper="arXiv:2310.04861")
@@ -154,9 +167,9 @@ def position_parts(*, skip_first: bool = True) -> Probe:
         A probe whose value per layer has the shares of variance `position_share`,
         `context_share`, `rest_share`; `position_rank`, the stable rank of `pos`;
         `position_top10`, its ten largest singular values over all; `position_norm`, its spectral
-        norm relative to that of `h - mean`; `incoherence`, the largest `|cos(pos_t, ctx_c)|`;
-        `smoothness`, the share of `pos` in the lowest tenth of frequencies. Noise alone gives
-        `pos` the share `rest_share / documents`.
+        norm relative to that of `h - mean` in the first 16 documents; `incoherence`, the largest
+        `|cos(pos_t, ctx_c)|`; `smoothness`, the share of `pos` in the lowest tenth of frequencies.
+        Noise alone gives `pos` the share `rest_share / documents`.
 
     Example:
         >>> h = torch.eye(4)[:2][None] + torch.eye(4)[2:][:, None]  # [documents, positions, dim]
@@ -181,27 +194,33 @@ def position_parts(*, skip_first: bool = True) -> Probe:
     return Probe("layer", lambda key: {}, update, split_positions, figures=True)
 
 
-def _joined(before: tuple | None, x: Float[Tensor, "positions dim"]) -> tuple:
-    """Sums of one more document; products in float32 of what is left without the first's mean."""
+def _joined(before: Grid | None, x: Float[Tensor, "positions dim"]) -> Grid:
+    """The sums with one more document; products and squares in float32."""
     if before is None:
         zero = torch.zeros_like(x, dtype=torch.float64)
-        before = (x.mean(0), zero, (), zero.new_zeros(x.shape[1], x.shape[1]))
-    x = x - before[0]
-    product = before[3] + (x.T @ x).double()
-    return before[0], before[1] + x, (*before[2], x.mean(0, dtype=torch.float64)), product
+        before = Grid(x.mean(0), zero, (), 0.0, zero.new_zeros(x.shape[1], x.shape[1]))
+    x = x - before.shift
+    early = len(before.means) < PRODUCTS
+    return before._replace(
+        positions=before.positions + x,
+        means=(*before.means, x.mean(0, dtype=torch.float64)),
+        squares=before.squares + x.norm().item() ** 2,
+        products=before.products + (x.T @ x).double() if early else before.products,
+    )
 
 
 def split_positions(state: Grids) -> dict[str, float]:
     """The figures of the length that most tokens have; none of fewer than two documents."""
-    length = max(state, key=lambda n: (n * len(state[n][2]), n), default=0)
-    if length < 2 or len(state[length][2]) < 2:
+    length = max(state, key=lambda n: (n * len(state[n].means), n), default=0)
+    if length < 2 or len(state[length].means) < 2:
         return {}
-    _, sums, means, product = (x if isinstance(x, tuple) else x.cpu() for x in state[length])
-    ctx = torch.stack(means).cpu()
+    grid = state[length]
+    ctx = torch.stack(grid.means).cpu()
     count, mean = len(ctx), ctx.mean(0)
-    pos, ctx = sums / count - mean, ctx - mean
-    covariance = product - count * length * torch.outer(mean, mean)
-    total = covariance.trace().item()
+    some, early = ctx[:PRODUCTS], ctx[:PRODUCTS].mean(0)
+    covariance = grid.products.cpu() / len(some) - length * torch.outer(early, early)
+    pos, ctx = grid.positions.cpu() / count - mean, ctx - mean
+    total = grid.squares - count * length * mean.square().sum().item()
     parts = [count * pos.square().sum().item() / total, length * ctx.square().sum().item() / total]
     values = torch.linalg.eigvalsh(smaller_gram(pos)).flip(0).clamp_min(0).sqrt()
     unit = torch.nn.functional.normalize
@@ -214,7 +233,7 @@ def split_positions(state: Grids) -> dict[str, float]:
         "rest_share": 1 - sum(parts),
         "position_rank": (values.square().sum() / values[0].square().clamp_min(1e-300)).item(),
         "position_top10": (values[:10].sum() / values.sum().clamp_min(1e-300)).item(),
-        "position_norm": (count**0.5 * values[0] / largest).item(),
+        "position_norm": (values[0] / largest).item(),
         "incoherence": (unit(pos, dim=1) @ unit(ctx, dim=1).T).abs().max().item(),
         "smoothness": (waves[: 1 + len(waves) // 10].sum() / waves.sum().clamp_min(1e-300)).item(),
         "documents": float(count),

@@ -107,6 +107,38 @@ def largest_states() -> Probe:
     return pooled_states(how="max")
 
 
+@method("measure", paper="arXiv:2305.04940")
+def place_states(*, every: int = 8, bins: int = 16) -> Probe:
+    """A document's states after every layer by place: sums over positions that share a weight.
+
+    `s_b = sum_{t in bin b} h_t / T` with `every` positions to a bin, the last one taking the rest:
+    `sum_b w_b s_b` is any weighting of tokens by position, in steps.
+
+    Args:
+        every: positions in a bin; 1 has a weight for each.
+        bins: how many bins. Memory: `documents * bins * dim` numbers per layer.
+
+    Returns:
+        A probe whose value per layer is `[documents, bins, dim]`.
+
+    Example:
+        >>> x = torch.tensor([[[1.0], [2.0], [3.0]]])
+        >>> probe = place_states(every=1, bins=2)
+        >>> probe.finish(probe.update(probe.init(""), Seen(x, x, None, None, {}, None)))[0, :, 0]
+        tensor([0.3333, 1.6667])
+    """
+
+    def update(state: tuple[Tensor, ...], seen: Seen) -> tuple[Tensor, ...]:
+        assert seen.output is not None
+        keep, rows = kept(seen.output, seen.mask), by_token(seen.output)
+        place = ((keep.long().cumsum(1) - 1).clamp_min(0) // every).clamp_max(bins - 1)
+        weight = keep.double() / keep.double().sum(1, keepdim=True).clamp_min(1)
+        picks = torch.nn.functional.one_hot(place, bins) * weight[..., None]  # [batch, seq, bins]
+        return (*state, (picks.mT @ rows.double()).float().cpu())
+
+    return Probe("layer", lambda key: (), update, torch.cat)
+
+
 def pool(
     rows: Float[Tensor, "batch seq dim"], keep: Tensor, how: Pooling
 ) -> Float[Tensor, "batch dim"]:
