@@ -189,8 +189,13 @@ def test_everything_at_once(tiny, texts: Texts, labelled: Path) -> None:
         "head_patterns",
         "position_parts",
     } <= heads
-    assert found.warnings[0].endswith("need: rotation, skip_effect, task_match")
-    assert [line.split()[0] for line in said] == ["invariance", "spectrum", "tuned_lens"]
+    assert found.warnings[0].endswith("task_match")
+    assert [line.split()[0] for line in said] == [
+        "combinations",
+        "invariance",
+        "spectrum",
+        "tuned_lens",
+    ]
     assert all(row["probe.accuracy"] == 1 for row in found.rows)
 
 
@@ -291,6 +296,44 @@ def test_labels_that_are_none(tiny, tmp_path: Path, content: str, name: str, say
     file.write_text(content)
     with pytest.raises(LayerwiseError, match=says):
         inspect_model(tiny("llama"), Texts(length=24), Wanted(("probe",), labels=str(file)))
+
+
+def audio(seed: int, count: int = 40) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Half of the sounds are smooth noise, half the same with what a coarse coder leaves of it."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(count, 1600, generator=generator)
+    smooth = torch.nn.functional.avg_pool1d(noise[:, None], 5, 1, 2)[:, 0]
+    coded = torch.nn.functional.interpolate(smooth[:, None, ::4], scale_factor=4)[:, 0]
+    fake = torch.arange(count) % 2 == 1
+    sounds = torch.where(fake[:, None], coded, smooth)
+    return {"input_values": sounds}, ["fake" if f else "real" for f in fake]
+
+
+def test_layers_of_an_audio_encoder_tell_coded_sounds() -> None:
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+    convolutions = {"conv_dim": (16, 16), "conv_stride": (5, 4), "conv_kernel": (10, 8)}
+    places = {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 4}
+    config = Wav2Vec2Config(
+        **sizes, **convolutions, **places, num_feat_extract_layers=2, intermediate_size=64
+    )
+    batch, labels = audio(0)
+    model = Wav2Vec2Model(config).eval()
+    network = layerwise.open(model, inputs={k: v[:2] for k, v in batch.items()})
+    names = ("layer_weights", "probe", "depth_use", "similarity")
+    found = inspect_model(network, [batch], Wanted(names, labels=labels))
+    layers = [la for la in found.rows if la["layer"].startswith(network.stacks[-1].name)]
+    rates = [row["layer_weights.eer"] for row in layers]
+    assert len(rates) == 4 and rates[0] <= 0.2 and abs(rates[-1] - rates[0]) <= 0.2
+    weights = [r["layer_weights.weight"] for r in layers]
+    assert sum(weights) == pytest.approx(1)
+    blind = inspect_model(network, [batch], Wanted(("probe",), labels=labels[:20] * 2))
+    shuffled = inspect_model(network, [batch], Wanted(("probe",), labels=["x", "y", "y", "x"] * 10))
+    assert blind.rows[-1]["probe.accuracy"] > 0.8 > shuffled.rows[-1]["probe.accuracy"]
+    with pytest.raises(LayerwiseError, match="each of the 40 documents"):
+        inspect_model(network, [batch], Wanted(("probe",), labels=labels[:3]))
 
 
 def test_what_cannot_be_asked(tiny, texts: Texts) -> None:

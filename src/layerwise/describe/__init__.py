@@ -1,5 +1,6 @@
 """Describe: from what was measured to figures for people."""
 
+from layerwise.describe.boundary import Boundary, logistic_boundary
 from layerwise.describe.combine import combinations, layer_weights
 from layerwise.describe.effects import skip_effect, task_match
 from layerwise.describe.erase import erasure, fit_effect, integrated_gradients
@@ -13,6 +14,7 @@ from layerwise.describe.views import invariance
 from layerwise.describe.weights import rotation, spectrum
 
 __all__ = [
+    "Boundary",
     "canonical",
     "combinations",
     "dataset_entropy",
@@ -23,6 +25,7 @@ __all__ = [
     "invariance",
     "layer_weights",
     "lens",
+    "logistic_boundary",
     "probe",
     "pruning",
     "rotation",

@@ -24,6 +24,11 @@ def normed(layers: list[np.ndarray]) -> Float[Tensor, "documents layers dim"]:
     return torch.nn.functional.layer_norm(x, x.shape[-1:])
 
 
+def alike(layers: list[np.ndarray]) -> bool:
+    """Whether the states of all layers have the same shape."""
+    return len({x.shape for x in layers}) == 1
+
+
 def weighted_probe(
     x: Float[Tensor, "documents layers dim"], split: Split, steps: int
 ) -> tuple[Float[Tensor, " layers"], np.ndarray]:
@@ -87,8 +92,10 @@ def layer_weights(
     states = states_of(stats, stack)
     states.pop("input", None)
     layers = list(states.values())
+    found: dict[str, dict[str, float]] = {key: {} for key in states}
+    if not alike(layers):
+        return Figures(found, "needs layers whose states have one width")
     weights, _ = weighted_probe(normed(layers), split, steps)
-    found = {}
     for i, key in enumerate(states):
         scores = _scores(weighted_probe(normed(layers[: i + 1]), split, steps)[1], split)
         found[key] = {"weight": weights[i].item(), **scores}
@@ -135,10 +142,12 @@ def combinations(
         for probe in ("first_states", "largest_states")
     )
     places = list(stats.along("place_states", stack).values())
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, float]] = {layer.key: {} for layer in stack.layers}
+    if not alike(first):
+        return Figures(found, "needs layers whose states have one width")
     for i, layer in enumerate(stack.layers):
         upto = {"first": first[: i + 1], "largest": largest[: i + 1]}
-        row = found.setdefault(layer.key, {})
+        row = found[layer.key]
         for name, states in upto.items():
             for how, x in ((name, states[i]), (f"{name}_max", np.max(states, axis=0))):
                 guess = fitted("linear", standardised(x, split.train), split)

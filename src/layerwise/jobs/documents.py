@@ -85,6 +85,26 @@ def labelled(
     return Labelled(padded(network, reader, texts, length), labels, names)
 
 
+def classes(labels: Sequence[Any], data: Texts | Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """The class of every document of some batches, numbered in the order in which they occur.
+
+    Raises:
+        LayerwiseError: there are no batches, or not as many documents as labels.
+    """
+    count = 0 if isinstance(data, Texts) else sum(len(next(iter(b.values()))) for b in data)
+    if len(labels) != count:
+        raise LayerwiseError(
+            "labels",
+            allowed=f"a label for each of the {count} documents in the batches"
+            if count
+            else "batches",
+            found=f"{len(labels)} labels",
+            fix="give as many labels as documents, or the path of a file of labelled texts",
+        )
+    names = list(dict.fromkeys(labels))
+    return torch.tensor([names.index(label) for label in labels])
+
+
 def padded(network: Network, reader: Reader, texts: Sequence[str], length: int) -> Batches:
     """Documents in their order, several a batch, padded on the right, with their mask."""
     rows = [reader.tokens(text)[:length] for text in texts]

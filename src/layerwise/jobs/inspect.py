@@ -19,7 +19,7 @@ from layerwise.core.reader import windows
 from layerwise.core.stack import Stack
 from layerwise.core.stats import Figures, Stats, observe
 from layerwise.jobs.depth import layer_bytes
-from layerwise.jobs.documents import check_length, labelled, responses, views
+from layerwise.jobs.documents import check_length, classes, labelled, responses, views
 from layerwise.jobs.rerun import Rerun
 from layerwise.jobs.session import Progress, load_reader, silent
 from layerwise.jobs.tail import Tail, network_end
@@ -179,6 +179,9 @@ class _Run:
     def batches(self, kind: str) -> Sequence[Batch]:
         """The documents of one kind; batches that were given are the text."""
         wanted, network = self.wanted, self.network
+        if kind == "labels" and not isinstance(wanted.labels, str):
+            self.given["labels"] = classes(wanted.labels, self.data)
+            return self.data  # pyright: ignore[reportReturnType]
         if kind == "text" and not isinstance(self.data, Texts):
             return self.data
         texts = self.data if isinstance(self.data, Texts) else Texts()

@@ -22,11 +22,15 @@ assert families
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to inspect, beside the model and the data."""
+    """What to inspect, beside the model and the data.
+
+    `labels` is a file of labelled texts; or the label of every document, where batches are given,
+    for networks that read anything else.
+    """
 
     measures: tuple[str, ...] = MEASURES
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    labels: str = ""
+    labels: str | Sequence[Any] = ""
     noise: str = ""
     respond: int = 0
 
