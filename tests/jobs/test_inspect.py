@@ -1,13 +1,10 @@
 """Inspecting models: one pass, measures by name, labels, responses, two models, bad input."""
 
-import gc
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -15,15 +12,11 @@ import layerwise
 from layerwise.cli import app
 from layerwise.core.data import Texts
 from layerwise.core.errors import LayerwiseError
-from layerwise.core.lockstep import walk
-from layerwise.core.method import find
-from layerwise.core.network import Network
 from layerwise.core.reader import windows
-from layerwise.core.stats import Gathering
 from layerwise.jobs.against import beside, inspect_models
 from layerwise.jobs.inspect import Inspected, inspect_model
 from layerwise.jobs.session import load_reader
-from layerwise.jobs.wanted import MEASURES, Wanted, announced, chosen, kind_of
+from layerwise.jobs.wanted import Wanted, announced
 
 BATCHES = [
     {"input_ids": torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(i))}
@@ -48,90 +41,6 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Texts:
         words = " ".join(str((i * 31 + j * 17) % 97) for j in range(60))
         (folder / f"{i}.txt").write_text(f"for value {words} in values")
     return Texts(str(folder), samples=6, length=32)
-
-
-class Calls:
-    """How often the network and its layers ran, on real batches and on the lens's short ones."""
-
-    def __init__(self, network: Network) -> None:
-        self.forwards = 0
-        self.layers: list[int] = []
-        network.module.register_forward_pre_hook(self._forward)
-        for layer in network.layers():
-            layer.module.register_forward_pre_hook(self._layer)
-
-    def _forward(self, module: Any, args: Any) -> None:
-        self.forwards += 1
-
-    def _layer(self, module: Any, args: Any) -> None:
-        self.layers.append(args[0].shape[1])
-
-
-def test_one_pass_over_the_data(tiny) -> None:
-    network = layerwise.open(tiny("llama")).load()
-    calls = Calls(network)
-    everything = Wanted((*MEASURES, "direct_match", "voids", "document_geometry", "head_patterns"))
-    inspect_model(network, BATCHES, everything)
-    real = [n for n in calls.layers if n == 24]
-    assert len(real) == len(BATCHES) * len(network.layers())
-    # the one short forward that shows what layers return, and the end alone on pieces of the sample
-    assert sum(n == 8 for n in calls.layers) == len(network.layers())
-    before = calls.forwards
-    inspect_model(network, BATCHES, Wanted(("depth_use", "spread", "similarity", "spectrum")))
-    assert calls.forwards - before == len(BATCHES)
-
-
-def free_of_cost(network: Network) -> tuple[str, ...]:
-    """Everything in `all` that announces no cost of its own and reads the plain text."""
-    ready, _ = chosen(Wanted(("all",)), network, against=False)
-    return tuple(m.name for m in ready if m.cost is None and kind_of(m) == "text")
-
-
-def test_everything_without_a_cost_of_its_own_is_one_pass(tiny) -> None:
-    network = layerwise.open(tiny("llama")).load()
-    calls, said = Calls(network), []
-    names = free_of_cost(network)
-    assert {"lens", "canonical", "update_fit", "head_patterns", "position_parts"} <= set(names)
-    inspect_model(network, BATCHES, Wanted(names), say=said.append)
-    layers = len(network.layers())
-    assert sum(n == 24 for n in calls.layers) == len(BATCHES) * layers
-    assert sum(n == 8 for n in calls.layers) == layers
-    assert said == []
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_no_state_of_a_layer_outlives_it(tiny, kind: str) -> None:
-    """Of all states of the batches, as many are alive after the last layer as after the second."""
-    network = layerwise.open(tiny(kind)).load()
-    alive: list[int] = []
-
-    def count(task: str, done: int, total: int) -> None:
-        gc.collect()
-        found = [o for o in gc.get_objects() if type(o) is torch.Tensor]
-        alive.append(sum(t.shape[:2] == (2, 24) and t.ndim == 3 for t in found))
-
-    names = tuple(n for n in free_of_cost(network) if find(n).family == "measure")
-    inspect_model(network, BATCHES, Wanted((*names, "stream_moments")), progress=count)
-    assert len(alive) == len(network.layers())
-    assert 0 < max(alive[2:]) <= alive[1]
-
-
-def test_what_is_kept_of_a_layer_does_not_grow_with_the_text(tiny) -> None:
-    """Once the sample is full; sums and samples do, one vector per document does not."""
-    network = layerwise.open(tiny("llama")).load()
-    options = {"token_sample": {"tokens": 16}, "head_patterns": {"tokens": 16}}
-    kept = ("token_sample", "stream_moments", "head_patterns", "depth_use", "residual_cosine")
-    probes = {n: find(n, "measure").bind(options.get(n, {}))() for n in kept}
-    sizes = []
-    for times in (1, 3):
-        batches = BATCHES * times
-        gathering = Gathering(probes, batches)
-        with gathering:
-            for stop in walk(network, batches):
-                gathering.look(stop)
-        leaves = tree_leaves(gathering.states)
-        sizes.append(sum(x.nbytes for x in leaves if isinstance(x, torch.Tensor)))
-    assert sizes[0] == sizes[1] > 0
 
 
 def test_states_are_those_of_transformers(tiny) -> None:
@@ -296,44 +205,6 @@ def test_labels_that_are_none(tiny, tmp_path: Path, content: str, name: str, say
     file.write_text(content)
     with pytest.raises(LayerwiseError, match=says):
         inspect_model(tiny("llama"), Texts(length=24), Wanted(("probe",), labels=str(file)))
-
-
-def audio(seed: int, count: int = 40) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Half of the sounds are smooth noise, half the same with what a coarse coder leaves of it."""
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(count, 1600, generator=generator)
-    smooth = torch.nn.functional.avg_pool1d(noise[:, None], 5, 1, 2)[:, 0]
-    coded = torch.nn.functional.interpolate(smooth[:, None, ::4], scale_factor=4)[:, 0]
-    fake = torch.arange(count) % 2 == 1
-    sounds = torch.where(fake[:, None], coded, smooth)
-    return {"input_values": sounds}, ["fake" if f else "real" for f in fake]
-
-
-def test_layers_of_an_audio_encoder_tell_coded_sounds() -> None:
-    from transformers import Wav2Vec2Config, Wav2Vec2Model
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
-    convolutions = {"conv_dim": (16, 16), "conv_stride": (5, 4), "conv_kernel": (10, 8)}
-    places = {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 4}
-    config = Wav2Vec2Config(
-        **sizes, **convolutions, **places, num_feat_extract_layers=2, intermediate_size=64
-    )
-    batch, labels = audio(0)
-    model = Wav2Vec2Model(config).eval()
-    network = layerwise.open(model, inputs={k: v[:2] for k, v in batch.items()})
-    names = ("layer_weights", "probe", "depth_use", "similarity")
-    found = inspect_model(network, [batch], Wanted(names, labels=labels))
-    layers = [la for la in found.rows if la["layer"].startswith(network.stacks[-1].name)]
-    rates = [row["layer_weights.eer"] for row in layers]
-    assert len(rates) == 4 and rates[0] <= 0.2 and abs(rates[-1] - rates[0]) <= 0.2
-    weights = [r["layer_weights.weight"] for r in layers]
-    assert sum(weights) == pytest.approx(1)
-    blind = inspect_model(network, [batch], Wanted(("probe",), labels=labels[:20] * 2))
-    shuffled = inspect_model(network, [batch], Wanted(("probe",), labels=["x", "y", "y", "x"] * 10))
-    assert blind.rows[-1]["probe.accuracy"] > 0.8 > shuffled.rows[-1]["probe.accuracy"]
-    with pytest.raises(LayerwiseError, match="each of the 40 documents"):
-        inspect_model(network, [batch], Wanted(("probe",), labels=labels[:3]))
 
 
 def test_what_cannot_be_asked(tiny, texts: Texts) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from layerwise.core.data import Texts
 from layerwise.core.errors import LayerwiseError
@@ -139,6 +140,30 @@ def check_length(network: Network, length: int) -> None:
             allowed=f"at most {most} tokens, the context of this network",
             found=length,
             fix=f"give --length {most} or less",
+        )
+
+
+def check_batches(network: Network, batches: Sequence[Mapping[str, Tensor]]) -> None:
+    """Batches that are given must be of the kind that the network reads, and fit its context.
+
+    Raises:
+        LayerwiseError: there are none, they are of another kind, or too long.
+    """
+    module = network.module
+    name = module.main_input_name if isinstance(module, PreTrainedModel) else ""
+    for batch in batches:
+        if name and not {name, "inputs_embeds"} & batch.keys():
+            raise LayerwiseError(
+                "batches",
+                allowed=f"batches with {name}, which this network reads",
+                found=", ".join(batch),
+                fix="give text to a language model, and images to one for vision",
+            )
+        if "input_ids" in batch:
+            check_length(network, batch["input_ids"].shape[1])
+    if not batches:
+        raise LayerwiseError(
+            "batches", allowed="one batch or more", found="none", fix="give some data"
         )
 
 

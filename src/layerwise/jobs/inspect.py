@@ -19,7 +19,14 @@ from layerwise.core.reader import windows
 from layerwise.core.stack import Stack
 from layerwise.core.stats import Figures, Stats, observe
 from layerwise.jobs.depth import layer_bytes
-from layerwise.jobs.documents import check_length, classes, labelled, responses, views
+from layerwise.jobs.documents import (
+    check_batches,
+    check_length,
+    classes,
+    labelled,
+    responses,
+    views,
+)
 from layerwise.jobs.rerun import Rerun
 from layerwise.jobs.session import Progress, load_reader, silent
 from layerwise.jobs.tail import Tail, network_end
@@ -109,6 +116,8 @@ def inspect_model(
     network = model if opened else open_network(model, device=device, dtype=dtype)
     if isinstance(texts, Texts):
         check_length(network, texts.length + wanted.respond)
+    else:
+        check_batches(network, texts)
     picked, warnings = chosen(wanted, network, reference is not None)
     run = _Run(network, texts, wanted, progress)
     for line in announced(picked, network, texts, wanted):
