@@ -134,7 +134,7 @@ def integrated_gradients(
             rows[key].append(torch.stack(figures).double().detach().cpu())
             if not number:
                 maps.append(size.double().cpu())
-    names = ("total", "gap", "last", "back")
+    names: tuple[str, ...] = ("total", "gap", "last", "back")
     means = {key: torch.stack(found).mean(0).tolist() for key, found in rows.items()}
     values = {key: dict(zip(names, row, strict=True)) for key, row in means.items()}
     return Figures(values, f"{count} batches, {steps} steps", {"share": torch.stack(maps)})
@@ -221,4 +221,5 @@ def _ranked(a: Tensor, b: Tensor) -> dict[str, float]:
     """Rank correlation; none where one side is constant."""
     if a.unique().numel() < 2 or b.unique().numel() < 2:
         return {}
-    return {"spearman": float(spearmanr(a.numpy(), b.numpy())[0])}
+    found: Any = spearmanr(a.numpy(), b.numpy())
+    return {"spearman": float(found.statistic)}

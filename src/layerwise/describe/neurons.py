@@ -163,8 +163,9 @@ def _answer(rerun: Any, document: int, edits: list[Intervention]) -> Tensor:
     batch = rerun.batches[document]
     logits = rerun.edited(document, edits, []).output["logits"].double().log_softmax(-1)
     mask = batch.get("attention_mask")
-    same = mask is not None and mask.shape == logits.shape[:2]
-    return logits[mask.bool()] if same else logits.flatten(0, 1)
+    if mask is None or mask.shape != logits.shape[:2]:
+        return logits.flatten(0, 1)
+    return logits[mask.bool()]
 
 
 def _change(plain: Tensor, changed: Tensor) -> float:

@@ -196,7 +196,7 @@ class _Run:
         texts = self.data if isinstance(self.data, Texts) else Texts()
         reader = load_reader(network)
         if kind == "labels":
-            found = labelled(network, reader, wanted.labels, texts.length, wanted.noise)
+            found = labelled(network, reader, str(wanted.labels), texts.length, wanted.noise)
             self.given["labels"] = found.labels
             return found.batches
         if kind == "views":

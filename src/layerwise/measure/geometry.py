@@ -61,7 +61,8 @@ def stream_moments(*, per_dimension: int = 20) -> Probe:
         for i, here in enumerate(keep):  # one by one, they fit a processor's cache
             fold = (documents + i) % 2
             new = moments_of(x[i][here], y[i][here], shift)
-            found[fold] = new if found[fold] is None else found[fold].plus(new)
+            before = found[fold]
+            found[fold] = new if before is None else before.plus(new)
         return documents + len(keep), tokens + int(keep.sum()), shift, (found[0], found[1])
 
     def finish(state: Paired) -> tuple[Moments, ...]:
