@@ -136,7 +136,9 @@ def integrated_gradients(
                 maps.append(size.double().cpu())
     names: tuple[str, ...] = ("total", "gap", "last", "back")
     means = {key: torch.stack(found).mean(0).tolist() for key, found in rows.items()}
-    values = {key: dict(zip(names, row, strict=True)) for key, row in means.items()}
+    values: dict[str, dict[str, float]] = {
+        key: dict(zip(names, row, strict=True)) for key, row in means.items()
+    }
     return Figures(values, f"{count} batches, {steps} steps", {"share": torch.stack(maps)})
 
 
