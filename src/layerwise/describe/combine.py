@@ -162,8 +162,7 @@ def combinations(
             ("weighted_weighted", grid, "places"),
             ("weighted_swapped", grid, "layers"),
         ):
-            guess = place_probe(x, split, steps, order)
-            row[name] = _scores(guess, split)["accuracy"]
+            row[name] = _scores(place_probe(x, split, steps, order), split)["accuracy"]
         row["compute"] = (i + 1) / depth
     baseline = found[stack.layers[-1].key]["first"]
     best = [max(v for k, v in row.items() if k != "compute") for row in found.values()]

@@ -68,8 +68,7 @@ def skip_effect(
     Reference: Csordas et al., 2025, arXiv:2505.13898. `direct` says nothing of the output.
     """
     keys = [layer.key for layer in stack.layers]
-    table = torch.zeros(len(keys), len(keys), dtype=torch.float64)
-    output = torch.zeros(len(keys), dtype=torch.float64)
+    table, output = (torch.zeros(len(keys), n, dtype=torch.float64) for n in (len(keys), 1))
     sites = [At(key, side) for key in keys for side in ("in", "out")]
     also = [At(key, part) for key in keys if part]
     for number in range(min(prompts, rerun.count)):
@@ -83,14 +82,14 @@ def skip_effect(
                 effects = [_effect(clean, changed, k, t) for k in keys]
                 table[s] = torch.maximum(table[s], torch.stack(effects).double().cpu())
                 gap = _said(changed, t) - _said(clean, t)
-                output[s] = max(output[s], gap.norm(dim=-1).max().item())
+                output[s] = max(output[s].item(), gap.norm(dim=-1).max().item())
     found = {
         key: ({} if direct else {"output": output[s].item()})
         | ({"later": table[s, s + 1 :].mean().item()} if s + 1 < len(keys) else {})
         for s, key in enumerate(keys)
     }
-    what = f"{part or 'layers'} left out; largest over {min(prompts, rerun.count)} batches"
-    return Figures(found, f"{what} and {places or 'all'} places each", {"effect": table})
+    over = f"{min(prompts, rerun.count)} batches and {places or 'all'} places each"
+    return Figures(found, f"{part or 'layers'} left out; largest over {over}", {"effect": table})
 
 
 def left_out(

@@ -4,6 +4,7 @@ import csv
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -225,3 +226,13 @@ def responses(network: Network, reader: Reader, texts: Texts, tokens: int) -> Ba
             )
         found.append({"input_ids": said})
     return found
+
+
+def alone(batches: Sequence[Mapping[str, Tensor]], count: int) -> Batches:
+    """The first documents of some batches, each in a batch of its own."""
+    rows = (
+        {key: value[i : i + 1] for key, value in batch.items()}
+        for batch in batches
+        for i in range(len(next(iter(batch.values()))))
+    )
+    return list(islice(rows, count))

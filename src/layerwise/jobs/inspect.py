@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from layerwise.core.stack import Stack
 from layerwise.core.stats import Figures, Stats, observe
 from layerwise.jobs.depth import layer_bytes
 from layerwise.jobs.documents import (
+    alone,
     check_batches,
     check_length,
     classes,
@@ -224,16 +224,6 @@ class _Run:
             for name, table in f.maps.items()
         }
         return Figures(values, next((f.note for f in found.values()), ""), maps)
-
-
-def alone(batches: Sequence[Batch], count: int) -> list[Batch]:
-    """The first documents of some batches, each in a batch of its own."""
-    rows = (
-        {key: value[i : i + 1] for key, value in batch.items()}
-        for batch in batches
-        for i in range(len(next(iter(batch.values()))))
-    )
-    return list(islice(rows, count))
 
 
 def _itself(method: Method) -> tuple[str, ...]:
