@@ -3,7 +3,7 @@
 from benchmarks.models import Model, models
 from benchmarks.timing import table
 from layerwise.core.data import Texts
-from layerwise.core.network import open_network
+from layerwise.core.open import open_network
 from layerwise.core.plan import DataSpec, Plan
 from layerwise.core.reader import samples_of
 from layerwise.export import PACKED

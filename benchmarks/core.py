@@ -14,10 +14,12 @@ from benchmarks.timing import interleaved, table
 from layerwise.core.data import Texts
 from layerwise.core.find import find_stacks
 from layerwise.core.hollow import build_hollow
-from layerwise.core.lockstep import Stop, walk
-from layerwise.core.network import Network, open_network
+from layerwise.core.lockstep import walk
+from layerwise.core.network import Network
+from layerwise.core.open import open_network
 from layerwise.core.reader import windows
 from layerwise.core.stats import observe
+from layerwise.core.stops import Stop
 from layerwise.edit.weight.gptq import gptq
 from layerwise.jobs.session import load_reader
 from layerwise.measure import residual_cosine, second_moment, update_norm

@@ -8,10 +8,11 @@ import torch
 
 from benchmarks.timing import interleaved, table
 from layerwise.core.data import Texts
-from layerwise.core.lockstep import Batch
 from layerwise.core.method import methods
-from layerwise.core.network import Network, open_network
+from layerwise.core.network import Network
+from layerwise.core.open import open_network
 from layerwise.core.reader import windows
+from layerwise.core.stops import Batch
 from layerwise.jobs.inspect import inspect_model
 from layerwise.jobs.session import load_reader
 from layerwise.jobs.wanted import MEASURES, Wanted, chosen, kind_of

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from benchmarks.timing import interleaved, table
-from layerwise.core.network import Network, open_network
+from layerwise.core.network import Network
+from layerwise.core.open import open_network
 from layerwise.intervene import activation_patching, keeping, scale, sites
 
 BATCH, LENGTH = 8, 256

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from benchmarks.timing import table
-from layerwise.core.network import open_network
+from layerwise.core.open import open_network
 from layerwise.describe.weights import squared_values, tail_index
 from layerwise.jobs.inspect import fetch
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from layerwise.core.data import Texts
-from layerwise.core.network import open_network
+from layerwise.core.open import open_network
 from layerwise.core.reader import Batches, windows
 from layerwise.core.task import answer, forward_arguments, labels_of
 from layerwise.jobs.session import load_reader

@@ -12,7 +12,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "open": ("layerwise.core.network", "open_network"),
+    "open": ("layerwise.core.open", "open_network"),
     "observe": ("layerwise.core.stats", "observe"),
     "walk": ("layerwise.core.lockstep", "walk"),
     "method": ("layerwise.core.method", "method"),

@@ -38,9 +38,9 @@ from layerwise.steps import (
     engine_of,
     request_of,
     run_apply,
+    run_inspect,
     run_plan,
     run_verify,
-    say_data,
 )
 
 
@@ -56,6 +56,9 @@ def inspect(
     respond: Annotated[int, typer.Option(min=0, help="Let it write so many tokens more.")] = 0,
     against: Annotated[str, typer.Option(help="A second model, side by side.")] = "",
     out: Annotated[str, typer.Option(help="Write a page: atlas.html.")] = "",
+    prompt: Annotated[
+        list[str], typer.Option(help="Read on the page, layer by layer; again for more.")
+    ] = [],
     samples: Samples = 128,
     length: Length = 512,
     seed: Seed = 0,
@@ -68,40 +71,13 @@ def inspect(
     quiet()
     from layerwise.core.data import Texts
     from layerwise.core.plan import settings
-    from layerwise.jobs.against import inspect_models
-    from layerwise.jobs.session import check_out
     from layerwise.jobs.wanted import MEASURES, Wanted
-    from layerwise.report.terminal import progress_bar
 
     output = Output("inspect", model, as_json, {"data": data, "samples": samples, "length": length})
-    if out:
-        check_out(Path(out))
-    say_data(output, data)
     names = tuple(name.strip() for name in measures.split(",") if name.strip()) or MEASURES
     wanted = Wanted(names, settings(set_), labels, noise, respond)
     texts = Texts(data, seed, samples, length)
-    with progress_bar(as_json) as progress:
-        found = inspect_models(
-            model,
-            against,
-            texts,
-            wanted,
-            device=device,
-            dtype=dtype,
-            progress=progress,
-            say=lambda line: typer.echo(line, err=True),
-        )
-    stacks = ", ".join(stack.container for stack in found.network.stacks)
-    output.table(f"{model}: {stacks}", found.rows, "layer", "bytes", *found.columns)
-    for line in found.lines():
-        output.say(line)
-    output.warnings += found.warnings
-    output.more = dict(found.more)
-    if out:
-        from layerwise.jobs.pages import inspect_section, write_page
-
-        write_page(Path(out), f"{model}, layer by layer", [inspect_section(model, found, data)])
-        output.files.append(out)
+    found = run_inspect(output, against, texts, wanted, prompt, out, device, dtype)
     output.end(f"the page is in {out}" if out else f"{len(found.rows)} layers of {model}")
 
 

@@ -75,7 +75,7 @@ def _layers(folder: Path, text: str, share: Callable[[str, str], float]) -> int:
     """How many layers `9` or `75%` are."""
     if text.strip().isdigit():
         return int(text)
-    from layerwise.core.network import open_network
+    from layerwise.core.open import open_network
 
     return max(1, int(share(text, "--depth") * len(open_network(folder).layers())))
 
@@ -153,3 +153,82 @@ def run_verify(output: Output, model: str, folder: Path, settings: Any) -> None:
     before = json.loads(report.read_text()) if report.exists() else {}
     write_whole(report, json.dumps(before | {"verify": output.as_dict()}, indent=1))
     output.files.append(str(folder / "report.html"))
+
+
+def run_inspect(
+    output: Output,
+    against: str,
+    texts: Any,
+    wanted: Any,
+    prompts: list[str],
+    out: str,
+    device: str,
+    dtype: str,
+) -> Any:
+    """Measure every layer, show the table, and write the page if one is wanted."""
+    from layerwise.core.open import open_network
+    from layerwise.jobs.against import inspect_models
+    from layerwise.jobs.session import check_out
+    from layerwise.report.terminal import progress_bar
+
+    if out:
+        check_out(Path(out))
+    say_data(output, texts.source)
+    network = open_network(output.model, device=device, dtype=dtype)
+
+    def tell(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    with progress_bar(output.as_json) as progress:
+        reads = read_for_page(network, prompts, texts, out, progress, tell)
+        options = {"device": device, "dtype": dtype, "progress": progress, "say": tell}
+        found = inspect_models(network, against, texts, wanted, **options)
+    stacks = ", ".join(stack.container for stack in found.network.stacks)
+    output.table(f"{output.model}: {stacks}", found.rows, "layer", "bytes", *found.columns)
+    for line in found.lines():
+        output.say(line)
+    output.warnings += found.warnings
+    output.more = dict(found.more)
+    if out:
+        write_atlas(output, found, texts, reads, out)
+    return found
+
+
+def read_for_page(
+    network: Any,
+    prompts: list[str],
+    texts: Any,
+    out: str,
+    progress: Any,
+    say: Callable[[str], None],
+) -> Any:
+    """The prompts of the page, layer by layer; before the pass, so that a bad one is told first."""
+    from layerwise.core.errors import LayerwiseError
+    from layerwise.jobs.reading import announced, read_prompts
+
+    if prompts and not out:
+        raise LayerwiseError(
+            "--prompt",
+            allowed="with --out PAGE, where it is shown",
+            found=f"{prompts[0]!r} without",
+            fix="give --out atlas.html",
+        )
+    if not out:
+        return []
+    say(announced(network, prompts))
+    return read_prompts(network, prompts, texts, progress)
+
+
+def write_atlas(output: Output, found: Any, texts: Any, reads: Any, out: str) -> None:
+    """Write the page of an inspected model."""
+    from layerwise.core.task import takes_images
+    from layerwise.jobs.atlas import atlas_sections
+    from layerwise.jobs.pages import write_page
+
+    unit = "images" if takes_images(found.network.module) else f"windows of {texts.length} tokens"
+    named = "the standard library's source" if texts.source == "stdlib" else texts.source
+    data = f"at most {texts.samples} {unit} of {named}"
+    name = "/".join(Path(output.model).parts[-2:])
+    sections = atlas_sections(output.model, found, data, reads)
+    write_page(Path(out), f"{name}, layer by layer", sections)
+    output.files.append(out)

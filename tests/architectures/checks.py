@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.lockstep import walk
-from layerwise.core.network import Network, open_network
+from layerwise.core.network import Network
+from layerwise.core.open import open_network
 from layerwise.core.plan import DataSpec, Edit, Identity, Plan, Step
 from layerwise.core.sites import At, Intervention
 from layerwise.core.stack import Stack

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from build import Entry, build
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.find import find_stacks
 from layerwise.core.hollow import build_hollow, is_hollow
-from layerwise.core.network import open_network
+from layerwise.core.open import open_network
 
 ROLES = {
     "llama": [
@@ -34,6 +35,29 @@ def test_roles(kind: str, tiny: Callable[..., Path]) -> None:
     layer = open_network(tiny(kind)).stack.layers[1]
     assert sorted(f"{m.part}.{m.role}" for m in layer.matrices) == sorted(ROLES[kind])
     assert [part.mixes for part in layer.parts] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("kind", "class_name"),
+    [
+        ("bart", "BartForConditionalGeneration"),
+        ("t5", "T5ForConditionalGeneration"),
+        ("albert", "AlbertForMaskedLM"),
+    ],
+)
+def test_parts_in_lists_and_wrappers_and_attention_to_another_sequence(
+    kind: str, class_name: str, tmp_path: Path
+) -> None:
+    task = "masked" if kind == "albert" else "seq2seq"
+    build(Entry(task, kind, class_name)).save_pretrained(tmp_path)  # type: ignore[operator]
+    *encoders, last = open_network(tmp_path).stacks
+    itself = ["attention.k", "attention.o", "attention.q", "attention.v", "mlp.down", "mlp.up"]
+    across = [f"cross_{name}" for name in itself[:4]] if encoders else []
+    for stack, wanted in [*((s, itself) for s in encoders), (last, sorted(across + itself))]:
+        layer = stack.layers[0]
+        assert sorted(f"{m.part}.{m.role}" for m in layer.matrices) == wanted
+        mixing = {part.name: part.mixes for part in layer.parts}
+        assert mixing["attention"] and not mixing.get("cross_attention") and not mixing["mlp"]
 
 
 def test_fusion_and_input_groups(tiny: Callable[..., Path]) -> None:

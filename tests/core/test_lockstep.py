@@ -10,7 +10,8 @@ from greenlet import greenlet
 from transformers import AutoModelForCausalLM
 
 from layerwise.core.lockstep import walk
-from layerwise.core.network import Network, open_network
+from layerwise.core.network import Network
+from layerwise.core.open import open_network
 from layerwise.core.stats import Probe, observe
 
 KINDS = ("llama", "gpt2", "mixtral", "opt", "falcon")

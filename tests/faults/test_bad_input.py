@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from layerwise.cli import app
 from layerwise.core.errors import LayerwiseError, notice
-from layerwise.core.network import open_network
+from layerwise.core.open import open_network
 
 QUICK = ("--method", "rtn", "--allocator", "uniform", "--samples", "2", "--length", "16")
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from layerwise.core.checkpoint import Checkpoint, read_header, read_tensor
 from layerwise.core.data import documents
 from layerwise.core.errors import LayerwiseError
-from layerwise.core.network import open_network
+from layerwise.core.open import open_network
 from layerwise.core.plan import check_selectors, parse_plan, settings
 from layerwise.core.stack import Matrix
 from layerwise.core.wiring import parse_wiring

@@ -17,7 +17,7 @@ import torch
 torch.set_num_threads(1)
 
 from layerwise.core.journal import Journal  # noqa: E402
-from layerwise.core.network import open_network  # noqa: E402
+from layerwise.core.open import open_network  # noqa: E402
 from layerwise.core.plan import read_plan  # noqa: E402
 from layerwise.jobs.apply import apply_plan, beside  # noqa: E402
 

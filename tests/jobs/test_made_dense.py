@@ -17,7 +17,7 @@ from layerwise.core import folder as folders
 from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.errors import LayerwiseError, notice
 from layerwise.core.folder import find_folder
-from layerwise.core.network import open_network
+from layerwise.core.open import open_network
 from layerwise.core.plan import DataSpec, Edit, Identity, Plan, Step
 from layerwise.jobs.apply import apply_plan
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from layerwise.cli import app
 from layerwise.core.checkpoint import Checkpoint, read_header
 from layerwise.core.errors import LayerwiseError
-from layerwise.core.network import open_network
+from layerwise.core.open import open_network
 from layerwise.core.plan import DataSpec, Edit, Identity, Plan, Step, read_plan
 from layerwise.jobs.apply import apply_plan
 from layerwise.jobs.plan import Request, make_plan

@@ -15,7 +15,7 @@ from torch import Tensor
 from layerwise.core.checkpoint import Checkpoint, ShardWriter
 from layerwise.core.data import Texts
 from layerwise.core.errors import LayerwiseError
-from layerwise.core.network import open_network
+from layerwise.core.open import open_network
 from layerwise.core.plan import DataSpec, Edit, Identity, Plan, Step
 from layerwise.jobs.apply import apply_plan
 from layerwise.jobs.inspect import inspect_model

@@ -11,7 +11,7 @@ from build import Entry, build
 from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.data import Texts, image_documents
 from layerwise.core.errors import LayerwiseError
-from layerwise.core.network import open_network
+from layerwise.core.open import open_network
 from layerwise.core.plan import DataSpec, Edit, Identity, Plan, Step
 from layerwise.core.reader import Reader, samples_of, windows
 from layerwise.core.task import IGNORED, answer
@@ -105,6 +105,26 @@ def test_text(entry: Entry, task: str, stacks: list[str], made, text: str, tmp_p
     rows = inspect_model(model, Texts(text, samples=4, length=32)).rows
     assert len(rows) == len(network.layers())
     checked(model, text, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "why"),
+    [
+        (Entry("masked", "modernbert", "ModernBertForMaskedLM"), "looks for its dense weight"),
+        (Entry("seq2seq", "bart", "BartForConditionalGeneration"), "before its weights are"),
+    ],
+    ids=lambda value: value.model_type if isinstance(value, Entry) else "",
+)
+def test_packed_weights_that_stock_code_cannot_use_are_refused_before_the_work(
+    entry: Entry, why: str, made, tmp_path: Path
+) -> None:
+    model = made(entry)
+    held = Checkpoint(model)
+    identity = Identity(held.structure, held.weights)
+    plan = Plan(model=identity, target="compressed-tensors", edits=GPTQ)
+    with pytest.raises(LayerwiseError, match=why):
+        apply_plan(model, plan, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_images(tmp_path: Path) -> None:

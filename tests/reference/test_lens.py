@@ -11,10 +11,11 @@ from torch import Tensor
 
 import layerwise
 from layerwise.core.errors import LayerwiseError
-from layerwise.core.lockstep import hidden, walk
+from layerwise.core.lockstep import walk
 from layerwise.core.method import find
 from layerwise.core.network import Network
 from layerwise.core.stats import Stats, observe
+from layerwise.core.stops import hidden
 from layerwise.core.tokens import Sample
 from layerwise.describe.lens import active_layers, answer_of, compared, translator
 from layerwise.jobs.tail import Tail

@@ -17,10 +17,10 @@ from transformers import Cache as ModelCache
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.inputs import MatrixInputs
 from layerwise.core.instead import swapped
-from layerwise.core.lockstep import hidden
 from layerwise.core.network import Network
 from layerwise.core.sites import At, Edits, Intervention, Runs, changed, step_of
 from layerwise.core.stack import Layer
+from layerwise.core.stops import hidden
 from layerwise.core.stream import StreamWatch
 
 

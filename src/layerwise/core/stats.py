@@ -10,9 +10,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from layerwise.core.lockstep import Batch, Lane, Rows, Stop, hidden, walk
+from layerwise.core.lockstep import walk
 from layerwise.core.network import Network
 from layerwise.core.stack import Stack
+from layerwise.core.stops import Batch, Lane, Rows, Stop, hidden
 from layerwise.core.stream import Added, Attention, StreamWatch, measured
 from layerwise.core.tokens import by_token
 

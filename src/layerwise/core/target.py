@@ -1,22 +1,92 @@
 """What a target can hold, and what that costs in bytes."""
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
+from layerwise.core.hollow import ShortCircuit, build_hollow, ramp
+from layerwise.core.network import Network
 from layerwise.core.plan import Step
 from layerwise.core.stack import Matrix
+from layerwise.core.task import example_inputs, forward_arguments
 
 
 class Target(NamedTuple):
     """An export format as a planner sees it.
 
     `refuses` says why a matrix cannot take a chain there, or nothing; `nbytes` is the exact size
-    of a matrix under a chain; `by_bits` tells whether fewer bits are fewer bytes.
+    of a matrix under a chain; `by_bits` tells whether fewer bits are fewer bytes; `bare` tells
+    whether stock transformers loads what was edited as modules without a `weight`.
     """
 
     name: str
     by_bits: bool
     refuses: Callable[[Matrix, nn.Module, Sequence[Step]], str | None]
     nbytes: Callable[[Matrix, Sequence[Step], int], int]
+    bare: bool = False
+
+
+#: why a matrix cannot take a chain, or nothing
+Refuses = Callable[[Matrix, Sequence[Step]], str | None]
+
+
+def refusals(target: Target, network: Network) -> Refuses:
+    """What a target cannot hold of a network, because of its format or of the model's own code."""
+    layers = {layer.key: layer for layer in network.layers()}
+    read = weights_read(network) if target.bare else frozenset()
+    early = target.bare and network.task == "seq2seq"
+
+    def refuses(matrix: Matrix, chain: Sequence[Step]) -> str | None:
+        layer, path = layers[matrix.layer], matrix.parameter.rpartition(".")[0]
+        if chain and early:
+            return "stock `generate` calls the encoder before its weights are unpacked"
+        if chain and f"{layer.path}.{path}" in read:
+            return f"stock {type(network.module).__name__} looks for its dense weight"
+        return target.refuses(matrix, layer.module.get_submodule(path), chain)
+
+    return refuses
+
+
+def weights_read(network: Network) -> frozenset[str]:
+    """Paths of linear modules whose weight is read by other code than their own forward.
+
+    A hollow twin is set up and run as stock transformers does it.
+    """
+    found: set[int] = set()
+    source, kind = network.stored, type(network.model)
+    twin = build_hollow(kind, network.model.config, network.dtype, source.is_stored)
+    linears = [m for m in twin.modules() if isinstance(m, nn.Linear)]
+    with torch.no_grad(), ShortCircuit(), _watched(linears, found):
+        for module in twin.modules():
+            if not isinstance(module, nn.Linear):
+                twin._init_weights(module)
+        twin(**forward_arguments(twin, example_inputs(twin)))
+    return frozenset(path for path, module in twin.named_modules() if id(module) in found)
+
+
+@contextmanager
+def _watched(modules: Sequence[nn.Linear], found: set[int]) -> Iterator[None]:
+    """Note which modules are asked for their weight; their own forward does without."""
+    kinds = [type(module) for module in modules]
+    try:
+        for module, kind in zip(modules, kinds, strict=True):
+            size = module.out_features
+            vars(module)["forward"] = lambda x, size=size: ramp(x, size)
+            module.__class__ = _asking(kind, found)
+        yield
+    finally:
+        for module, kind in zip(modules, kinds, strict=True):
+            module.__class__ = kind
+            vars(module).pop("forward", None)
+
+
+def _asking(kind: type[nn.Linear], found: set[int]) -> Any:
+    def look(self: nn.Linear, name: str) -> Any:
+        if name == "weight":
+            found.add(id(self))
+        return kind.__getattr__(self, name)
+
+    return type(kind.__name__, (kind,), {"__getattr__": look})

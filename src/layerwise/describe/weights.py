@@ -13,6 +13,8 @@ from layerwise.core.stack import Stack
 from layerwise.core.stats import Figures, Stats
 
 Fetch = Callable[[str], Mapping[str, Tensor]]
+#: ranks of a spectrum that are kept
+POINTS = 32
 
 
 @method(
@@ -41,23 +43,41 @@ def spectrum(
         factor: how large an outlier is.
 
     Returns:
-        Figures per matrix, and their means per layer.
+        Figures per matrix, and their means per layer. A map of singular values per kind of matrix,
+        at a few ranks: its first row are the ranks, the others the layers, 0 where one has none.
 
     Reference: Martin and Mahoney, 2021, arXiv:1810.01075 (search); Zhou et al., 2023,
     arXiv:2312.00359 (median). The two exponents are not comparable.
     """
     found: dict[str, dict[str, float]] = {}
+    curves: dict[str, dict[int, Tensor]] = {}
     sketched = 0
-    for layer in stack.layers:
+    for i, layer in enumerate(stack.layers):
         rows = {}
         for key, weight in fetch(layer.key).items():
             w = weight.float()
-            rows[key] = _figures(w, exact) | {"outliers": share_above(w, factor)}
+            values = squared_values(w, exact)
+            rows[key] = _figures(w, values) | {"outliers": share_above(w, factor)}
+            kind = key.removeprefix(f"{layer.key}/").partition("[")[0]
+            curves.setdefault(kind, {}).setdefault(i, values.flip(0).sqrt())
             sketched += min(w.shape) > exact
         found[layer.key] = _mean(list(rows.values()))
         found |= rows
     note = "layers: means of their matrices; alpha of a Gaussian matrix depends on its shape"
-    return Figures(found, note + (f"; {sketched} matrices sketched" if sketched else ""))
+    maps = {kind: _at_ranks(mine, len(stack.layers)) for kind, mine in curves.items()}
+    return Figures(found, note + (f"; {sketched} matrices sketched" if sketched else ""), maps)
+
+
+def _at_ranks(curves: Mapping[int, Tensor], layers: int) -> Float[Tensor, "rows ranks"]:
+    """Values of some layers at ranks that grow geometrically, below these ranks; of one expert."""
+    most = max(map(len, curves.values()))
+    ranks = torch.logspace(0, math.log10(most), POINTS).round().unique().long()
+    table = torch.zeros(1 + layers, len(ranks), dtype=torch.float64)
+    table[0] = ranks
+    for i, values in curves.items():
+        here = ranks <= len(values)
+        table[1 + i, here] = values[ranks[here] - 1].cpu()
+    return table
 
 
 def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
@@ -72,11 +92,10 @@ def share_above(weight: Float[Tensor, "out in"], factor: float) -> float:
     return (size > factor * size.mean()).float().mean().item()
 
 
-def _figures(weight: Float[Tensor, "out in"], exact: int) -> dict[str, float]:
+def _figures(weight: Float[Tensor, "out in"], values: Float[Tensor, " count"]) -> dict[str, float]:
     total = weight.double().square().sum().item()
     if total == 0:
         return {"norm": 0.0}
-    values = squared_values(weight, exact)
     rest, count = max(total - values.sum().item(), 0.0), min(weight.shape) - len(values)
     p = torch.cat([values, values.new_full((count,), rest / max(count, 1))]) / total
     return {

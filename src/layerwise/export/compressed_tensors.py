@@ -161,7 +161,7 @@ def _refuses(matrix: Matrix, module: nn.Module, chain: Sequence[Step]) -> str | 
     return None
 
 
-TARGET = Target("compressed-tensors", True, _refuses, _nbytes)
+TARGET = Target("compressed-tensors", True, _refuses, _nbytes, bare=True)
 
 #: A price list, not a format: packed bytes of any matrix, whatever module holds it.
 PACKED = Target("packed", True, lambda matrix, module, chain: None, _nbytes)

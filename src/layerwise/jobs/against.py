@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from layerwise.core.data import Texts
-from layerwise.core.lockstep import Batch
-from layerwise.core.network import Network, open_network
+from layerwise.core.network import Network
+from layerwise.core.open import open_network
 from layerwise.core.stats import Stats
+from layerwise.core.stops import Batch
 from layerwise.core.tokens import Sample
 from layerwise.describe.similarity import boundaries, cka_map, match_map
 from layerwise.jobs.inspect import Inspected, inspect_model

@@ -15,14 +15,16 @@ from layerwise.core.checkpoint import write_safetensors
 from layerwise.core.errors import LayerwiseError, first_few
 from layerwise.core.fan import Engine
 from layerwise.core.journal import Journal
-from layerwise.core.lockstep import Batch, walk
+from layerwise.core.lockstep import walk
 from layerwise.core.machine import check_disk, check_memory
 from layerwise.core.method import find
-from layerwise.core.network import Network, open_network
+from layerwise.core.network import Network
+from layerwise.core.open import open_network, widened
 from layerwise.core.plan import Plan, chain_for, check_model, check_selectors, label
 from layerwise.core.reader import windows
 from layerwise.core.stack import Layer
-from layerwise.core.target import Target
+from layerwise.core.stops import Batch
+from layerwise.core.target import Target, refusals
 from layerwise.core.task import answer, example_inputs
 from layerwise.core.weight import Dense, Weight
 from layerwise.export import TARGETS
@@ -172,7 +174,7 @@ def passing(
     The batch and the answer to it are written to `check`, for whoever reloads the folder. It is
     held in float32: the weights as they are written, computed as a float32 reload computes.
     """
-    wide = network.widened()
+    wide = widened(network)
     found: list[Tensor] = []
     made: dict[str, Mapping[str, Weight]] = {}
     total = len(network.layers())
@@ -221,10 +223,10 @@ def check_plan(network: Network, plan: Plan, other_weights: bool) -> Target:
 
 def check_target(network: Network, plan: Plan, target: Target) -> None:
     """Refuse, before anything is computed, a plan that its target cannot hold."""
+    refuses = refusals(target, network)
     for layer in network.layers():
         for matrix in layer.matrices:
-            module = layer.module.get_submodule(matrix.parameter.rpartition(".")[0])
-            why = target.refuses(matrix, module, chain_for(plan.edits, matrix))
+            why = refuses(matrix, chain_for(plan.edits, matrix))
             if why:
                 raise LayerwiseError(
                     f"plan, {matrix.key}",

@@ -11,7 +11,7 @@ from layerwise.core.network import Network
 from layerwise.core.plan import Edit, Plan, Step, label, selects
 from layerwise.core.stack import Group, Matrix
 from layerwise.core.stats import Scores
-from layerwise.core.target import Target
+from layerwise.core.target import Refuses, Target, refusals
 from layerwise.jobs.request import Planned, Request, identity
 from layerwise.jobs.scoring import make_scores
 from layerwise.jobs.session import Budget, Progress
@@ -49,10 +49,11 @@ def make_menus(request: Request, network: Network, target: Target) -> dict[str, 
         for g in widths if isinstance(widths, list) else [widths]:
             chains.append((Step(method, rest | {"bits": b, "group": g}),))
     itemsize = network.stored.dtype.itemsize
+    refuses = refusals(target, network)
     menus = {}
     for stack in network.stacks:
         for group in stack.groups():
-            held = [c for c in chains if _held(network, group, c, target, request.keep)]
+            held = [c for c in chains if _held(group, c, refuses, request.keep)]
             priced = [
                 Option(c, sum(target.nbytes(m, c, itemsize) for m in group.matrices), label(c))
                 for c in held
@@ -62,19 +63,14 @@ def make_menus(request: Request, network: Network, target: Target) -> dict[str, 
     return menus
 
 
-def _held(
-    network: Network, group: Group, chain: tuple[Step, ...], target: Target, keep: Sequence[str]
-) -> bool:
-    if not chain:
-        return True
-    layers = {layer.key: layer for layer in network.layers()}
-    for matrix in group.matrices:
-        owner = layers[matrix.layer].module
-        module = owner.get_submodule(matrix.parameter.rpartition(".")[0])
-        pinned = any(selects(pattern, matrix) for pattern in keep)
-        if pinned or matrix.role == "router" or target.refuses(matrix, module, chain):
-            return False
-    return True
+def _held(group: Group, chain: tuple[Step, ...], refuses: Refuses, keep: Sequence[str]) -> bool:
+    """Whether every matrix of a group may take a chain."""
+    return not chain or not any(
+        any(selects(pattern, matrix) for pattern in keep)
+        or matrix.role == "router"
+        or refuses(matrix, chain)
+        for matrix in group.matrices
+    )
 
 
 def bytes_for(

@@ -10,9 +10,10 @@ from layerwise.core.errors import LayerwiseError
 from layerwise.core.machine import write_whole
 from layerwise.core.plan import DataSpec
 from layerwise.jobs.apply import apply_plan
+from layerwise.jobs.atlas import atlas_sections
 from layerwise.jobs.card import write_card
 from layerwise.jobs.inspect import inspect_model
-from layerwise.jobs.pages import inspect_section, plan_section, write_page
+from layerwise.jobs.pages import plan_section, write_page
 from layerwise.jobs.plan import Request, make_plan
 from layerwise.jobs.session import Budget, Progress, check_out
 from layerwise.jobs.verify import Settings, verify
@@ -35,7 +36,7 @@ def run_demo(out: Path, output: Any, progress: Progress) -> None:
     inspected = inspect_model("demo", texts, progress=progress)
     columns = ("layer", "bytes", *inspected.columns)
     output.table("every layer, one pass", inspected.rows, *columns)
-    sections = [inspect_section("demo", inspected, "the standard library's source")]
+    sections = atlas_sections("demo", inspected, "the standard library's source")[:3]
     rows: list[dict[str, Any]] = []
     for name, title, request in (
         ("3-bits", "3 bits per weight", Request("demo", Budget(bits=3.0), data=DATA)),

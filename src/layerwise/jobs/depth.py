@@ -8,7 +8,8 @@ import torch
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.fan import fan_out
 from layerwise.core.method import find
-from layerwise.core.network import Network, rewired
+from layerwise.core.network import Network
+from layerwise.core.open import rewired
 from layerwise.core.plan import Plan, selects
 from layerwise.core.search import Space
 from layerwise.core.stack import Layer

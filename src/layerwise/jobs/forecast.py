@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from layerwise.core.lockstep import Batch
 from layerwise.core.network import Network
 from layerwise.core.plan import Plan, chain_for
+from layerwise.core.stops import Batch
 from layerwise.export import TARGETS
 
 #: hidden states that a batch holds while it waits before an operation of a layer, at most

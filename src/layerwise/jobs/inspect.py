@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from layerwise.core.data import Texts
-from layerwise.core.lockstep import Batch
 from layerwise.core.method import Method, find
-from layerwise.core.network import Network, open_network
+from layerwise.core.network import Network
+from layerwise.core.open import open_network
 from layerwise.core.reader import windows
 from layerwise.core.stack import Stack
 from layerwise.core.stats import Figures, Stats, observe
+from layerwise.core.stops import Batch
 from layerwise.jobs.depth import layer_bytes
 from layerwise.jobs.documents import (
     alone,

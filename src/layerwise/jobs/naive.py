@@ -10,7 +10,8 @@ import torch
 
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.journal import Journal
-from layerwise.core.network import Network, open_network
+from layerwise.core.network import Network
+from layerwise.core.open import open_network
 from layerwise.core.plan import Plan, chain_for, describe
 from layerwise.core.quality import Quality, measure_quality
 from layerwise.core.reader import windows

@@ -8,19 +8,7 @@ import transformers
 
 from layerwise.core.machine import write_whole
 from layerwise.core.plan import read_plan
-from layerwise.jobs.inspect import Inspected
 from layerwise.jobs.verify import Verified
-
-
-def inspect_section(model: str, found: Inspected, data: str) -> dict[str, Any]:
-    """The stack and its measures."""
-    return {
-        "kind": "inspect",
-        "model": str(model),
-        "stack": ", ".join(stack.name for stack in found.network.stacks),
-        "layers": found.shown(),
-        "note": f"one pass over the calibrate part of {data}",
-    }
 
 
 def plan_section(folder: Path, found: Verified, title: str = "") -> dict[str, Any]:

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from layerwise.core.instead import instead, swapped
-from layerwise.core.lockstep import Batch, hidden
 from layerwise.core.network import Network
 from layerwise.core.sites import At, Cache, Edits
 from layerwise.core.stack import Layer
+from layerwise.core.stops import Batch, hidden
 from layerwise.core.task import forward_arguments
 
 #: a layer's input and output -> the output that takes its place

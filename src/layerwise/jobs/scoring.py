@@ -15,7 +15,8 @@ from layerwise.core.data import Texts
 from layerwise.core.fan import fan_out
 from layerwise.core.machine import check_memory
 from layerwise.core.method import find
-from layerwise.core.network import Network, open_network
+from layerwise.core.network import Network
+from layerwise.core.open import open_network, widened
 from layerwise.core.plan import Step
 from layerwise.core.quality import Quality, measure_quality
 from layerwise.core.reader import samples_of, windows
@@ -54,7 +55,7 @@ class Trials:
         self.trial = trial
         self.dtype = network.stored.dtype
         check_memory(memory_of_models(network, 1))
-        self.network = network.widened().load()
+        self.network = widened(network).load()
         texts = trial.texts._replace(length=256)
         self.batches = samples_of(load_reader(network), texts, "select", trial.count)
         self._twins = threading.local()

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from layerwise.core.fan import Engine, fan_out
 from layerwise.core.journal import Journal
-from layerwise.core.lockstep import Batch, Stop, walk
+from layerwise.core.lockstep import walk
 from layerwise.core.method import find
 from layerwise.core.network import Network
 from layerwise.core.plan import Edit, Step, chain_for
 from layerwise.core.stack import Layer, Matrix
 from layerwise.core.stats import Gathering
+from layerwise.core.stops import Batch, Stop
 from layerwise.core.weight import Dense, Weight
 from layerwise.jobs.session import Progress, silent
 

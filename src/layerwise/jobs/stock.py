@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layerwise.core.calls import tensors_in
 from layerwise.core.config import model_class, read_config
 from layerwise.core.errors import refusing
-from layerwise.core.find import tensors_in
 from layerwise.core.instead import instead, swapped
-from layerwise.core.lockstep import hidden, walk
+from layerwise.core.lockstep import walk
 from layerwise.core.network import Network
 from layerwise.core.stack import Layer
+from layerwise.core.stops import hidden
 from layerwise.core.task import answer, forward_arguments
 from layerwise.core.weight import Weight
 

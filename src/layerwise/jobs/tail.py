@@ -9,9 +9,9 @@ from torch import Tensor
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.hollow import ShortCircuit
 from layerwise.core.instead import instead, swapped
-from layerwise.core.lockstep import hidden
 from layerwise.core.network import Network
 from layerwise.core.stack import Layer
+from layerwise.core.stops import hidden
 from layerwise.core.task import forward_arguments
 
 #: tokens of the one short forward that shows what layers return

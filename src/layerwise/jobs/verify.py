@@ -11,7 +11,8 @@ import torch
 from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.data import Texts
 from layerwise.core.machine import available_memory
-from layerwise.core.network import Network, choose_device, open_network
+from layerwise.core.network import Network
+from layerwise.core.open import choose_device, open_network
 from layerwise.core.plan import Plan, chain_for, describe, label, read_plan
 from layerwise.core.quality import Estimate, Quality, measure_quality
 from layerwise.core.reader import samples_of

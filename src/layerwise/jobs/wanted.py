@@ -7,9 +7,9 @@ from typing import Any
 import layerwise.families as families
 from layerwise.core.data import Texts
 from layerwise.core.errors import LayerwiseError
-from layerwise.core.lockstep import Batch
 from layerwise.core.method import Method, Size, find, methods
 from layerwise.core.network import Network
+from layerwise.core.stops import Batch
 from layerwise.jobs.tail import WORDS
 
 #: what is cheap: one pass, no second forward, less than half a forward more

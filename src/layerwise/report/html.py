@@ -1,6 +1,8 @@
 """One self-contained page: no network, no libraries, light and dark, on screen and on paper."""
 
+from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha256
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -14,16 +16,19 @@ from layerwise.report.layers import (
     layer_table,
     legend,
     measure_column,
-    part_rows,
     size_column,
 )
 from layerwise.report.plot import plot
+from layerwise.report.prompts import reading_section
 from layerwise.report.prose import prose
+from layerwise.report.shapes import alike_section, spectra_section
+from layerwise.report.stack import stack_section, standout_section
+from layerwise.report.strips import figures_section
 from layerwise.report.svg import ratio_strip
 
-STYLE = Path(__file__).with_name("page.css")
-SCRIPT = Path(__file__).with_name("page.js")
+HERE = Path(__file__).parent
 BESIDE = 4
+THEME = '<button type="button" class="theme script" aria-label="Theme">light or dark</button>'
 FIELDS = {"kl": "KL", "rise": "loss rise"}
 
 
@@ -32,8 +37,9 @@ def page(title: str, sections: Sequence[Mapping[str, Any]]) -> str:
 
     Args:
         title: of the page.
-        sections: each with a `kind`: `inspect` (the stack and its measures), `plan` (what each
-            layer got, and the comparison), or `text` (a paragraph).
+        sections: each with a `kind`: those of the atlas (`stack`, `standout`, `figures`,
+            `reading`, `alike`, `spectra`), `plan` (what each layer got, and the comparison), or
+            `text` (a paragraph).
 
     Returns:
         The page; it refers to nothing outside itself.
@@ -62,44 +68,40 @@ def page(title: str, sections: Sequence[Mapping[str, Any]]) -> str:
             "</section>"
         )
     contents = f'<nav aria-label="Contents"><ol>{"".join(links)}</ol></nav>'
+    atlas = any(section["kind"] in ATLAS for section in sections)
+    files = ("page", "atlas") if atlas else ("page",)
+    style, script = (
+        "\n" + "".join((HERE / f"{name}.{end}").read_text("utf-8") for name in files)
+        for end in ("css", "js")
+    )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy(script)}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
-        f"<title>{escape(title)}</title><style>\n{STYLE.read_text('utf-8')}</style></head>\n"
-        f"<body><main><header><h1>{escape(title)}</h1>{contents if len(links) > 1 else ''}"
-        f"</header>\n{chr(10).join(parts)}\n</main>"
-        f"<script>\n{SCRIPT.read_text('utf-8')}</script></body></html>\n"
+        f"<title>{escape(title)}</title><style>{style}</style></head>\n"
+        f"<body><main><header><h1>{escape(title)}</h1>{THEME}{contents if len(links) > 1 else ''}"
+        f"</header>\n{chr(10).join(parts)}\n</main><script>{script}</script></body></html>\n"
+    )
+
+
+def policy(script: str) -> str:
+    """What the page may do: run this one script, and load nothing.
+
+    Example:
+        >>> policy("")[:47]
+        "default-src 'none'; style-src 'unsafe-inline'; "
+    """
+    digest = b64encode(sha256(script.encode()).digest()).decode()
+    return (
+        "default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
+        f"script-src 'sha256-{digest}'"
     )
 
 
 def heading_of(section: Mapping[str, Any]) -> str:
-    """A section's title, or what an inspected model is called."""
-    given = section.get("title")
-    return str(given if given else section.get("model") or section["kind"])
-
-
-def inspect_section(section: Mapping[str, Any]) -> str:
-    """The stack from input to output, each layer with its measures."""
-    layers = section.get("layers") or []
-    rows, names = part_rows(layers)
-    keys = dict.fromkeys(k for x in layers for k in x if k not in ("layer", "parts", "bytes"))
-    columns = [
-        measure_column(str(key).replace("_", " "), [x.get(key) for x in layers])
-        for key in keys
-        if any(figure(x.get(key)) for x in layers)
-    ]
-    if any(figure(x.get("bytes")) for x in layers):
-        columns.append(size_column([x.get("bytes") for x in layers], [None] * len(layers)))
-    total = sum(f.value for x in layers if (f := figure(x.get("bytes"))))
-    facts = [f"{len(layers)} layers"] + ([size(total)] if total else [])
-    if section.get("stack"):
-        facts.insert(0, f"stack {section['stack']}")
-    note = section.get("note")
-    return (
-        f'<p class="facts">{escape(" · ".join(facts))}</p>{layer_table(rows, names, columns)}'
-        + (f'<p class="note">{escape(str(note))}</p>' if note else "")
-    )
+    """A section's title, or its kind."""
+    return str(section.get("title") or section["kind"])
 
 
 def plan_section(section: Mapping[str, Any]) -> str:
@@ -193,8 +195,16 @@ def text_section(section: Mapping[str, Any]) -> str:
     return f'<div class="prose">{prose(str(section.get("html") or ""))}</div>'
 
 
+ATLAS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "stack": stack_section,
+    "standout": standout_section,
+    "figures": figures_section,
+    "reading": reading_section,
+    "alike": alike_section,
+    "spectra": spectra_section,
+}
 KINDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "inspect": inspect_section,
+    **ATLAS,
     "plan": plan_section,
     "text": text_section,
 }

@@ -29,9 +29,7 @@ from layerwise.report.svg import (
 )
 
 COMPACT = 40
-BESIDE = 5
 NARROW = 6
-PARTS = {"attention": "p1", "mlp": "p2", "mixer": "p3"}
 
 
 class Column(NamedTuple):
@@ -98,7 +96,7 @@ def layer_table(rows: Sequence[Row], names: Sequence[str], columns: Sequence[Col
     """The table; its headers sort it, and a third click puts the layers back in their order."""
     compact = " compact" if len(rows) > COMPACT else ""
     heads = "".join(
-        f'<th scope="col" class="num{" wide" * has_intervals(c)}">'
+        '<th scope="col" class="num">'
         f'<button type="button">{escape(c.name)}</button>'
         f'<span class="ends">{escape(c.ends)}</span></th>'
         for c in columns
@@ -106,22 +104,15 @@ def layer_table(rows: Sequence[Row], names: Sequence[str], columns: Sequence[Col
     end = '<tbody class="end"><tr><td></td><td><span>{}</span></td>{}</tr></tbody>'
     blank = f'<td colspan="{len(columns)}"></td>' if columns else ""
     body = "".join(_table_row(i, row, columns) for i, row in enumerate(rows))
-    wide = sum(map(has_intervals, columns))
-    kind = "scroll" + " many" * (len(columns) > BESIDE) + " intervals" * (wide > 0)
     key = max((len(row.key) for row in rows), default=5)
-    style = f"--columns:{len(columns) + 0.7 * wide:g};--key:{min(max(key, 6), 28)}"
+    style = f"--columns:{len(columns)};--key:{min(max(key, 6), 28)}"
     return (
-        f'<div class="{kind}"><table class="layers{compact}" style="{style}">'
+        f'<div class="scroll"><table class="layers{compact}" style="{style}">'
         '<thead><tr><th scope="col" class="key"><button type="button">layer</button></th>'
         f'<th scope="col" class="cells">{heading(names)}</th>{heads}</tr></thead>'
         f"{end.format('input ↓', blank)}<tbody>{body}</tbody>{end.format('↓ output', blank)}"
         "</table></div>"
     )
-
-
-def has_intervals(column: Column) -> bool:
-    """Whether any figure of a column has an interval, which takes room."""
-    return any(text.interval for text in column.texts if text)
 
 
 def _table_row(i: int, row: Row, columns: Sequence[Column]) -> str:
@@ -195,20 +186,6 @@ def union(lists: Iterable[Collection[str]]) -> list[str]:
     owners = [name.partition(".")[0] for name in names]
     order = sorted(range(len(owners)), key=lambda i: (places[owners[i]], first[owners[i]]))
     return [list(names)[i] for i in order]
-
-
-def part_rows(layers: Sequence[Mapping[str, Any]]) -> tuple[list[Row], list[str]]:
-    """Layers with their residual branches as cells."""
-    names = union([str(p) for p in layer.get("parts") or ()] for layer in layers)
-    rows = []
-    for layer in layers:
-        key, parts = str(layer["layer"]), [str(p) for p in layer.get("parts") or ()]
-        says = f"{key}: {', '.join(parts) or 'layer'}"
-        cells: list[Cell | None] = [
-            Cell(PARTS.get(n, "p0"), "", f"{key} {n}") if n in parts else None for n in names
-        ]
-        rows.append(Row(key, bar_of_cells(cells or [Cell("p0", "", key)], says)))
-    return rows, names
 
 
 def group_rows(layers: Sequence[Mapping[str, Any]]) -> tuple[list[Row], list[str]]:

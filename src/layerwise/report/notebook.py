@@ -21,10 +21,12 @@ def framed(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """The page of a report in a frame, so that its style stays inside."""
     from layerwise.report.html import page
 
-    section = {"kind": "inspect", "model": title, "layers": list(rows)}
-    height = 220 + 26 * len(rows)
-    source = escape(page(title, [section]), quote=True)
-    return f'<iframe srcdoc="{source}" style="width:100%;height:{height}px;border:0"></iframe>'
+    sections = [
+        {"kind": "stack", "title": "The stack", "layers": rows},
+        {"kind": "figures", "title": "Every figure of every layer", "layers": rows},
+    ]
+    source = escape(page(title, sections), quote=True)
+    return f'<iframe srcdoc="{source}" style="width:100%;height:900px;border:0"></iframe>'
 
 
 def curves(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:

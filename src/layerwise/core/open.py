@@ -1,0 +1,268 @@
+"""Opening a model folder, hub id or module: building it hollow, finding its stacks, rewiring it."""
+
+import copy
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.core.checkpoint import Checkpoint
+from layerwise.core.config import model_class, read_config
+from layerwise.core.errors import LayerwiseError, nearest, refusing
+from layerwise.core.find import find_stacks
+from layerwise.core.folder import find_folder
+from layerwise.core.hollow import build_hollow, hollow_parameter
+from layerwise.core.network import Network, fill
+from layerwise.core.source import Source, check_stored
+from layerwise.core.stack import Layer, Stack
+from layerwise.core.task import Task, example_inputs, forward_arguments, task_of
+from layerwise.core.wiring import edited_config, parse_wiring
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """`auto` is CUDA if present.
+
+    Raises:
+        LayerwiseError: this machine has no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    count = torch.cuda.device_count()
+    here = ["cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]
+    if name not in here:
+        raise LayerwiseError(
+            "device",
+            allowed=f"auto, {', '.join(here)} on this machine",
+            found=name,
+            fix="choose one of these",
+        )
+    return torch.device(name)
+
+
+#: in what may be computed
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+def choose_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """`auto` is the checkpoint's, but float16 becomes float32 on a CPU.
+
+    Raises:
+        LayerwiseError: it is none to compute in.
+    """
+    if name != "auto" and name not in DTYPES:
+        raise LayerwiseError(
+            "dtype",
+            allowed=f"auto, {', '.join(DTYPES)}",
+            found=name,
+            fix=nearest(name, DTYPES, "choose one of these"),
+        )
+    if name != "auto":
+        return getattr(torch, name)
+    if str(stored).removeprefix("torch.") not in DTYPES:
+        raise LayerwiseError(
+            "dtype auto",
+            allowed=f"weights stored in {', '.join(DTYPES)}",
+            found=stored,
+            fix="say in which to compute, such as --dtype float32",
+        )
+    if stored == torch.float16 and device.type == "cpu":
+        return torch.float32
+    return stored
+
+
+def open_network(
+    model: str | Path | nn.Module,
+    *,
+    inputs: Mapping[str, Tensor] | None = None,
+    wiring: Mapping[str, Sequence[Any]] | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> Network:
+    """Open a model folder, hub id or module as stacks of layers.
+
+    Args:
+        model: a folder, hub id, `demo`, or an `nn.Module`.
+        inputs: example inputs of a module that is not a transformers language model.
+        wiring: execution order per stack, as in a plan; the network is built with that depth.
+        device: where to compute, `auto` for CUDA if present.
+        dtype: in which type to compute, `auto` for the checkpoint's.
+
+    Raises:
+        LayerwiseError: the folder, its files or its architecture cannot be used.
+    """
+    where = choose_device(device)
+    if isinstance(model, nn.Module):
+        return _open_module(model, inputs, where)
+    checkpoint = Checkpoint(find_folder(model))
+    config = read_config(checkpoint.folder)
+    kind = model_class(config)
+    stored = _stored_dtype(checkpoint, config)
+    kept = choose_dtype(dtype, stored, where)
+    with refusing(
+        f"{checkpoint.folder / 'config.json'}",
+        allowed=f"a configuration that {kind.__name__} can be built with and run on a short input",
+        fix="compare it with the original's; if it is the original's, this architecture cannot be "
+        "opened yet",
+    ):
+        source = Source(kind, checkpoint, copy.deepcopy(config), stored)
+        check_stored(source)
+        module = build_hollow(kind, copy.deepcopy(config), kept, source.is_stored)
+        stacks, task = _examine(module)
+    network = Network(module, stacks, where, kept, task, source)
+    paths = tuple(layer.path for stack in stacks for layer in stack.layers)
+    network = replace(network, stored_layers=paths)
+    if wiring:
+        network = rewired(network, wiring)
+    _bring_outside(network)
+    return network
+
+
+def widened(network: Network) -> Network:
+    """The same network computing in float32."""
+    kind, source = torch.float32, network.stored
+    module = build_hollow(type(network.model), network.model.config, kind, source.is_stored)
+    stacks, task = _examine(module, containers=[stack.container for stack in network.stacks])
+    wide = replace(network, module=module, stacks=stacks, dtype=kind, task=task)
+    _bring_outside(wide)
+    return wide
+
+
+def rewired(network: Network, wiring: Mapping[str, Sequence[Any]]) -> Network:
+    """The hollow network in another order of layers, built from its edited configuration.
+
+    Lists of layer numbers in the configuration follow the layers if nothing else fits.
+
+    Raises:
+        LayerwiseError: the architecture cannot be built in that order.
+    """
+    kind, stacks = type(network.model), network.stacks
+    chosen = stacks_named(stacks, wiring)
+    orders = [parse_wiring(list(wiring[s.name]), len(s.layers), f"wiring {s.name}") for s in chosen]
+    origins = {
+        f"{stack.container}.{new}": stack.layers[visit.layer]
+        for stack, order in zip(chosen, orders, strict=True)
+        for new, visit in enumerate(order)
+    }
+    refused: LayerwiseError | None = None
+    for renumber in (False, True):
+        shape = copy.deepcopy(network.model.config)
+        for stack, order in zip(chosen, orders, strict=True):
+            shape = edited_config(kind, shape, stack, order, renumber)
+        module = build_hollow(kind, shape, network.dtype, network.stored.is_stored)
+        rebuilt, task = _examine(module, containers=[stack.container for stack in stacks])
+        try:
+            check_rebuilt(
+                [s for s in rebuilt if s.container in {c.container for c in chosen}], origins
+            )
+        except LayerwiseError as error:
+            refused = refused or error
+            continue
+        return replace(
+            network,
+            module=module,
+            stacks=rebuilt,
+            task=task,
+            origins={path: layer.path for path, layer in origins.items()},
+            orders=tuple(
+                (len(stack.layers), tuple(visit.layer for visit in order))
+                for stack, order in zip(chosen, orders, strict=True)
+            ),
+        )
+    assert refused is not None
+    raise refused
+
+
+def stacks_named(stacks: Sequence[Stack], names: Iterable[str]) -> list[Stack]:
+    """The stacks of these names.
+
+    Raises:
+        LayerwiseError: there is none of a name.
+    """
+    known = {stack.name: stack for stack in stacks}
+    for name in names:
+        if name not in known:
+            raise LayerwiseError(
+                f"wiring of {name!r}", allowed=", ".join(known), found=name, fix="name a stack"
+            )
+    return [known[name] for name in names]
+
+
+def check_rebuilt(stacks: Sequence[Stack], origins: Mapping[str, Layer]) -> None:
+    """A layer of the rebuilt network must hold the tensors of the one that it stands for.
+
+    Raises:
+        LayerwiseError: the architecture decides by the index what a layer is.
+    """
+    for layer in (layer for stack in stacks for layer in stack.layers):
+        before = origins.get(layer.path)
+        here, there = (
+            {n: p.shape for n, p in la.module.named_parameters()} if la else {}
+            for la in (layer, before)
+        )
+        if before is None or here != there:
+            name = before.key if before else "no layer"
+            raise LayerwiseError(
+                f"wiring, layer {layer.key}",
+                allowed="layers that are of the same kind at their new place",
+                found=f"{name} has other tensors than the architecture wants at {layer.path}",
+                fix="drop layers so that the kinds keep their rhythm, such as whole periods",
+            )
+
+
+def _stored_dtype(checkpoint: Checkpoint, config: Any) -> torch.dtype:
+    """The dtype of the weights: what the configuration says, else that of the first of them."""
+    floats = [i.dtype for i in checkpoint.tensors.values() if i.dtype.is_floating_point]
+    if not floats:
+        raise LayerwiseError(
+            str(checkpoint.folder),
+            allowed="weights that are floating-point numbers",
+            found=f"{len(checkpoint.tensors)} tensors, none of them",
+            fix="take another copy of the checkpoint",
+        )
+    return config.dtype if isinstance(config.dtype, torch.dtype) else floats[0]
+
+
+def _examine(
+    module: nn.Module,
+    inputs: Mapping[str, Tensor] | None = None,
+    containers: Collection[str] = (),
+) -> tuple[tuple[Stack, ...], Task]:
+    """The stacks and the task of a hollow model, by one trial forward."""
+    given = forward_arguments(module, example_inputs(module) if inputs is None else inputs)
+    outputs: list[Any] = []
+    stacks = tuple(find_stacks(module, lambda: outputs.append(module(**given)), containers))
+    return stacks, task_of(module, outputs[0], stacks[-1].name.startswith("encoder"))
+
+
+def _bring_outside(network: Network) -> None:
+    """Load what belongs to no layer: embeddings, final norm, head."""
+    fill(network.model, network.fetch_outside(), network.device)
+    network.model.tie_weights()
+    for module in network.module.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(network.device)
+
+
+def _open_module(
+    module: nn.Module, inputs: Mapping[str, Tensor] | None, device: torch.device
+) -> Network:
+    """Open a module that is already in memory; a hollow twin is examined in its place."""
+    memo: dict[int, Any] = {id(p): hollow_parameter(p.shape, p.dtype) for p in module.parameters()}
+    twin = copy.deepcopy(module, memo).eval()
+    found, task = _examine(twin, inputs)
+    own = dict(module.named_modules())
+    stacks = tuple(
+        Stack(
+            s.name,
+            s.container,
+            tuple(replace(la, module=own[la.path]) for la in s.layers),
+            s.wiring,
+        )
+        for s in found
+    )
+    first = next(module.parameters())
+    return Network(module.eval(), stacks, first.device, first.dtype, task)
