@@ -302,6 +302,7 @@ PLANS = {
     "unknown method": ("method: rtn", "method: rnt", ("did you mean rtn?",)),
     "unknown option": ("group: 32", "gruop: 32", ("did you mean group?",)),
     "option of a wrong kind": ("group: 32", "group: many", ("type int", "'many'")),
+    "option out of range": ("group: 32", "group: -1", ("found -1",)),
     "group that the target cannot hold": ("group: 32", "group: 7", ("no multiple", "target hf")),
     "selector": ("/mlp.down", "/mlp.dwon", ("mlp.dwon", "did you mean mlp.down?")),
     "no layers": ("decoder/0/", "decoder/zero/", ("found zero",)),

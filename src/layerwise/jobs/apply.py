@@ -32,7 +32,7 @@ from layerwise.export._writer import Finished
 from layerwise.jobs.checks import CHECK, CHECKED, must_be_sound
 from layerwise.jobs.forecast import disk_to_apply, memory_to_solve
 from layerwise.jobs.session import Progress, check_new, load_reader, silent, texts_of
-from layerwise.jobs.solve import Solver, needs_of, solve
+from layerwise.jobs.solve import Solver, needs_of, solve, try_chains
 
 
 class Applied(NamedTuple):
@@ -218,6 +218,7 @@ def check_plan(network: Network, plan: Plan, other_weights: bool) -> Target:
     check_selectors(plan, [m for stack in network.stacks for m in stack.matrices()])
     target = TARGETS[plan.target] if plan.target in TARGETS else _no_target(plan)
     check_target(network, plan, target)
+    try_chains(plan.edits)
     return target
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from layerwise.core.errors import refusing
 from layerwise.core.fan import Engine, fan_out
 from layerwise.core.journal import Journal
 from layerwise.core.lockstep import walk
@@ -42,6 +43,22 @@ def run_chain(weight: Any, stats: Mapping[str, Any], chain: Sequence[Step]) -> W
     for step in chain:
         record = find(step.method, "weight").bind(step.options)(record.dense(), stats)
     return record
+
+
+def try_chains(edits: Sequence[Edit]) -> None:
+    """Run every chain on a small matrix, so that a wrong option is found before the work.
+
+    Raises:
+        LayerwiseError: a method refuses its options.
+    """
+    small = torch.linspace(-1, 1, 8 * 256).reshape(8, 256)
+    for edit in edits:
+        with refusing(
+            f"plan, {edit.select}",
+            allowed="chains of methods that can be solved",
+            fix="correct the options, `layerwise methods --family weight` lists them",
+        ):
+            run_chain(small, {}, edit.chain)
 
 
 def needs_of(edits: Sequence[Edit]) -> list[str]:
