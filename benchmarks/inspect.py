@@ -1,62 +1,62 @@
 """What looking costs: one pass with measures over a plain forward of the same batches."""
 
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
+
+import torch
 
 from benchmarks.timing import interleaved, table
 from layerwise.core.data import Texts
+from layerwise.core.method import methods
 from layerwise.core.network import Network
 from layerwise.core.open import open_network
 from layerwise.core.reader import windows
+from layerwise.core.stops import Batch
 from layerwise.jobs.inspect import inspect_model
 from layerwise.jobs.session import load_reader
-from layerwise.jobs.wanted import MEASURES, Wanted
+from layerwise.jobs.wanted import MEASURES, Wanted, chosen, kind_of
 
-#: without a gradient, a second forward, or an eigenvalue problem per document or matrix
-ALSO = {
-    "token_sample": ("token_sample",),
-    "depth_use": ("depth_use",),
-    "spread": ("spread",),
-    "similarity": ("similarity",),
-    "lens": ("lens",),
-    "direct_match": ("direct_match",),
-    "voids": ("voids",),
-    "stream_moments": ("stream_moments",),
-    "canonical": ("canonical",),
-    "update_fit": ("update_fit",),
-    "document_geometry": ("document_geometry",),
-    "position_parts": ("position_parts",),
-    "head_patterns": ("head_patterns",),
-    "neuron_means": ("neuron_means",),
-    "spectrum (no data)": ("spectrum",),
-    "default": MEASURES,
-    "default and voids, direct_match, update_fit, canonical": (
-        *MEASURES,
-        *("voids", "direct_match", "update_fit", "canonical", "position_parts"),
-    ),
-}
+#: documents for the table of single measures, and the default amount
+SOME, ALL = 16, 128
 
 
-def _forward(network: Network, batches: list) -> None:
-    import torch
-
+def _forward(network: Network, batches: Sequence[Batch]) -> None:
     with torch.no_grad():
         for batch in batches:
             inputs = {k: v for k, v in batch.items() if k != "labels"}
             network.module(**inputs, use_cache=False)
 
 
+def cheap(network: Network) -> tuple[str, ...]:
+    """Everything that `all` is made of and that announces no cost of its own: no gradient, no
+    second forward, no singular values of weights."""
+    ready, _ = chosen(Wanted(("all",)), network, against=False)
+    return tuple(m.name for m in ready if m.cost is None and kind_of(m) == "text")
+
+
 def main() -> None:
-    """Print the table."""
+    """Print the tables; the goal is 1.5 for everything without a cost of its own."""
     network = open_network("demo", dtype="float32").load()
     reader = load_reader(open_network("demo"))
-    batches = windows(reader, Texts(samples=16, length=512), "calibrate")
-    tasks = {"plain forward": partial(_forward, network, batches)}
-    for name, measures in ALSO.items():
-        tasks[name] = partial(inspect_model, network, batches, Wanted(measures))
-    found = interleaved(tasks, repeats=2)
-    plain = found["plain forward"][0]
-    rows = [(name, f"{s:.2f} s", f"{s / plain:.2f}") for name, (s, _) in found.items()]
-    table("Inspecting 16 x 512 tokens, demo model, float32", ("what", "time", "ratio"), rows)
+    names = cheap(network)
+    alone = {name: (name,) for name in (*names, "stream_moments", "token_sample", "spectrum")}
+    alone |= {m.name: (m.name,) for m in methods("measure") if m.name.startswith("pooled")}
+    together = {
+        "the default measures": MEASURES,
+        f"all {len(names)} without a cost of their own": names,
+    }
+    tables: list[tuple[int, int, dict[str, Any]]] = [(SOME, 3, alone), (ALL, 3, together)]
+    for samples, repeats, wanted in tables:
+        batches = windows(reader, Texts(samples=samples, length=512), "calibrate")
+        tasks = {"plain forward": partial(_forward, network, batches)}
+        for name, measures in wanted.items():
+            tasks[name] = partial(inspect_model, network, batches, Wanted(measures))
+        found = interleaved(tasks, repeats=repeats)
+        plain = found["plain forward"][0]
+        rows = [(n, f"{s:.2f} s", f"{e:.2f}", f"{s / plain:.2f}") for n, (s, e) in found.items()]
+        title = f"Inspecting {samples} x 512 tokens, demo model, float32"
+        table(title, ("what", "time", "spread", "of a forward"), rows)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ STAGES = {
     "rounding": "rounded",
     "drop": "layer dropped",
     "decoding": "decoding",
+    "patching": "patched",
+    "parts": "parts patched",
 }
 TASKS = {
     "causal": "Causal language models",
@@ -32,6 +34,9 @@ configuration fields, goes from the file to greedy decoding.
 - **layer dropped**: a middle layer (or a pair, where layers alternate) left out, written, loaded by
   stock transformers with the logits of the original without it.
 - **decoding**: after that, greedy decoding with a cache gives the tokens that it gives without.
+- **patched**: the stream before and after every layer, captured and put back in its place, gives
+  the plain forward's output, bit for bit; other states in the middle do not.
+- **parts patched**: the same for what every part adds to the stream.
 
 An empty cell has its reason below the table. None of them is a wrong result that looks right:
 `apply` refuses, or the checks of `verify` fail. *stock* marks what the untouched model of stock

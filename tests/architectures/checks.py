@@ -20,14 +20,16 @@ from layerwise.core.lockstep import walk
 from layerwise.core.network import Network
 from layerwise.core.open import open_network
 from layerwise.core.plan import DataSpec, Edit, Identity, Plan, Step
+from layerwise.core.sites import At, Intervention
 from layerwise.core.stack import Stack
 from layerwise.core.task import answer, forward_arguments
+from layerwise.intervene import patch
 from layerwise.jobs.apply import apply_plan
 from layerwise.jobs.checks import rebuild_check, reload_checks
 from layerwise.jobs.measure import agrees_cached, generates
 from layerwise.jobs.stock import answers_of, load_stock
 
-STAGES = ("stack", "streaming", "lockstep", "rounding", "drop", "decoding")
+STAGES = ("stack", "streaming", "lockstep", "rounding", "drop", "decoding", "patching", "parts")
 
 
 class StockFails(Exception):
@@ -179,9 +181,44 @@ def decoding(subject: Subject) -> None:
         assert same == total, f"{same} of {total} tokens"
 
 
+def patching(subject: Subject) -> None:
+    """The stream before and after every layer put back in its place changes nothing, other states
+    there do."""
+    where = [At(step, side) for step in _steps(subject) for side in ("in", "out")]
+    _put_back(subject, where)
+    network, middle = subject.loaded, where[len(where) // 2]
+    turned = network.run(subject.inputs, [Intervention(middle, lambda x: x.flip(-1))])
+    plain = answer(network.run(subject.inputs), subject.inputs)
+    assert not torch.equal(answer(turned, subject.inputs), plain), "other states change nothing"
+
+
+def parts(subject: Subject) -> None:
+    """What every part adds to the stream, put back in its place, changes nothing."""
+    _put_back(subject, [At(s, name) for s, names in _steps(subject).items() for name in names])
+
+
+def _steps(subject: Subject) -> dict[str, list[str]]:
+    """Every step of every stack, and the parts of the layer that runs there."""
+    return {
+        f"{stack.name}/{i}": [part.name for part in stack.layers[visit.layer].parts]
+        for stack in subject.loaded.stacks
+        for i, visit in enumerate(stack.wiring)
+    }
+
+
+def _put_back(subject: Subject, where: list[At]) -> None:
+    network = subject.loaded
+    with torch.no_grad():
+        plain = answers_of(network.module)(subject.inputs)
+    kept = network.cache(subject.inputs, where)
+    assert torch.equal(answer(kept.output, subject.inputs), plain), "looking changes the answer"
+    patched = network.run(subject.inputs, [patch(at, kept) for at in where])
+    assert torch.equal(answer(patched, subject.inputs), plain), "its own states change the answer"
+
+
 CHECKS: dict[str, Callable[[Subject], None]] = {
     function.__name__: function
-    for function in (stack, streaming, lockstep, rounding, drop, decoding)
+    for function in (stack, streaming, lockstep, rounding, drop, decoding, patching, parts)
 }
 
 

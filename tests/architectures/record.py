@@ -1,8 +1,8 @@
 """Write `passes.json`: what every architecture does, and the exception of what it does not.
 
-    python tests/architectures/record.py [KEY ...]
+    python tests/architectures/record.py [KEY ...] [--stages=STAGE,...]
 
-Run after a new version of transformers, or when more works. A stage that passed before and does
+With stages only these are run, and the list keeps what it says of the others. Run after a new version of transformers, or when more works. A stage that passed before and does
 not pass now is a regression: it is said, and the list keeps it.
 """
 
@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Collection
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -38,9 +39,14 @@ def recorded(entry: Entry, stages: Collection[str] = STAGES) -> tuple[str, dict[
 
 def main() -> None:
     known = json.loads(LIST.read_text()) if LIST.exists() else {}
-    chosen = [e for e in entries() if not sys.argv[1:] or e.key in sys.argv[1:]]
+    keys = [word for word in sys.argv[1:] if not word.startswith("--stages=")]
+    named = [word.partition("=")[2].split(",") for word in sys.argv[1:] if word not in keys]
+    stages = named[0] if named else STAGES
+    chosen = [e for e in entries() if not keys or e.key in keys]
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        for key, found in pool.map(recorded, chosen):
+        for key, found in pool.map(partial(recorded, stages=stages), chosen):
+            if found["build"] == "":
+                found = known.get(key, {}) | found
             for stage, reason in known.get(key, {}).items():
                 if reason == "" and found.get(stage, found["build"]):
                     print(f"{key}, {stage}: passed before, now {found.get(stage, found['build'])}")

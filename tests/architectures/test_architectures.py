@@ -48,5 +48,7 @@ def test_the_shares_that_are_promised() -> None:
     others = [key for key in built if not key.startswith("causal/")]
     assert share("stack", list(built)) >= 0.98
     assert share("lockstep", list(built)) >= 0.98
+    assert share("patching", list(built)) >= 0.98
+    assert share("parts", list(built)) >= 0.88
     assert share("drop", causal) >= 0.95
     assert share("drop", others) >= 0.85

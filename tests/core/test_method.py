@@ -4,7 +4,7 @@ import pytest
 
 from layerwise.core import method as registry
 from layerwise.core.errors import LayerwiseError
-from layerwise.core.method import find, method, methods
+from layerwise.core.method import Size, find, method, methods
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +35,15 @@ def test_the_signature_is_the_configuration() -> None:
     assert record.summary == "Halve it."
     assert record.bind({"bits": 3, "share": 1}, generator=7, evaluate=8)(2, {}) == (2, 3, 7)
     assert methods("weight").count(record) == 1
+
+
+def test_a_method_says_what_it_costs_with_its_own_defaults() -> None:
+    method("weight", cost=lambda size, set_: f"runs {size.layers * set_['bits']} times")(halve)
+    size = Size(layers=3, matrices=0, widest=0, inside=1, outside=0, tokens=1)
+    assert find("halve").costs(size, {}) == "halve runs 12 times"
+    assert find("halve").costs(size, {"bits": 2}) == "halve runs 6 times"
+    method("weight", name="free")(halve)
+    assert find("free").costs(size, {}) == ""
 
 
 def test_a_trailing_underscore_is_not_part_of_the_name() -> None:

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,12 +12,11 @@ import layerwise
 from layerwise.cli import app
 from layerwise.core.data import Texts
 from layerwise.core.errors import LayerwiseError
-from layerwise.core.network import Network
 from layerwise.core.reader import windows
 from layerwise.jobs.against import beside, inspect_models
 from layerwise.jobs.inspect import Inspected, inspect_model
 from layerwise.jobs.session import load_reader
-from layerwise.jobs.wanted import MEASURES, Wanted, announced
+from layerwise.jobs.wanted import Wanted, announced
 
 BATCHES = [
     {"input_ids": torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(i))}
@@ -43,37 +41,6 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Texts:
         words = " ".join(str((i * 31 + j * 17) % 97) for j in range(60))
         (folder / f"{i}.txt").write_text(f"for value {words} in values")
     return Texts(str(folder), samples=6, length=32)
-
-
-class Calls:
-    """How often the network and its layers ran, on real batches and on the lens's short ones."""
-
-    def __init__(self, network: Network) -> None:
-        self.forwards = 0
-        self.layers: list[int] = []
-        network.module.register_forward_pre_hook(self._forward)
-        for layer in network.layers():
-            layer.module.register_forward_pre_hook(self._layer)
-
-    def _forward(self, module: Any, args: Any) -> None:
-        self.forwards += 1
-
-    def _layer(self, module: Any, args: Any) -> None:
-        self.layers.append(args[0].shape[1])
-
-
-def test_one_pass_over_the_data(tiny) -> None:
-    network = layerwise.open(tiny("llama")).load()
-    calls = Calls(network)
-    everything = Wanted((*MEASURES, "direct_match", "voids", "document_geometry", "head_patterns"))
-    inspect_model(network, BATCHES, everything)
-    real = [n for n in calls.layers if n == 24]
-    assert len(real) == len(BATCHES) * len(network.layers())
-    # the one short forward that shows what layers return, and the end alone on pieces of the sample
-    assert sum(n == 8 for n in calls.layers) == len(network.layers())
-    before = calls.forwards
-    inspect_model(network, BATCHES, Wanted(("depth_use", "spread", "similarity", "spectrum")))
-    assert calls.forwards - before == len(BATCHES)
 
 
 def test_states_are_those_of_transformers(tiny) -> None:
@@ -131,8 +98,13 @@ def test_everything_at_once(tiny, texts: Texts, labelled: Path) -> None:
         "head_patterns",
         "position_parts",
     } <= heads
-    assert found.warnings[0].endswith("need: rotation, skip_effect, task_match")
-    assert [line.partition(":")[0].split()[0] for line in said][:2] == ["tuned_lens", "invariance"]
+    assert found.warnings[0].endswith("task_match")
+    assert [line.split()[0] for line in said] == [
+        "combinations",
+        "invariance",
+        "spectrum",
+        "tuned_lens",
+    ]
     assert all(row["probe.accuracy"] == 1 for row in found.rows)
 
 
@@ -209,10 +181,12 @@ def test_layers_left_out_and_standing_in(tiny, texts: Texts) -> None:
 
 def test_costs_are_said_before(tiny) -> None:
     network = layerwise.open(tiny("llama"))
-    wanted = Wanted(("tuned_lens", "spectrum", "canonical"))
+    wanted = Wanted(("spectrum", "canonical", "task_match"), {"task_match": {"steps": 7}})
     lines = announced([layerwise.find(n) for n in wanted.measures], network, BATCHES, wanted)
-    assert len(lines) == 3
-    assert "28 matrices, the smaller side up to 64" in lines[1]
+    assert lines == [
+        "spectrum takes singular values of 28 matrices, the smaller side up to 64",
+        "task_match trains 4 maps through the network, 7 steps each",
+    ]
 
 
 @pytest.mark.parametrize(

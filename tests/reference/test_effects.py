@@ -1,14 +1,17 @@
 """Leaving layers out for earlier tokens, and layers that stand in for others."""
 
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import layerwise
 from layerwise.core.method import find
 from layerwise.core.network import Network
-from layerwise.core.stats import Figures, Stats
-from layerwise.describe.effects import places_of, skipped
+from layerwise.core.stats import Figures, Stats, observe
+from layerwise.describe.effects import places_of
+from layerwise.describe.erase import path_attribution
 from layerwise.jobs.rerun import Rerun
 
 IDS = torch.randint(3, 128, (4, 1, 24), generator=torch.Generator().manual_seed(0))
@@ -28,10 +31,12 @@ def quiet(network: Network, layer: int, *roles: str) -> None:
             parameters[matrix.parameter].data.zero_()
 
 
-def described(name: str, network: Network, **options: int) -> Figures:
+def described(name: str, network: Network, **options: Any) -> Figures:
     rerun = Rerun(network, BATCHES)
+    needed = {n: find(n, "measure").function() for n in find(name).needs}
+    stats = observe(network, BATCHES, needed) if needed else Stats({})
     with torch.no_grad():
-        return find(name).bind(options, rerun=rerun)(network.stack, Stats({}))
+        return find(name).bind(options, rerun=rerun)(network.stack, stats)
 
 
 def test_running_again_changes_nothing_but_what_is_replaced(network: Network) -> None:
@@ -79,8 +84,102 @@ def test_the_largest_effect_by_hand(network: Network) -> None:
     found = described("skip_effect", network, prompts=1, places=1).maps["effect"]
     assert found[1, 3].item() == pytest.approx(slow.item(), rel=1e-5)
     assert places_of(24, 1) == [8]
-    x, y = torch.zeros(1, 5, 1), torch.ones(1, 5, 1)
-    assert skipped(3)(x, y)[0, :, 0].tolist() == [1, 0, 0, 1, 1]
+
+
+def test_skipping_everywhere_also_changes_the_layer_itself(network: Network) -> None:
+    found = described("skip_effect", network, places=0, prompts=1)
+    assert found.maps["effect"].diagonal().tolist() == pytest.approx([1] * 4)
+    with torch.no_grad():
+        plain = network.module(BATCHES[0]["input_ids"]).logits.softmax(-1)
+        layer = network.layers()[2].module
+        hook = layer.register_forward_hook(lambda m, args, out: args[0])
+        without = network.module(BATCHES[0]["input_ids"]).logits.softmax(-1)
+        hook.remove()
+    slow = (plain - without).norm(dim=-1).max()
+    assert found.values["decoder/2"]["output"] == pytest.approx(slow.item(), rel=1e-4)
+
+
+def test_a_part_that_adds_nothing_can_be_left_out_and_another_cannot(network: Network) -> None:
+    quiet(network, 1, "down")
+    silent = described("skip_effect", network, part="mlp", prompts=1)
+    assert silent.values["decoder/1"] == {"output": 0, "later": 0}
+    assert silent.values["decoder/2"]["later"] > 0
+    assert (
+        described("skip_effect", network, part="attention", prompts=1).values["decoder/1"]["later"]
+        > 0
+    )
+    whole = described("skip_effect", network, prompts=1)  # the other part is all of this layer
+    attention = described("skip_effect", network, prompts=1, part="attention")
+    rows = [f.maps["effect"][1] for f in (whole, attention)]
+    torch.testing.assert_close(*rows, rtol=1e-4, atol=1e-6)
+
+
+def test_a_direct_effect_by_hand(network: Network) -> None:
+    """Layer 3 alone is run again on its input without what layer 1 added at positions 1 to 7."""
+    table = described("skip_effect", network, prompts=1, places=1, direct=True).maps["effect"]
+    kept: dict[int, Any] = {}
+    for i, layer in enumerate(network.layers()):
+        layer.module.register_forward_hook(
+            lambda m, args, kwargs, out, i=i: (kept.update({i: (m, args, kwargs, out)}), None)[1],
+            with_kwargs=True,
+        )
+    with torch.no_grad():
+        network.module(BATCHES[0]["input_ids"], use_cache=False)
+        gift = kept[1][3] - kept[1][1][0]
+        missing = torch.cat([gift[:, :1] * 0, gift[:, 1:8], gift[:, 8:] * 0], 1)
+        module, args, kwargs, out = kept[3]
+        assert len(kept) == 4
+        changed = module(args[0] - missing, **kwargs) - (args[0] - missing)
+    clean = out - args[0]
+    slow = ((clean - changed)[0, 8:].norm(dim=1) / clean[0, 8:].norm(dim=1)).max()
+    assert table[1, 3].item() == pytest.approx(slow.item(), rel=1e-4)
+    assert torch.equal(table.tril(), torch.zeros(4, 4).double())
+
+
+def test_an_erased_state_by_hand(network: Network) -> None:
+    found = described("erasure", network, prompts=1, places=2)
+    assert found.values["decoder/3"] == {"largest": 0, "mean": 0}
+    layer = network.layers()[1].module
+
+    def swap(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        out = out.clone()
+        out[:, 8] = out.mean((0, 1))
+        return out
+
+    with torch.no_grad():
+        ids = BATCHES[0]["input_ids"]
+        plain = network.module(ids).logits.softmax(-1)
+        hook = layer.register_forward_hook(swap)
+        gap = network.module(ids).logits.softmax(-1) - plain
+        hook.remove()
+    slow = gap[:, 16:].norm(dim=-1).max().item()
+    assert found.maps["effect"][1, 1].item() == pytest.approx(slow, rel=1e-4)
+    for layer in range(4):
+        quiet(network, layer, "o")
+    assert described("erasure", network, prompts=1).maps["effect"].max() == 0
+
+
+def test_integrated_gradients_add_up_and_end_at_the_last_position(network: Network) -> None:
+    found = described("integrated_gradients", network, steps=24)
+    for row in found.values.values():
+        assert abs(row["gap"]) < 0.03 * abs(row["total"]) + 1e-3
+    assert found.values["decoder/3"]["last"] == pytest.approx(1)
+    assert found.values["decoder/3"]["back"] == pytest.approx(0)
+    assert 0 < found.values["decoder/0"]["last"] < 1
+    weight = torch.arange(6.0).reshape(2, 3)
+    x, start = torch.ones(2, 3), torch.full((2, 3), 0.5)
+    linear = path_attribution(lambda h: (h * weight).sum(), x, start, 1)
+    torch.testing.assert_close(linear, 0.5 * weight.sum(1))
+
+
+def test_a_token_wise_layer_can_be_replaced_by_its_map(network: Network) -> None:
+    """Layer 1 adds nothing, so its map is the identity and the answer stays; layer 2's does not."""
+    quiet(network, 1, "o", "down")
+    found = described("fit_effect", network, prompts=1).values
+    assert found["decoder/1"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert found["decoder/2"]["kl"] > 1e-4
+    assert -1 <= found["decoder/2"]["spearman"] <= 1
+    assert -1 <= found["decoder"]["spearman"] <= 1
 
 
 def test_a_layer_stands_in_for_itself_and_training_lowers_the_loss(network: Network) -> None:

@@ -8,14 +8,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import layerwise
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.method import find
+from layerwise.core.sites import At
 from layerwise.core.stack import Layer, Stack, plain_wiring
-from layerwise.core.stats import Figures, Stats
+from layerwise.core.stats import Figures, Stats, observe
 from layerwise.core.tokens import Sample
-from layerwise.describe.combine import normed, weighted_probe
-from layerwise.describe.labels import depth_of, equal_error_rate, split_of, standardised
-from layerwise.describe.neurons import advantage, coactivation, modularity
+from layerwise.describe.combine import normed, place_probe, weighted_probe
+from layerwise.describe.labels import (
+    depth_of,
+    equal_error_rate,
+    fitted,
+    mislabelled,
+    split_of,
+    standardised,
+)
+from layerwise.describe.neurons import advantage, as_active, coactivation, modularity, silenced
+from layerwise.describe.topics import context_cosines
+from layerwise.jobs.rerun import Rerun
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -38,7 +49,10 @@ def described(name: str, *states: Tensor, labels: Tensor = LABELS, **options: An
     samples = {
         f"decoder/{i}": Sample(where, states[max(i - 1, 0)], x) for i, x in enumerate(states)
     }
-    probes = dict.fromkeys(("pooled_states", "first_states", "largest_states"), samples)
+    probes: dict[str, Any] = dict.fromkeys(
+        ("pooled_states", "first_states", "largest_states"), samples
+    )
+    probes["place_states"] = {key: s.after[:, None] for key, s in samples.items()}
     bound = find(name, "describe").bind(options, labels=labels)
     return bound(Stack("decoder", "", layers, plain_wiring(len(layers))), Stats(probes))
 
@@ -126,12 +140,72 @@ def test_one_layer_is_all_the_weight() -> None:
     assert weights.tolist() == [1.0]
 
 
+def test_twelve_combinations_and_the_layer_that_has_the_label() -> None:
+    found = described("combinations", random(120, 8, seed=2), planted(3, 1), random(120, 8)).values
+    names = set(found["decoder/0"]) - {"compute"}
+    assert len(names) + 1 == 12  # the twelfth is the baseline
+    assert found["decoder/1"]["first"] == found["decoder/1"]["cutoff"] > 0.9
+    assert max(found["decoder/0"][name] for name in names) < 0.75
+    assert min(found["decoder/1"][name] for name in ("weighted", "largest")) > 0.9
+    for name in ("first_weighted", "weighted_weighted", "weighted_swapped", "weighted_max"):
+        assert found["decoder/2"][name] > 0.75
+    assert found["decoder"]["baseline"] == found["decoder/2"]["first"] < 0.75
+    assert found["decoder"]["earliest"] <= 2 / 3
+    assert [found[f"decoder/{i}"]["compute"] for i in range(3)] == [1 / 3, 2 / 3, 1]
+
+
 def test_combinations_of_one_layer_are_that_layer() -> None:
-    found = described("combinations", planted(3, 1), random(120, 8, seed=2)).values
-    assert len(found["decoder/0"]) == 9
-    assert found["decoder/0"]["first"] == found["decoder/0"]["first_max"] > 0.9
-    assert found["decoder/1"]["first"] < 0.75
-    assert found["decoder/1"]["mean_weighted"] > 0.9
+    row = described("combinations", planted(3, 1)).values["decoder/0"]
+    assert row["first"] == row["first_max"] == row["largest"] == row["largest_max"]
+    assert row["weighted"] == row["weighted_weighted"] == row["weighted_max"]
+
+
+def test_a_weighting_of_places_finds_the_place_of_the_label() -> None:
+    """The label is a direction at one place of four, with the other sign at another."""
+    places = torch.stack([planted(0, i) for i in range(4)], 1)
+    places[:, 1, 0] += 6 * (2 * LABELS.float() - 1)
+    places[:, 2, 0] -= 6 * (2 * LABELS.float() - 1)
+    split = split_of(LABELS, 0)
+    guess = place_probe(places[:, None], split, 200, "places").argmax(1)
+    assert (guess == split.labels[split.test]).mean() > 0.9
+    blind = fitted("linear", places.mean(1).double().numpy(), split).argmax(1)
+    assert (blind == split.labels[split.test]).mean() < 0.75
+
+
+def test_an_old_head_on_all_directions_is_the_probe_itself() -> None:
+    loud = planted(6, 1, dim=3) * 3
+    states = torch.cat([loud, random(120, 60, seed=2)], 1)
+    old, new = (
+        described("truncation", states, head=h).values["decoder/0"] for h in ("old", "refitted")
+    )
+    assert old["accuracy"] == pytest.approx(new["accuracy"], abs=0.05)
+    assert old["best"] > 0.95 > old["accuracy"] + 0.05 and old["kept"] <= 4
+
+
+def test_mislabelled_documents_get_another_class() -> None:
+    split = split_of(torch.arange(300) % 3, 0)
+    noisy = mislabelled(split, 0.3, np.random.default_rng(0))
+    assert 0.2 < (noisy.labels != split.labels).mean() < 0.4
+    assert set(noisy.labels) == {0, 1, 2}
+    assert (mislabelled(split, 1.0, np.random.default_rng(0)).labels != split.labels).all()
+
+
+def test_documents_of_a_topic_lie_together() -> None:
+    """Three topics in orthogonal directions; then labels that states know nothing of."""
+    kinds = torch.arange(120) % 3
+    x = torch.nn.functional.one_hot(kinds, 6) * (random(120, 1, seed=3).abs() / 4 + 1)
+    row = described("topics", x + 0.01 * random(120, 6), labels=kinds, directions=2).values
+    assert row["decoder/0"]["within"] > 0.95
+    assert row["decoder/0"]["between"] == pytest.approx(0.5, abs=0.1)
+    noise = described("topics", random(120, 6)).values["decoder/0"]
+    assert abs(noise["gap"]) < 0.05
+    cosine = context_cosines(random(10, 4).double(), 20)
+    centred = nn.functional.normalize(
+        random(10, 4).double() - random(10, 4).double().mean(0), dim=1
+    )
+    torch.testing.assert_close(cosine, centred @ centred.T)  # all directions: plain cosines
+    with pytest.raises(LayerwiseError, match="two labels"):
+        described("topics", x, labels=torch.zeros(120).long())
 
 
 def slow_rate(scores: np.ndarray, positive: np.ndarray) -> float:
@@ -193,3 +267,37 @@ def test_modularity_of_cliques_and_edges_of_correlation() -> None:
         [False] * 3,
     ]
     assert math.isclose(modularity(torch.zeros(2, 2).bool(), torch.tensor([0, 1])), 0)
+
+
+def test_silencing_the_neurons_of_a_label_hurts_its_documents(tiny) -> None:
+    """Labels are which half of the vocabulary a text is of; the neurons are those of one layer."""
+    network = layerwise.open(tiny("llama")).load()
+    labels = torch.arange(12) % 2
+    ids = torch.randint(3, 60, (12, 10), generator=torch.Generator().manual_seed(0))
+    batches = [{"input_ids": (row + 60 * k)[None]} for row, k in zip(ids, labels, strict=True)]
+    stats = observe(network, batches, {"neuron_means": find("neuron_means", "measure").function()})
+    rerun = Rerun(network, batches)
+    method = find("pruning", "describe")
+    with torch.no_grad():
+        found = method.bind({"share": 0.1}, labels=labels, rerun=rerun)(network.stack, stats).values
+        none = method.bind({"of": "mlp.nothing"}, labels=labels, rerun=rerun)(network.stack, stats)
+    assert all(row["own"] > 0 and row["matched_other"] > 0 for row in found.values())
+    assert sum(r["own"] - r["other"] for r in found.values()) > 0
+    assert all(row == {} for row in none.values.values())
+    means = stats["neuron_means"]["decoder/1/mlp.down"].double()
+    mine = advantage(means, labels)[0].topk(10).indices
+    other = as_active(means.mean(0), mine)
+    assert not set(mine.tolist()) & set(other.tolist()) and len(set(other.tolist())) == 10
+
+
+def test_silencing_by_hand(tiny) -> None:
+    network = layerwise.open(tiny("llama")).load()
+    batch = {"input_ids": torch.arange(3, 13)[None]}
+    edit = silenced(At("decoder/2", "mlp.down"), torch.tensor([1, 5]))
+    found = Rerun(network, [batch]).edited(0, [edit], []).output.logits
+    down = network.layers()[2].module.get_submodule("mlp.down_proj")
+    with torch.no_grad():
+        plain = network.module(**batch).logits
+        down.weight[:, [1, 5]] = 0
+        torch.testing.assert_close(found, network.module(**batch).logits, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found, plain)

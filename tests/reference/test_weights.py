@@ -1,15 +1,21 @@
 """Spectra, tails and rotations against slow references and known answers."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
+import layerwise
 from layerwise.core.method import find
+from layerwise.core.network import Network
 from layerwise.core.stack import Layer, Stack
 from layerwise.core.stats import Stats
+from layerwise.describe.boundary import logistic_boundary
 from layerwise.describe.weights import share_above, squared_values, tail_index, turned
+from layerwise.jobs.inspect import fetch
+from layerwise.train import Layca, turned_step
 
 
 def random(*shape: int) -> Tensor:
@@ -117,3 +123,71 @@ def test_rotations() -> None:
     step = turned(w + tiny, w)["rotation"]
     assert 0 < step < 1e-17
     assert turned(w, torch.zeros(4, 5)) == {}
+
+
+def slow_turn(w: Tensor, step: Tensor, rate: float) -> Tensor:
+    """The update as the paper writes it, on one flattened matrix."""
+    a, s = w.flatten().double(), step.flatten().double()
+    s = s - (s @ a) / (a @ a) * a
+    s = s * a.norm() / s.norm()
+    moved = a - rate * s
+    return (moved * a.norm() / moved.norm()).reshape(w.shape)
+
+
+def test_a_turned_step_has_its_angle_and_keeps_the_norm() -> None:
+    w = random(5, 7)
+    for rate, scale in ((0.1, 1e-6), (0.5, 1.0), (1.0, 1e9)):
+        step = scale * random(7, 5).T
+        found = turned_step(w, step, rate)
+        torch.testing.assert_close(found, slow_turn(w, step, rate), rtol=1e-12, atol=1e-12)
+        assert found.norm().item() == pytest.approx(w.norm().item(), rel=1e-12)
+        cosine = (found * w).sum() / w.norm() ** 2
+        assert cosine.item() == pytest.approx(1 / math.sqrt(1 + rate**2), rel=1e-12)
+    assert torch.equal(turned_step(w, 3 * w, 0.5), w)
+    assert torch.equal(turned_step(0 * w, w, 0.5), 0 * w)
+
+
+def trained(kind: type[torch.optim.Optimizer], tiny, steps: int) -> list[float]:
+    """How far every layer turned after some steps of an optimizer of a rate that does not matter."""
+    network = layerwise.open(tiny("llama")).load()
+    for p in network.module.parameters():
+        p.requires_grad_(True)
+    start: Network = layerwise.open(tiny("llama")).load()
+    layca = Layca(network.stack, kind(network.module.parameters(), lr=0.37), 0.02)
+    ids = torch.arange(3, 35)[None]
+    for _ in range(steps):
+        network.module.zero_grad()
+        network.module(ids, labels=ids).loss.backward()
+        layca.step()
+    norms = [
+        dict(la.module.named_parameters())["input_layernorm.weight"] for la in network.layers()
+    ]
+    assert all(torch.equal(w, torch.ones_like(w)) for w in norms)  # nothing but matrices is trained
+    found = find("rotation").bind(
+        {}, fetch=partial(fetch, network), reference=partial(fetch, start)
+    )(network.stack, Stats({}))
+    assert all(row["growth"] == pytest.approx(1, abs=1e-5) for row in found.values.values())
+    return [row["rotation"] for key, row in found.values.items() if key.count("/") == 1]
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+def test_every_layer_turns_alike_under_layca(tiny, kind: type[torch.optim.Optimizer]) -> None:
+    once = trained(kind, tiny, 1)
+    assert once == pytest.approx([1 - 1 / math.sqrt(1 + 0.02**2)] * 4, rel=1e-3)
+    more = trained(kind, tiny, 5)
+    assert max(more) < 1.6 * min(more) and min(more) > 3 * once[0]
+
+
+def test_points_on_a_curve_give_it_back() -> None:
+    places, k, middle = [-2.0, -1.7, -1.4, -1.1], 4.0, -1.55
+    amounts, hits = [], []
+    for x in places:
+        share = round(1000 / (1 + math.exp(-k * (x - middle))))
+        amounts += [10**x] * 1000
+        hits += [True] * share + [False] * (1000 - share)
+    found = logistic_boundary(amounts, hits, repeats=20)
+    assert math.log10(found.critical) == pytest.approx(middle, abs=0.003)
+    assert found.steepness == pytest.approx(k, rel=0.02)
+    assert found.interval[0] < found.critical < found.interval[1]
+    with pytest.raises(ValueError, match="two amounts"):
+        logistic_boundary([1.0, 1.0], [True, False])

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 from layerwise.core.errors import LayerwiseError, nearest
 
@@ -30,6 +30,27 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 }
 
 
+class Size(NamedTuple):
+    """How much there is of a network and its data: what a method's cost depends on.
+
+    `inside` and `outside` count the parameters in and beside the layers, `widest` is the largest
+    smaller side of a matrix, `views` the perturbed documents and the copies of each.
+    """
+
+    layers: int
+    matrices: int
+    widest: int
+    inside: int
+    outside: int
+    tokens: int
+    views: tuple[int, int] = (0, 0)
+
+
+#: what a method costs beyond the pass over the data, in words that follow its name; from the
+#: sizes and the values of all its options
+Cost = Callable[[Size, Mapping[str, Any]], str]
+
+
 @dataclass(frozen=True)
 class Method:
     """A registered method: its function, where it belongs and what a user may set."""
@@ -42,6 +63,12 @@ class Method:
     needs: tuple[str, ...]
     options: Mapping[str, inspect.Parameter]
     given: tuple[str, ...]
+    cost: Cost | None = None
+
+    def costs(self, size: Size, options: Mapping[str, Any]) -> str:
+        """What it costs beyond the pass, with some options set; nothing if it costs no more."""
+        values = {key: p.default for key, p in self.options.items()} | dict(options)
+        return f"{self.name} {self.cost(size, values)}" if self.cost else ""
 
     @property
     def summary(self) -> str:
@@ -75,11 +102,13 @@ def method(
     aliases: tuple[str, ...] = (),
     paper: str | None = None,
     needs: tuple[str, ...] = (),
+    cost: Cost | None = None,
 ) -> Callable[[F], F]:
     """Register a function as a method of a family, under its own name.
 
     The signature is the configuration: positional arguments are the family's, keywords with a
-    default are the user's options, keywords without one are given by the engine.
+    default are the user's options, keywords without one are given by the engine. What costs more
+    than the pass over the data says so through `cost`, before it starts.
 
     Raises:
         LayerwiseError: the family is unknown, the positional arguments are not the family's, or
@@ -109,6 +138,7 @@ def method(
             needs=needs,
             options={k: p for k, p in keywords.items() if p.default is not p.empty},
             given=tuple(k for k, p in keywords.items() if p.default is p.empty),
+            cost=cost,
         )
         for key in (title, *aliases):
             if key in _METHODS:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cache
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -13,7 +14,7 @@ from layerwise.core.lockstep import walk
 from layerwise.core.network import Network
 from layerwise.core.stack import Stack
 from layerwise.core.stops import Batch, Lane, Rows, Stop, hidden
-from layerwise.core.stream import Added, Attention, StreamWatch
+from layerwise.core.stream import Added, Attention, StreamWatch, measured
 from layerwise.core.tokens import by_token
 
 
@@ -26,7 +27,8 @@ class Seen(NamedTuple):
     what other probes emitted for this batch, and `replay` runs the layer once more on it. `added`
     is what every part added to the stream, `attention` the attention calls of the layer, for
     probes that `watch` them; `owners` the document in the batch of every row of an input group,
-    where its rows are the layer's tokens.
+    where its rows are the layer's tokens. `whole` is what the layer as a whole adds, measured once
+    for all probes.
     """
 
     inputs: Tensor
@@ -38,6 +40,14 @@ class Seen(NamedTuple):
     added: Mapping[str, Added] = MappingProxyType({})
     attention: Sequence[Attention] = ()
     owners: Tensor | None = None
+    whole: Callable[[], Added] | None = None
+
+    def update(self) -> Added:
+        """Norms and inner product of the input and of the layer's whole update, token by token."""
+        if self.whole is not None:
+            return self.whole()
+        assert self.output is not None
+        return measured(self.inputs, self.output - self.inputs)
 
 
 class Probe(NamedTuple):
@@ -153,16 +163,18 @@ class Gathering:
         clean = [other for other in stop.lanes if other.clean and other.batch == lane.batch]
         before = stop.kind == "enter"
         inputs = hidden((lane.args, lane.kwargs))
+        output = None if before else hidden(lane.output)
         watch = None if before else self._watch
         return Seen(
             inputs=inputs,
-            output=None if before else hidden(lane.output),
+            output=output,
             mask=self._mask(lane.batch, inputs),
             clean=hidden(clean[0].output) if clean and not before else None,
             fed=self._fed[lane.batch],
             replay=(lambda: stop.replay(lane)) if before else None,
-            added=watch.additions(hidden(lane.output)) if watch else {},
+            added=watch.additions(output) if watch and output is not None else {},
             attention=watch.attention[lane.batch] if watch else (),
+            whole=output if output is None else cache(lambda: measured(inputs, output - inputs)),
         )
 
     def _mask(self, batch: int, state: Tensor) -> Tensor | None:

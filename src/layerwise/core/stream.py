@@ -49,16 +49,17 @@ class Attention(NamedTuple):
     causal: bool
     scale: float
 
-    def probabilities(self, document: int) -> Float[Tensor, "head seq keys"]:
-        """`softmax(q k^T scale + mask)` of one document of the batch, in float32."""
-        q, k = self.query[document].float(), self.key[document].float()
+    def probabilities(self, document: int, rows: Tensor) -> Float[Tensor, "head rows keys"]:
+        """`softmax(q k^T scale + mask)` at some positions of one document, in float32."""
+        q, k = self.query[document][:, rows].float(), self.key[document].float()
         k = k.repeat_interleave(q.shape[0] // k.shape[0], dim=0)
         scores = q @ k.mT * self.scale
         if self.causal:
-            ones = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
-            scores = scores.masked_fill(~ones.tril(), -torch.inf)
+            ahead = torch.arange(scores.shape[-1], device=q.device) > rows[:, None]
+            scores = scores.masked_fill(ahead, -torch.inf)
         if self.mask is not None:
-            mask = self.mask.expand(len(self.query), *scores.shape)[document]
+            whole = (*self.query.shape[:3], self.key.shape[2])
+            mask = self.mask.expand(whole)[document][:, rows]
             free = mask.dtype == torch.bool
             scores = scores.masked_fill(~mask, -torch.inf) if free else scores + mask
         return scores.softmax(-1).nan_to_num()
@@ -225,7 +226,7 @@ def _numbered(part: str) -> Iterable[str]:
 def measured(stream: Tensor, added: Tensor) -> Added:
     """Norms and inner product, token by token, of a stream and of what is added to it."""
     x, y = ((t if t.ndim < 4 else by_token(t)).float() for t in (stream, added))
-    return Added(x.norm(dim=-1), y.norm(dim=-1), (x * y).sum(-1))
+    return Added(x.norm(dim=-1), y.norm(dim=-1), torch.einsum("...d,...d->...", x, y))
 
 
 def _attention(

@@ -3,6 +3,7 @@
 All are sums or sets that do not depend on how the documents were cut into batches.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -41,6 +42,62 @@ def priorities(where: Int[Tensor, "tokens two"]) -> Int[Tensor, " tokens"]:
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
     return torch.from_numpy(((mixed ^ (mixed >> np.uint64(31))) >> np.uint64(1)).astype(np.int64))
+
+
+class Drawn(NamedTuple):
+    """Tokens drawn so far: how many documents went by, priorities and places, what is held."""
+
+    documents: int
+    ranks: Int[Tensor, " tokens"]
+    where: Int[Tensor, "tokens two"]
+    held: tuple[Tensor, ...]
+
+    def ordered(self) -> "Drawn":
+        """The same by document and position."""
+        order = (self.where[:, 0] * 2**32 + self.where[:, 1]).argsort()
+        held = tuple(x[order] for x in self.held)
+        return self._replace(ranks=self.ranks[order], where=self.where[order], held=held)
+
+
+NONE_DRAWN = Drawn(0, torch.zeros(0).long(), torch.zeros(0, 2).long(), ())
+
+
+def drawn(
+    so_far: Drawn,
+    keep: Bool[Tensor, "batch seq"],
+    count: int,
+    hold: Callable[[Tensor], tuple[Tensor, ...]],
+) -> Drawn:
+    """The `count` tokens of smallest priority among those drawn so far and some new documents.
+
+    Args:
+        so_far: `NONE_DRAWN` at first.
+        keep: which positions of the new documents count.
+        count: how many tokens are wanted.
+        hold: what is held of tokens, a row each, from their places in the flattened batch; asked
+            only for those that are among the smallest so far.
+    """
+    where = places(keep, so_far.documents).cpu()
+    flat = keep.reshape(-1).nonzero()[:, 0]
+    ranks = priorities(where)
+    full = len(so_far.ranks) >= count
+    able = (ranks < so_far.ranks.max()).nonzero()[:, 0] if full else torch.arange(len(ranks))
+    new = able[smallest(ranks[able], count)]
+    if not len(new) and so_far.held:
+        return so_far._replace(documents=so_far.documents + len(keep))
+    held = tuple(x.cpu() for x in hold(flat[new.to(flat.device)]))
+    joined = held
+    if so_far.held:
+        joined = tuple(torch.cat(pair) for pair in zip(so_far.held, held, strict=True))
+    ranks, where = (torch.cat(p) for p in ((so_far.ranks, ranks[new]), (so_far.where, where[new])))
+    best = smallest(ranks, count)
+    rows = tuple(x[best] for x in joined)
+    return Drawn(so_far.documents + len(keep), ranks[best], where[best], rows)
+
+
+def smallest(ranks: Int[Tensor, " tokens"], count: int) -> Int[Tensor, " chosen"]:
+    """The places of the smallest so many numbers."""
+    return ranks.topk(min(count, len(ranks)), largest=False).indices
 
 
 class Sample(NamedTuple):

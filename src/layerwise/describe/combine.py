@@ -24,6 +24,11 @@ def normed(layers: list[np.ndarray]) -> Float[Tensor, "documents layers dim"]:
     return torch.nn.functional.layer_norm(x, x.shape[-1:])
 
 
+def alike(layers: list[np.ndarray]) -> bool:
+    """Whether the states of all layers have the same shape."""
+    return len({x.shape for x in layers}) == 1
+
+
 def weighted_probe(
     x: Float[Tensor, "documents layers dim"], split: Split, steps: int
 ) -> tuple[Float[Tensor, " layers"], np.ndarray]:
@@ -87,8 +92,10 @@ def layer_weights(
     states = states_of(stats, stack)
     states.pop("input", None)
     layers = list(states.values())
+    found: dict[str, dict[str, float]] = {key: {} for key in states}
+    if not alike(layers):
+        return Figures(found, "needs layers whose states have one width")
     weights, _ = weighted_probe(normed(layers), split, steps)
-    found = {}
     for i, key in enumerate(states):
         scores = _scores(weighted_probe(normed(layers[: i + 1]), split, steps)[1], split)
         found[key] = {"weight": weights[i].item(), **scores}
@@ -99,47 +106,111 @@ def layer_weights(
     "describe",
     aliases=("earlybird",),
     paper="arXiv:2305.04940",
-    needs=("first_states", "largest_states", "pooled_states"),
+    needs=("first_states", "largest_states", "place_states"),
+    cost=lambda size, chosen: f"trains {5 * size.layers} small heads, {chosen['steps']} steps each",
 )
 def combinations(
-    stack: Stack, stats: Stats, *, labels: Tensor, steps: int = 200, seed: int = 0
+    stack: Stack, stats: Stats, *, labels: Tensor, steps: int = 100, seed: int = 0
 ) -> Figures:
     """Twelve ways to make a document's features out of early layers, the network frozen.
 
-    Per layer: its first token (`first`, which frozen is also the network cut off there), the
-    largest or the mean token (`largest`, `mean`). Over all layers up to it: the largest of, and a
-    learned weighting of, each of these three (`first_max`, `first_weighted` and so on). The last
-    layer's `first` is the baseline, which makes twelve with its cut-off twin.
+    Of one layer: its first token (`first`), the largest of its tokens (`largest`), a learned
+    weighting of them by position (`weighted`). Of all layers up to it: the largest of, and a
+    learned weighting of, each of these three (`first_max`, `first_weighted`, ...); the weightings
+    of layers and positions in the other order, layers first (`weighted_swapped`). `cutoff` is the
+    network with all later layers deleted, which a frozen one reads like `first`; the last layer's
+    `first` is the `baseline`.
 
     Args:
         stack: the layers.
-        stats: with `first_states`, `largest_states` and `pooled_states`.
+        stats: with `first_states`, `largest_states` and `place_states`.
         labels: given; the class of every document.
-        steps: of training the weights.
+        steps: of training weights and heads.
         seed: of the split.
 
     Returns:
-        Accuracy per layer and combination.
+        Accuracy per layer and combination, and `compute`, the share of layers that have to run;
+        for the stack the `baseline`, and `earliest`, the share of layers after which the best
+        combination is at least as good.
 
-    Reference: Grishina et al., 2023, arXiv:2305.04940. They tune the encoder and learn a weight
-    per token position too; here tokens are weighed equally. Maxima leave padding out.
+    Reference: Grishina et al., 2023, arXiv:2305.04940. They tune the encoder too, which alone makes
+    `cutoff` another thing than `first`, and let padding count as 0 in maxima.
     """
-    split = split_of(labels, seed)
-    found: dict[str, dict[str, float]] = {}
-    for name, probe in zip(
-        ("first", "largest", "mean"),
-        ("first_states", "largest_states", "pooled_states"),
-        strict=True,
-    ):
-        states = states_of(stats, stack, probe)
-        states.pop("input", None)
-        layers = list(states.values())
-        for i, key in enumerate(states):
-            many = np.max(layers[: i + 1], axis=0)
-            mixed = weighted_probe(normed(layers[: i + 1]), split, steps)[1]
-            row = found.setdefault(key, {})
-            for how, x in ((name, layers[i]), (f"{name}_max", many)):
+    split, depth = split_of(labels, seed), len(stack.layers)
+    first, largest = (
+        [x for key, x in states_of(stats, stack, probe).items() if key != "input"]
+        for probe in ("first_states", "largest_states")
+    )
+    places = list(stats.along("place_states", stack).values())
+    found: dict[str, dict[str, float]] = {layer.key: {} for layer in stack.layers}
+    if not alike(first):
+        return Figures(found, "needs layers whose states have one width")
+    for i, layer in enumerate(stack.layers):
+        upto = {"first": first[: i + 1], "largest": largest[: i + 1]}
+        row = found[layer.key]
+        for name, states in upto.items():
+            for how, x in ((name, states[i]), (f"{name}_max", np.max(states, axis=0))):
                 guess = fitted("linear", standardised(x, split.train), split)
                 row[how] = _scores(guess, split)["accuracy"]
+            mixed = weighted_probe(normed(states), split, steps)[1]
             row[f"{name}_weighted"] = _scores(mixed, split)["accuracy"]
+        row["cutoff"] = row["first"]
+        grid = torch.stack(places[: i + 1], 1)  # [documents, layers, bins, dim]
+        for name, x, order in (
+            ("weighted", grid[:, i:], "places"),
+            ("weighted_max", grid, "max"),
+            ("weighted_weighted", grid, "places"),
+            ("weighted_swapped", grid, "layers"),
+        ):
+            row[name] = _scores(place_probe(x, split, steps, order), split)["accuracy"]
+        row["compute"] = (i + 1) / depth
+    baseline = found[stack.layers[-1].key]["first"]
+    best = [max(v for k, v in row.items() if k != "compute") for row in found.values()]
+    earliest = next(i for i, value in enumerate(best) if value >= baseline)
+    found[stack.name] = {"baseline": baseline, "earliest": (earliest + 1) / depth}
     return Figures(found, f"accuracy; chance {split.chance:.3f}, one seed")
+
+
+def place_probe(
+    x: Float[Tensor, "documents layers bins dim"], split: Split, steps: int, order: str
+) -> np.ndarray:
+    """A linear classifier on weighted places and layers, all trained together.
+
+    Args:
+        x: sums of states by place.
+        split: which documents are fitted on.
+        steps: of training.
+        order: `places` weighs places, norms, then weighs layers; `layers` norms, weighs layers,
+            then places; `max` weighs places, norms, and takes the largest over layers.
+
+    Returns:
+        Probabilities of the test documents.
+    """
+    classes = int(split.labels.max()) + 1
+    over = torch.zeros(x.shape[1], requires_grad=True)
+    along = torch.ones(x.shape[2], requires_grad=True)
+    head = torch.zeros(x.shape[3] + 1, classes, requires_grad=True)
+    y, train = torch.from_numpy(split.labels).long(), torch.from_numpy(split.train)
+    rates = [{"params": [over, along], "lr": 0.1}, {"params": [head], "lr": 0.02}]
+    chosen = torch.optim.Adam(rates)
+    width = x.shape[-1:]
+
+    def logits() -> Tensor:
+        if order == "layers":
+            flat = torch.nn.functional.layer_norm(x, width)
+            mixed = torch.einsum("nlbd,l,b->nd", flat, over.softmax(0), along)
+        else:
+            pooled = torch.einsum("nlbd,b->nld", x, along)
+            rows = torch.nn.functional.layer_norm(pooled, width)
+            weighed = torch.einsum("nld,l->nd", rows, over.softmax(0))
+            mixed = rows.amax(1) if order == "max" else weighed
+        return (mixed - mixed[train].mean(0)) @ head[1:] + head[0]
+
+    with torch.enable_grad():
+        for _ in range(steps):
+            chosen.zero_grad()
+            loss = torch.nn.functional.cross_entropy(logits()[train], y[train])
+            (loss + 1e-3 * head[1:].square().sum()).backward()
+            chosen.step()
+    with torch.no_grad():
+        return logits()[torch.from_numpy(split.test)].softmax(-1).double().numpy()

@@ -1,13 +1,14 @@
 """What happens further up when a layer is left out, or stands in for another one."""
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from layerwise.core.errors import LayerwiseError
-from layerwise.core.method import method
+from layerwise.core.method import Size, method
+from layerwise.core.sites import At, Cache, Intervention
 from layerwise.core.stack import Stack
 from layerwise.core.stats import Figures, Stats
 
@@ -23,9 +24,21 @@ def places_of(length: int, count: int) -> list[int]:
     return sorted({found[i * len(found) // count] for i in range(count)})
 
 
-@method("describe", paper="arXiv:2505.13898")
+def _forwards(size: Size, chosen: Mapping[str, Any]) -> str:
+    times = chosen["prompts"] * (1 + size.layers * max(chosen["places"], 1))
+    return f"runs the network {times} times on one document"
+
+
+@method("describe", paper="arXiv:2505.13898", cost=_forwards)
 def skip_effect(
-    stack: Stack, stats: Stats, *, rerun: Any, prompts: int = 4, places: int = 2
+    stack: Stack,
+    stats: Stats,
+    *,
+    rerun: Any,
+    prompts: int = 4,
+    places: int = 2,
+    part: str = "",
+    direct: bool = False,
 ) -> Figures:
     r"""How much leaving out a layer for earlier tokens changes what later tokens compute.
 
@@ -37,51 +50,86 @@ def skip_effect(
     Args:
         stack: the last stack of the network.
         stats: not used.
-        rerun: given; runs a batch with some layers' outputs replaced.
+        rerun: given; runs a batch with changes.
         prompts: batches that are tried; the largest effect grows with their number.
-        places: positions `t` per prompt. Each costs a forward per layer.
+        places: positions `t` per prompt. Each costs a forward per layer. 0 leaves the layer out at
+            all positions, and looks at all of them.
+        part: what is left out: `attention`, `mlp` ...; the whole layer without it.
+        direct: what was left out is missing in the input of every later layer, but does not change
+            what the layers between them add.
 
     Returns:
         `later`, the mean of the effect over the layers above, and `output`; a map of the effect of
         every layer (row) on every other.
 
-    Reference: Csordas et al., 2025, arXiv:2505.13898.
+    Raises:
+        LayerwiseError: a layer has no such part.
+
+    Reference: Csordas et al., 2025, arXiv:2505.13898. `direct` says nothing of the output.
     """
     keys = [layer.key for layer in stack.layers]
-    table = torch.zeros(len(keys), len(keys), dtype=torch.float64)
-    output = torch.zeros(len(keys), dtype=torch.float64)
+    table, output = (torch.zeros(len(keys), n, dtype=torch.float64) for n in (len(keys), 1))
+    sites = [At(key, side) for key in keys for side in ("in", "out")]
+    also = [At(key, part) for key in keys if part]
     for number in range(min(prompts, rerun.count)):
-        clean = rerun(number)
-        for t in places_of(clean.logits.shape[1], places):
-            for s, key in enumerate(keys):
-                changed = rerun(number, {key: skipped(t)})
+        clean = rerun.edited(number, [], [*sites, *also])
+        length = clean[sites[0]].shape[1]
+        for t in places_of(length, places) if places else [0]:
+            where = range(1, t) if t else range(length)
+            for s in range(len(keys)):
+                without = left_out(clean, keys[s:], where, part, direct)
+                changed = rerun.edited(number, without, sites)
                 effects = [_effect(clean, changed, k, t) for k in keys]
                 table[s] = torch.maximum(table[s], torch.stack(effects).double().cpu())
-                gap = changed.logits[:, t:].float().softmax(-1) - clean.logits[
-                    :, t:
-                ].float().softmax(-1)
-                output[s] = max(output[s], gap.norm(dim=-1).max().item())
+                gap = _said(changed, t) - _said(clean, t)
+                output[s] = max(output[s].item(), gap.norm(dim=-1).max().item())
     found = {
-        key: {"output": output[s].item()}
+        key: ({} if direct else {"output": output[s].item()})
         | ({"later": table[s, s + 1 :].mean().item()} if s + 1 < len(keys) else {})
         for s, key in enumerate(keys)
     }
-    note = f"largest over {min(prompts, rerun.count)} batches and {places} places each"
-    return Figures(found, note, {"effect": table})
+    over = f"{min(prompts, rerun.count)} batches and {places or 'all'} places each"
+    return Figures(found, f"{part or 'layers'} left out; largest over {over}", {"effect": table})
 
 
-def skipped(place: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """Hand on the input at positions from 1 up to a place, the output elsewhere."""
-    return lambda x, y: torch.cat([y[:, :1], x[:, 1:place], y[:, place:]], 1)
+def left_out(
+    clean: Cache, keys: Sequence[str], where: range, part: str, direct: bool
+) -> list[Intervention]:
+    """Edits that leave the first of some layers, or a part of it, out at some positions.
+
+    Directly: every later layer gets its own input less what the first one added there.
+    """
+    into = clean[At(keys[0], "in")]
+    if not direct:
+        there = At(keys[0], part or "out", where)
+        new = torch.zeros_like(clean[At(keys[0], part)]) if part else into
+        return [Intervention(there, lambda here: new[:, where.start : where.stop])]
+    gift = clean[At(keys[0], part)] if part else clean[At(keys[0], "out")] - into
+    missing = torch.zeros_like(gift)
+    missing[:, where.start : where.stop] = gift[:, where.start : where.stop]
+    return [_given(At(key, "in"), clean[At(key, "in")] - missing) for key in keys[1:]]
 
 
-def _effect(clean: Any, changed: Any, key: str, t: int) -> Tensor:
-    a = (clean.after[key] - clean.before[key])[:, t:].float()
-    b = (changed.after[key] - changed.before[key])[:, t:].float()
+def _given(at: At, value: Tensor) -> Intervention:
+    return Intervention(at, lambda here: value)
+
+
+def _said(ran: Cache, t: int) -> Tensor:
+    return ran.output.logits[:, t:].float().softmax(-1)
+
+
+def _effect(clean: Cache, changed: Cache, key: str, t: int) -> Tensor:
+    a, b = ((ran[At(key, "out")] - ran[At(key, "in")])[:, t:].float() for ran in (clean, changed))
     return ((a - b).norm(dim=-1) / a.norm(dim=-1).clamp_min(1e-6)).max()
 
 
-@method("describe", paper="arXiv:2412.11299")
+@method(
+    "describe",
+    paper="arXiv:2412.11299",
+    cost=lambda size, chosen: (
+        f"trains {size.layers} maps through the network, {chosen['steps']} steps each"
+    ),
+)
 def task_match(
     stack: Stack,
     stats: Stats,

@@ -1,10 +1,11 @@
 """The shape of the states between layers, and how much of an update is local to its token."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from layerwise.core.method import method
+from layerwise.core.spectra import smaller_gram, spectral_entropy
 from layerwise.core.stack import Stack
 from layerwise.core.stats import Figures, Stats
 from layerwise.core.tokens import Moments
@@ -37,18 +38,58 @@ def spread(stack: Stack, stats: Stats) -> Figures:
         x = sample.after.double()
         norms, count = x.norm(dim=1), len(x)
         centred = x - x.mean(0)
-        gram = centred.T @ centred if x.shape[1] < count else centred @ centred.T
-        p = torch.linalg.eigvalsh(gram).clamp_min(0)
+        p = torch.linalg.eigvalsh(smaller_gram(centred)).clamp_min(0)
         p = p / p.sum().clamp_min(1e-300)
         unit = torch.nn.functional.normalize(x, dim=1).sum(0)
         found[key] = {
-            "rank": (-torch.xlogy(p, p).sum()).exp().item(),
+            "rank": spectral_entropy(p).exp().item(),
             "top_share": p[-1].item(),
             "anisotropy": ((unit @ unit - count) / max(count * (count - 1), 1)).item(),
             "norm": norms.median().item(),
             "largest_norm": (norms.max() / norms.median().clamp_min(1e-300)).item(),
         }
     return Figures(found, f"{count} tokens; anisotropy of unrelated directions is 0")
+
+
+@method("describe", paper="arXiv:2502.02013", needs=("pooled_states",))
+def dataset_entropy(
+    stack: Stack, stats: Stats, *, alpha: float = 1.0, normed: bool = True
+) -> Figures:
+    r"""In how many directions the documents differ after a layer: entropy of their Gram spectrum.
+
+    `entropy = -sum p log p` in nats, or `log(sum p^alpha) / (1 - alpha)`, with `p` the eigenvalues
+    of `Z Z^T` over their sum; `rank = exp(entropy)`. `Z` holds a row per document, its state.
+
+    Args:
+        stack: the layers.
+        stats: with `pooled_states`.
+        alpha: order of the entropy.
+        normed: divide every row by its norm; without, and with `pooled_states.how=unit`, it is
+            what the authors' code computes, whose rows are means of centred and normed tokens.
+
+    Returns:
+        `entropy` and `rank` per layer, the latter at most the number of documents.
+
+    Example:
+        >>> from layerwise.core.stack import Layer
+        >>> from layerwise.core.tokens import Sample
+        >>> layers = (Layer("decoder", 0, "", torch.nn.Identity(), (), ()),)
+        >>> x = torch.eye(4).repeat(2, 1)
+        >>> sample = Sample(torch.zeros(8, 2).long(), x, x)
+        >>> stats = Stats({"pooled_states": {"decoder/0": sample}})
+        >>> found = dataset_entropy(Stack("decoder", "", layers, ()), stats)
+        >>> round(found.values["decoder/0"]["rank"], 4)
+        4.0
+
+    Reference: Skean et al., 2025, arXiv:2502.02013, whose formula suggests plain means.
+    """
+    found, count = {}, 0
+    for key, sample in stats.along("pooled_states", stack).items():
+        x, count = sample.after.double(), len(sample.after)
+        z = torch.nn.functional.normalize(x, dim=1) if normed else x
+        entropy = spectral_entropy(torch.linalg.eigvalsh(smaller_gram(z)), alpha)
+        found[key] = {"entropy": entropy.item(), "rank": entropy.exp().item()}
+    return Figures(found, f"{count} documents, a state each")
 
 
 def affine(m: Moments, ridge: float) -> tuple[Float[Tensor, "left right"], Float[Tensor, " right"]]:
@@ -60,20 +101,31 @@ def affine(m: Moments, ridge: float) -> tuple[Float[Tensor, "left right"], Float
     return weight, mean[m.side(1)] - mean[m.side(0)] @ weight
 
 
-def neighbours(x: Float[Tensor, "tokens dim"], count: int) -> Tensor:
-    """Indices `[tokens, count]` of the nearest other tokens."""
-    distance = torch.cdist(x, x)
-    distance.fill_diagonal_(torch.inf)
-    return distance.topk(min(count, len(x) - 1), largest=False).indices
+def neighbours(
+    at: Float[Tensor, "some dim"], x: Float[Tensor, "tokens dim"], count: int
+) -> Int[Tensor, "some count"]:
+    """Which of some tokens are nearest to others, and not the very same."""
+    distance = torch.cdist(at, x)
+    if at is x:
+        distance.fill_diagonal_(torch.inf)
+    itself = distance <= 1e-6 * at.norm(dim=1, keepdim=True)
+    return distance.masked_fill(itself, torch.inf).topk(min(count, len(x) - 1), largest=False)[1]
 
 
 def local_map(
-    x: Float[Tensor, "tokens dim"], y: Float[Tensor, "tokens dim"], count: int
-) -> Float[Tensor, "tokens dim"]:
-    """`A(x_i) x_i` with a diagonal `A`, least squares of `y` on `x` over the nearest tokens."""
-    near = neighbours(x, count)
+    x: Float[Tensor, "tokens dim"],
+    y: Float[Tensor, "tokens dim"],
+    count: int,
+    at: Float[Tensor, "some dim"] | None = None,
+) -> Float[Tensor, "some dim"]:
+    """`A(h) h` with a diagonal `A`, least squares of `y` on `x` over the tokens nearest to `h`.
+
+    `h` are the tokens `at`, those of `x` without it.
+    """
+    at = x if at is None else at
+    near = neighbours(at, x, count)
     above, below = (x[near] * y[near]).sum(1), x[near].square().sum(1)
-    return x * above / (below + 1e-3 * below.mean(1, keepdim=True) + 1e-300)
+    return at * above / (below + 1e-3 * below.mean(1, keepdim=True) + 1e-300)
 
 
 @method(
@@ -129,6 +181,15 @@ def _global_map(x: Tensor, m: Moments, ridge: float) -> Tensor:
     return (x - m.shift[m.side(0)]) @ weight + offset + m.shift[m.side(1)]
 
 
+def leading(rows: Float[Tensor, "tokens dim"], count: int) -> Float[Tensor, "dim count"]:
+    """The directions in which rows are longest, from the Gram matrix of the smaller side."""
+    if rows.shape[0] < rows.shape[1]:
+        values, vectors = torch.linalg.eigh(rows @ rows.T)
+        turned = rows.T @ vectors[:, -count:] / values[-count:].clamp_min(1e-300).sqrt()
+        return turned * (values[-count:] > 1e-12 * values[-1])
+    return torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -count:]
+
+
 def residual(
     update: Float[Tensor, "tokens dim"], fitted: Float[Tensor, "tokens dim"], top: int
 ) -> dict[str, float]:
@@ -138,8 +199,8 @@ def residual(
     rest = update - fitted
     size = update.norm(dim=1).clamp_min(1e-12)
     cosine = torch.cosine_similarity
-    basis = torch.linalg.svd(fitted, full_matrices=False).Vh[:top]
-    inside = (rest @ basis.T).square().sum() / rest.square().sum().clamp_min(1e-300)
+    basis = leading(fitted, top)
+    inside = (rest @ basis).square().sum() / rest.square().sum().clamp_min(1e-300)
     return {
         "error": (rest.norm(dim=1) / size).mean().item(),
         "aligned": cosine(update, fitted, dim=1).mean().item(),

@@ -67,8 +67,17 @@ def standardised(x: np.ndarray, train: np.ndarray) -> np.ndarray:
     return (x - x[train].mean(0)) / np.where(spread > 1e-12 * (1 + np.abs(x).max()), spread, 1.0)
 
 
-def fitted(kind: str, x: np.ndarray, split: Split, seed: int = 0) -> np.ndarray:
+def fitted(
+    kind: str, x: np.ndarray, split: Split, seed: int = 0, shown: np.ndarray | None = None
+) -> np.ndarray:
     """Probabilities `[test documents, classes]` of a classifier fitted on the train part.
+
+    Args:
+        kind: `linear` or `mlp`.
+        x: a row per document.
+        split: which of them are fitted on.
+        seed: of the hidden layer.
+        shown: what it is asked about instead of `x`, with the same columns.
 
     Raises:
         LayerwiseError: scikit-learn is not installed.
@@ -88,7 +97,7 @@ def fitted(kind: str, x: np.ndarray, split: Split, seed: int = 0) -> np.ndarray:
     else:
         model = MLPClassifier((64,), alpha=1e-2, max_iter=300, random_state=seed)
     model.fit(x[split.train], split.labels[split.train])
-    return model.predict_proba(x[split.test])
+    return model.predict_proba((x if shown is None else shown)[split.test])
 
 
 def bits(probabilities: np.ndarray, split: Split) -> np.ndarray:
@@ -190,7 +199,13 @@ def depth_of(curve: list[float], jump: float = 1.1, flat: float = 0.03) -> dict[
 
 @method("describe", paper="arXiv:2603.02293", needs=("pooled_states",))
 def truncation(
-    stack: Stack, stats: Stats, *, labels: Tensor, noise: float = 0.3, seed: int = 0
+    stack: Stack,
+    stats: Stats,
+    *,
+    labels: Tensor,
+    noise: float = 0.3,
+    seed: int = 0,
+    head: Literal["refitted", "old"] = "refitted",
 ) -> Figures:
     """Whether fewer principal directions read better when some training labels are wrong.
 
@@ -203,6 +218,8 @@ def truncation(
         labels: given; the class of every document.
         noise: share of the training labels that are wrong.
         seed: of the split, the wrong labels and the random directions.
+        head: `refitted` to the `d` directions, or the `old` one, fitted to all of them and shown
+            states in which only `d` are left.
 
     Returns:
         `accuracy` with all directions, `best` with the best number of them, `kept`, that number
@@ -211,32 +228,38 @@ def truncation(
     Reference: arXiv:2603.02293, withdrawn by its author; the operation, none of its claims.
     """
     split, generator = split_of(labels, seed), np.random.default_rng(seed)
-    wrong = split.labels.copy()
-    flipped = generator.random(len(wrong)) < noise
-    wrong[flipped] += generator.integers(1, wrong.max() + 1, int(flipped.sum()))
-    noisy = Split(wrong % (split.labels.max() + 1), split.train, split.test)
+    noisy = mislabelled(split, noise, generator)
     found: dict[str, dict[str, float]] = {}
     for key, x in states_of(stats, stack).items():
         x = x - x[split.train].mean(0)
         basis = np.linalg.svd(x[split.train], full_matrices=False)[2].T
         counts = [2**i for i in range(basis.shape[1].bit_length())]
-        scores = {d: _accuracy(x @ basis[:, :d], noisy, split) for d in counts}
+        scores = {d: _read(x, basis[:, :d], noisy, split, head) for d in counts}
         kept = max(scores, key=lambda d: (scores[d], -d))
         turned = np.linalg.qr(generator.standard_normal((x.shape[1], kept)))[0]
         found[key] = {
-            "accuracy": _accuracy(x @ basis, noisy, split),
+            "accuracy": _read(x, basis, noisy, split, head),
             "best": scores[kept],
             "kept": float(kept),
-            "random": _accuracy(x @ turned, noisy, split),
+            "random": _read(x, turned, noisy, split, head),
         }
     found.pop("input", None)
-    return Figures(
-        found, f"{noise:.0%} of the training labels are wrong; chance {split.chance:.3f}"
-    )
+    note = f"{noise:.0%} of the training labels are wrong; {head} head; chance {split.chance:.3f}"
+    return Figures(found, note)
 
 
-def _accuracy(x: np.ndarray, noisy: Split, split: Split) -> float:
-    guess = fitted("linear", x, noisy).argmax(1)
+def mislabelled(split: Split, noise: float, generator: np.random.Generator) -> Split:
+    """The split with a share of the labels replaced by another class."""
+    wrong = split.labels.copy()
+    flipped = generator.random(len(wrong)) < noise
+    wrong[flipped] += generator.integers(1, wrong.max() + 1, int(flipped.sum()))
+    return Split(wrong % (split.labels.max() + 1), split.train, split.test)
+
+
+def _read(x: np.ndarray, basis: np.ndarray, noisy: Split, split: Split, head: str) -> float:
+    """Accuracy on true labels of a probe fitted on noisy ones, within some directions."""
+    shown = x @ basis @ basis.T if head == "old" else x @ basis
+    guess = fitted("linear", x if head == "old" else shown, noisy, shown=shown).argmax(1)
     return float((guess == split.labels[split.test]).mean())
 
 

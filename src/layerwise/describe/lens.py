@@ -1,13 +1,13 @@
 """What the network would say if it ended early: lenses, and where a token's state stops growing."""
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from layerwise.core.method import method
+from layerwise.core.method import Size, method
 from layerwise.core.stack import Stack
 from layerwise.core.stats import Figures, Stats
 from layerwise.core.tokens import Sample
@@ -100,7 +100,14 @@ def lens(stack: Stack, stats: Stats, *, tail: Tail) -> Figures:
     return Figures(values, note, {"kl": kl})
 
 
-@method("describe", paper="arXiv:2303.08112", needs=("token_sample",))
+def _training(size: Size, chosen: Mapping[str, Any]) -> str:
+    """Three forwards of the network's end per step and chunk of tokens, in passes over the data."""
+    steps = chosen["steps"] * 3 * CHUNK * size.layers
+    passes = steps * size.outside / (size.inside * size.tokens)
+    return f"trains {size.layers - 1} maps: about {passes:.2g} passes"
+
+
+@method("describe", paper="arXiv:2303.08112", needs=("token_sample",), cost=_training)
 def tuned_lens(
     stack: Stack, stats: Stats, *, tail: Tail, steps: int = 60, rate: float = 0.1
 ) -> Figures:

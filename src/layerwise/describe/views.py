@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from layerwise.core.method import method
+from layerwise.core.spectra import spectral_entropy
 from layerwise.core.stack import Stack
 from layerwise.core.stats import Figures, Stats
 
@@ -18,6 +19,7 @@ Views = Float[Tensor, "documents views dim"]
     aliases=("infonce", "lidar", "dime"),
     paper="arXiv:2502.02013",
     needs=("pooled_states",),
+    cost=lambda size, chosen: "reads {} documents, {} perturbed copies each".format(*size.views),
 )
 def invariance(
     stack: Stack,
@@ -97,10 +99,6 @@ def dime(x: Views, permutations: int) -> float:
     unit = torch.nn.functional.normalize(x[:, :2], dim=-1)
     a, b = unit[:, 0] @ unit[:, 0].T, unit[:, 1] @ unit[:, 1].T
     orders = [torch.randperm(len(x), generator=generator) for _ in range(permutations)]
-    apart = [_entropy(a * b[order][:, order]) for order in orders]
-    return sum(apart) / len(apart) - _entropy(a * b)
-
-
-def _entropy(gram: Float[Tensor, "rows rows"]) -> float:
-    p = torch.linalg.eigvalsh(gram).clamp_min(0) / gram.trace()
-    return -torch.xlogy(p, p).sum().item()
+    products = [a * b, *(a * b[order][:, order] for order in orders)]
+    own, *apart = (spectral_entropy(torch.linalg.eigvalsh(p)).item() for p in products)
+    return sum(apart) / len(apart) - own

@@ -17,7 +17,13 @@ Fetch = Callable[[str], Mapping[str, Tensor]]
 POINTS = 32
 
 
-@method("describe", aliases=("stable_rank", "alpha", "outliers"))
+@method(
+    "describe",
+    aliases=("stable_rank", "alpha", "outliers"),
+    cost=lambda size, chosen: (
+        f"takes singular values of {size.matrices} matrices, the smaller side up to {size.widest}"
+    ),
+)
 def spectrum(
     stack: Stack, stats: Stats, *, fetch: Fetch, exact: int = 1024, factor: float = 5.0
 ) -> Figures:

@@ -4,11 +4,13 @@ import csv
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from layerwise.core.data import Texts
 from layerwise.core.errors import LayerwiseError
@@ -85,6 +87,26 @@ def labelled(
     return Labelled(padded(network, reader, texts, length), labels, names)
 
 
+def classes(labels: Sequence[Any], data: Texts | Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """The class of every document of some batches, numbered in the order in which they occur.
+
+    Raises:
+        LayerwiseError: there are no batches, or not as many documents as labels.
+    """
+    count = 0 if isinstance(data, Texts) else sum(len(next(iter(b.values()))) for b in data)
+    if len(labels) != count:
+        raise LayerwiseError(
+            "labels",
+            allowed=f"a label for each of the {count} documents in the batches"
+            if count
+            else "batches",
+            found=f"{len(labels)} labels",
+            fix="give as many labels as documents, or the path of a file of labelled texts",
+        )
+    names = list(dict.fromkeys(labels))
+    return torch.tensor([names.index(label) for label in labels])
+
+
 def padded(network: Network, reader: Reader, texts: Sequence[str], length: int) -> Batches:
     """Documents in their order, several a batch, padded on the right, with their mask."""
     rows = [reader.tokens(text)[:length] for text in texts]
@@ -119,6 +141,30 @@ def check_length(network: Network, length: int) -> None:
             allowed=f"at most {most} tokens, the context of this network",
             found=length,
             fix=f"give --length {most} or less",
+        )
+
+
+def check_batches(network: Network, batches: Sequence[Mapping[str, Tensor]]) -> None:
+    """Batches that are given must be of the kind that the network reads, and fit its context.
+
+    Raises:
+        LayerwiseError: there are none, they are of another kind, or too long.
+    """
+    module = network.module
+    name = module.main_input_name if isinstance(module, PreTrainedModel) else ""
+    for batch in batches:
+        if name and not {name, "inputs_embeds"} & batch.keys():
+            raise LayerwiseError(
+                "batches",
+                allowed=f"batches with {name}, which this network reads",
+                found=", ".join(batch),
+                fix="give text to a language model, and images to one for vision",
+            )
+        if "input_ids" in batch:
+            check_length(network, batch["input_ids"].shape[1])
+    if not batches:
+        raise LayerwiseError(
+            "batches", allowed="one batch or more", found="none", fix="give some data"
         )
 
 
@@ -180,3 +226,13 @@ def responses(network: Network, reader: Reader, texts: Texts, tokens: int) -> Ba
             )
         found.append({"input_ids": said})
     return found
+
+
+def alone(batches: Sequence[Mapping[str, Tensor]], count: int) -> Batches:
+    """The first documents of some batches, each in a batch of its own."""
+    rows = (
+        {key: value[i : i + 1] for key, value in batch.items()}
+        for batch in batches
+        for i in range(len(next(iter(batch.values()))))
+    )
+    return list(islice(rows, count))

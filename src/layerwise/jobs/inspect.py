@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,15 @@ from layerwise.core.stack import Stack
 from layerwise.core.stats import Figures, Stats, observe
 from layerwise.core.stops import Batch
 from layerwise.jobs.depth import layer_bytes
-from layerwise.jobs.documents import check_length, labelled, responses, views
+from layerwise.jobs.documents import (
+    alone,
+    check_batches,
+    check_length,
+    classes,
+    labelled,
+    responses,
+    views,
+)
 from layerwise.jobs.rerun import Rerun
 from layerwise.jobs.session import Progress, load_reader, silent
 from layerwise.jobs.tail import Tail, network_end
@@ -110,6 +117,8 @@ def inspect_model(
     network = model if opened else open_network(model, device=device, dtype=dtype)
     if isinstance(texts, Texts):
         check_length(network, texts.length + wanted.respond)
+    else:
+        check_batches(network, texts)
     picked, warnings = chosen(wanted, network, reference is not None)
     run = _Run(network, texts, wanted, progress)
     for line in announced(picked, network, texts, wanted):
@@ -169,7 +178,8 @@ class _Run:
             return Stats({})
         batches = self.batches(kind)
         if "rerun" in given:
-            self.given["rerun"] = Rerun(self.network, alone(batches, PROMPTS))
+            count = PROMPTS if kind == "text" else len(self.given["labels"])
+            self.given["rerun"] = Rerun(self.network, alone(batches, count))
         if "tail" in given:
             self.given["tail"] = Tail(self.network, batches[0])
         if not probes:
@@ -179,12 +189,15 @@ class _Run:
     def batches(self, kind: str) -> Sequence[Batch]:
         """The documents of one kind; batches that were given are the text."""
         wanted, network = self.wanted, self.network
+        if kind == "labels" and not isinstance(wanted.labels, str):
+            self.given["labels"] = classes(wanted.labels, self.data)
+            return self.data  # pyright: ignore[reportReturnType]
         if kind == "text" and not isinstance(self.data, Texts):
             return self.data
         texts = self.data if isinstance(self.data, Texts) else Texts()
         reader = load_reader(network)
         if kind == "labels":
-            found = labelled(network, reader, wanted.labels, texts.length, wanted.noise)
+            found = labelled(network, reader, str(wanted.labels), texts.length, wanted.noise)
             self.given["labels"] = found.labels
             return found.batches
         if kind == "views":
@@ -214,23 +227,14 @@ class _Run:
         return Figures(values, next((f.note for f in found.values()), ""), maps)
 
 
-def alone(batches: Sequence[Batch], count: int) -> list[Batch]:
-    """The first documents of some batches, each in a batch of its own."""
-    rows = (
-        {key: value[i : i + 1] for key, value in batch.items()}
-        for batch in batches
-        for i in range(len(next(iter(batch.values()))))
-    )
-    return list(islice(rows, count))
-
-
 def _itself(method: Method) -> tuple[str, ...]:
     return (method.name,) if method.family == "measure" else ()
 
 
 def _measured(stack: Stack, method: Method, stats: Stats) -> bool:
-    layered = [n for n in method.needs if n in stats.values and stats.along(n, stack)]
-    return bool(layered) or not method.needs or "neuron_means" in method.needs
+    """Whether anything that a method needs was found of a stack's layers or matrices."""
+    units = (unit for n in method.needs for unit in stats.values.get(n, ()))
+    return not method.needs or any(unit.startswith(f"{stack.name}/") for unit in units)
 
 
 def fetch(network: Network, key: str) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from layerwise.core.instead import instead, swapped
 from layerwise.core.network import Network
+from layerwise.core.sites import At, Cache, Edits
 from layerwise.core.stack import Layer
 from layerwise.core.stops import Batch, hidden
 from layerwise.core.task import forward_arguments
@@ -57,3 +58,9 @@ class Rerun:
         with instead(self.network.layers(), look):
             output = self.network.module(**forward_arguments(self.network.module, batch))
         return Ran(before, after, output["logits"], batch.get("labels"))
+
+    def edited(self, number: int, edits: Edits, where: Sequence[At]) -> Cache:
+        """Run a batch with interventions, and keep what is at some sites."""
+        if not self.loaded:
+            self.network, self.loaded = self.network.load(), True
+        return self.network.cache(self.batches[number], where, edits)

@@ -7,7 +7,7 @@ from typing import Any
 import layerwise.families as families
 from layerwise.core.data import Texts
 from layerwise.core.errors import LayerwiseError
-from layerwise.core.method import Method, find, methods
+from layerwise.core.method import Method, Size, find, methods
 from layerwise.core.network import Network
 from layerwise.core.stops import Batch
 from layerwise.jobs.tail import WORDS
@@ -22,11 +22,15 @@ assert families
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to inspect, beside the model and the data."""
+    """What to inspect, beside the model and the data.
+
+    `labels` is a file of labelled texts; or the label of every document, where batches are given,
+    for networks that read anything else.
+    """
 
     measures: tuple[str, ...] = MEASURES
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    labels: str = ""
+    labels: str | Sequence[Any] = ""
     noise: str = ""
     respond: int = 0
 
@@ -59,6 +63,13 @@ def chosen(wanted: Wanted, network: Network, against: bool) -> tuple[list[Method
     if names == MEASURES:
         return [m for m in found if set(m.given) <= given], []
     for method in found:
+        if "rerun" in method.given and network.task not in WORDS:
+            raise LayerwiseError(
+                f"--measures {method.name}",
+                allowed="networks that answer with a word per position",
+                found=f"one for the task {network.task!r}",
+                fix="leave it out",
+            )
         for missing, fix in (("labels", "--labels FILE"), ("reference", "--against MODEL")):
             if missing in method.given and missing not in given:
                 raise LayerwiseError(
@@ -90,35 +101,25 @@ def tokens_of(data: Texts | Sequence[Batch]) -> int:
 def announced(
     picked: Sequence[Method], network: Network, data: Texts | Sequence[Batch], wanted: Wanted
 ) -> list[str]:
-    """What costs more than the one pass, in passes, before it starts."""
-    lines = []
-    names = {m.name for m in picked}
-    layers = network.layers()
-    inside = sum(p.numel() for la in layers for p in la.module.parameters())
-    outside = sum(p.numel() for p in network.module.parameters()) - inside
-    if "tuned_lens" in names:
-        steps = int(wanted.options("tuned_lens").get("steps", 60))
-        cost = 3 * steps * 128 * len(layers) * outside / max(inside * tokens_of(data), 1)
-        lines.append(f"tuned_lens trains {len(layers) - 1} maps: about {cost:.2g} passes")
-    if "invariance" in names:
-        lines.append(f"invariance reads {VIEWS[1]} perturbed copies of {VIEWS[0]} documents")
-    if "spectrum" in names:
-        count = sum(len(la.matrices) for la in layers)
-        most = max((min(m.shape) for la in layers for m in la.matrices), default=0)
-        lines.append(
-            f"spectrum: singular values of {count} matrices, the smaller side up to {most}"
-        )
-    if "stream_moments" in {n for m in picked for n in (*m.needs, m.name)}:
-        lines.append("stream_moments: about a third of a pass more")
-    if "skip_effect" in names:
-        tried = wanted.options("skip_effect")
-        times = tried.get("prompts", 4) * (1 + len(layers) * tried.get("places", 2))
-        lines.append(f"skip_effect runs the network {times} times on one document")
-    if "task_match" in names:
-        steps = int(wanted.options("task_match").get("steps", 30))
-        lines.append(
-            f"task_match trains {len(layers)} maps through the network, {steps} steps each"
-        )
+    """What costs more than the one pass, before it starts: of methods and the probes they need."""
+    names = dict.fromkeys(n for m in picked for n in (m.name, *m.needs))
+    size = size_of(network, data)
+    lines = [find(n, "measure", "describe").costs(size, wanted.options(n)) for n in names]
     if wanted.respond:
         lines.append(f"--respond: every prompt is answered with {wanted.respond} tokens, greedily")
-    return lines
+    return [line for line in lines if line]
+
+
+def size_of(network: Network, data: Texts | Sequence[Batch]) -> Size:
+    """How large a network and its data are."""
+    layers = network.layers()
+    inside = sum(p.numel() for la in layers for p in la.module.parameters())
+    return Size(
+        layers=len(layers),
+        matrices=sum(len(la.matrices) for la in layers),
+        widest=max((min(m.shape) for la in layers for m in la.matrices), default=0),
+        inside=max(inside, 1),
+        outside=sum(p.numel() for p in network.module.parameters()) - inside,
+        tokens=max(tokens_of(data), 1),
+        views=VIEWS,
+    )

@@ -10,7 +10,13 @@ from layerwise.measure.residual import (
     update_norm,
 )
 from layerwise.measure.runtime import head_patterns, neuron_means
-from layerwise.measure.states import first_states, largest_states, pooled_states, token_sample
+from layerwise.measure.states import (
+    first_states,
+    largest_states,
+    place_states,
+    pooled_states,
+    token_sample,
+)
 
 __all__ = [
     "depth_use",
@@ -21,6 +27,7 @@ __all__ = [
     "last_states",
     "neuron_means",
     "output_error",
+    "place_states",
     "pooled_states",
     "position_parts",
     "residual_cosine",

@@ -1,25 +1,33 @@
 """The shape of what lies between layers: moments, spectra of documents, position and context."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from layerwise.core.method import method
+from layerwise.core.spectra import smaller_gram, spectral_entropy
 from layerwise.core.stats import Probe, Seen
 from layerwise.core.tokens import Moments, by_token, kept, moments_of
 
-#: documents so far, the mean of the first one before and after, moments of even and odd documents
-Paired = tuple[int, tuple[Tensor, Tensor] | None, tuple[Moments | None, Moments | None]]
+#: documents and tokens so far, the mean of the first document before and after, moments of even
+#: and odd documents
+Paired = tuple[int, int, tuple[Tensor, Tensor] | None, tuple[Moments | None, Moments | None]]
 
 
 @method("measure")
-def stream_moments() -> Probe:
-    """Moments of every token before (`x`) and after (`y`) a layer, of even and of odd documents.
+def stream_moments(*, per_dimension: int = 20) -> Probe:
+    """Moments of tokens before (`x`) and after (`y`) a layer, of even and of odd documents.
 
     In float64, both sides shifted by the mean of the first document, which changes nothing that is
     invariant to a shift but saves digits. `4 dim^2` multiplications per token, a third of a layer.
+
+    Args:
+        per_dimension: tokens that are enough for each dimension of the state: documents are looked
+            at until that many have been. Unrelated states have a mean squared canonical correlation
+            of one over this. 0 looks at all.
 
     Returns:
         A probe whose value per layer is the `Moments` of even and of odd documents, so that what
@@ -36,25 +44,31 @@ def stream_moments() -> Probe:
 
     def update(state: Paired, seen: Seen) -> Paired:
         assert seen.output is not None
-        documents, shift, folds = state
+        documents, tokens, shift, folds = state
         x, y = by_token(seen.inputs), by_token(seen.output)
         if x.shape[:2] != y.shape[:2]:
             return state
         keep = kept(seen.inputs, seen.mask)
+        if per_dimension:
+            begun = tokens + keep.sum(1).cumsum(0) - keep.sum(1)
+            keep = keep[begun < per_dimension * x.shape[2]]
+        x, y = x[: len(keep)], y[: len(keep)]
+        if not len(keep):
+            return state
         if shift is None:
             shift = (x[0][keep[0]].double().mean(0), y[0][keep[0]].double().mean(0))
-        odd = (torch.arange(len(keep), device=keep.device) + documents) % 2 == 1
-        found = []
-        for fold, mine in zip(folds, (~odd, odd), strict=True):
-            here = keep & mine[:, None]
-            new = moments_of(x[here], y[here], shift)
-            found.append(new if fold is None else fold.plus(new))
-        return documents + len(keep), shift, (found[0], found[1])
+        found = list(folds)
+        for i, here in enumerate(keep):  # one by one, they fit a processor's cache
+            fold = (documents + i) % 2
+            new = moments_of(x[i][here], y[i][here], shift)
+            before = found[fold]
+            found[fold] = new if before is None else before.plus(new)
+        return documents + len(keep), tokens + int(keep.sum()), shift, (found[0], found[1])
 
     def finish(state: Paired) -> tuple[Moments, ...]:
-        return tuple(fold for fold in state[2] if fold is not None)
+        return tuple(fold for fold in state[3] if fold is not None)
 
-    return Probe("layer", lambda key: (0, None, (None, None)), update, finish)
+    return Probe("layer", lambda key: (0, 0, None, (None, None)), update, finish)
 
 
 @method("measure", aliases=("prompt_entropy", "curvature"), paper="arXiv:2502.02013")
@@ -111,7 +125,7 @@ def _figures(x: Float[Tensor, "tokens dim"], alpha: float, clamp: bool) -> Tenso
     if len(x) < 3 or norms.min() <= 1e-9 * x.norm(dim=1).max():
         return None
     z = z / norms
-    gram = (z @ z.T).clamp_min(0) if clamp else z @ z.T if len(z) <= z.shape[1] else z.T @ z
+    gram = (z @ z.T).clamp_min(0) if clamp else smaller_gram(z)
     entropy = spectral_entropy(torch.linalg.eigvalsh(gram), alpha)
     steps = torch.nn.functional.normalize(x.diff(dim=0), dim=1)
     angles = [
@@ -121,22 +135,22 @@ def _figures(x: Float[Tensor, "tokens dim"], alpha: float, clamp: bool) -> Tenso
     return torch.stack([entropy, share, entropy.exp(), *angles])
 
 
-def spectral_entropy(values: Float[Tensor, " count"], alpha: float = 1.0) -> Float[Tensor, ""]:
-    """Renyi entropy in nats of eigenvalues over their sum; `alpha` 1 is Shannon's.
-
-    Example:
-        >>> round(spectral_entropy(torch.tensor([1.0, 1.0, 1.0, 0.0])).exp().item(), 4)
-        3.0
-    """
-    p = values.clamp_min(0) / values.clamp_min(0).sum()
-    p = p[p > 1e-14]
-    if alpha == 1:
-        return -(p * p.log()).sum()
-    return (p**alpha).sum().log() / (1 - alpha)
+#: documents whose products are formed, for the one figure that needs them
+PRODUCTS = 16
 
 
-#: length -> (sum over documents per position, the mean of each document, sum of products)
-Grids = dict[int, tuple[Tensor, tuple[Tensor, ...], Tensor]]
+class Grid(NamedTuple):
+    """Sums over documents of one length, less the mean of the first: per position, the mean of
+    each document, of squares, and of products over the first documents."""
+
+    shift: Float[Tensor, " dim"]
+    positions: Float[Tensor, "positions dim"]
+    means: tuple[Tensor, ...]
+    squares: float
+    products: Float[Tensor, "dim dim"]
+
+
+Grids = dict[int, Grid]
 
 
 @method("measure", aliases=("position_context",), paper="arXiv:2310.04861")
@@ -154,9 +168,9 @@ def position_parts(*, skip_first: bool = True) -> Probe:
         A probe whose value per layer has the shares of variance `position_share`,
         `context_share`, `rest_share`; `position_rank`, the stable rank of `pos`;
         `position_top10`, its ten largest singular values over all; `position_norm`, its spectral
-        norm relative to that of `h - mean`; `incoherence`, the largest `|cos(pos_t, ctx_c)|`;
-        `smoothness`, the share of `pos` in the lowest tenth of frequencies. Noise alone gives
-        `pos` the share `rest_share / documents`.
+        norm relative to that of `h - mean` in the first 16 documents; `incoherence`, the largest
+        `|cos(pos_t, ctx_c)|`; `smoothness`, the share of `pos` in the lowest tenth of frequencies.
+        Noise alone gives `pos` the share `rest_share / documents`.
 
     Example:
         >>> h = torch.eye(4)[:2][None] + torch.eye(4)[2:][:, None]  # [documents, positions, dim]
@@ -174,29 +188,42 @@ def position_parts(*, skip_first: bool = True) -> Probe:
         rows, keep = by_token(seen.output), kept(seen.output, seen.mask)
         found = dict(state)
         for document, mine in zip(rows, keep, strict=True):
-            x = document[mine].double()[int(skip_first) :].cpu()
-            before = found.get(
-                len(x), (torch.zeros_like(x), (), x.new_zeros(x.shape[1], x.shape[1]))
-            )
-            found[len(x)] = (before[0] + x, (*before[1], x.mean(0)), before[2] + x.T @ x)
+            x = (document if mine.all() else document[mine])[int(skip_first) :].float()
+            found[len(x)] = _joined(found.get(len(x)), x)
         return found
 
     return Probe("layer", lambda key: {}, update, split_positions, figures=True)
 
 
+def _joined(before: Grid | None, x: Float[Tensor, "positions dim"]) -> Grid:
+    """The sums with one more document; products and squares in float32."""
+    if before is None:
+        zero = torch.zeros_like(x, dtype=torch.float64)
+        before = Grid(x.mean(0), zero, (), 0.0, zero.new_zeros(x.shape[1], x.shape[1]))
+    x = x - before.shift
+    early = len(before.means) < PRODUCTS
+    return before._replace(
+        positions=before.positions + x,
+        means=(*before.means, x.mean(0, dtype=torch.float64)),
+        squares=before.squares + x.norm().item() ** 2,
+        products=before.products + (x.T @ x).double() if early else before.products,
+    )
+
+
 def split_positions(state: Grids) -> dict[str, float]:
     """The figures of the length that most tokens have; none of fewer than two documents."""
-    length = max(state, key=lambda n: (n * len(state[n][1]), n), default=0)
-    if length < 2 or len(state[length][1]) < 2:
+    length = max(state, key=lambda n: (n * len(state[n].means), n), default=0)
+    if length < 2 or len(state[length].means) < 2:
         return {}
-    sums, means, product = state[length]
-    ctx = torch.stack(means)
+    grid = state[length]
+    ctx = torch.stack(grid.means).cpu()
     count, mean = len(ctx), ctx.mean(0)
-    pos, ctx = sums / count - mean, ctx - mean
-    covariance = product - count * length * torch.outer(mean, mean)
-    total = covariance.trace().item()
+    some, early = ctx[:PRODUCTS], ctx[:PRODUCTS].mean(0)
+    covariance = grid.products.cpu() / len(some) - length * torch.outer(early, early)
+    pos, ctx = grid.positions.cpu() / count - mean, ctx - mean
+    total = grid.squares - count * length * mean.square().sum().item()
     parts = [count * pos.square().sum().item() / total, length * ctx.square().sum().item() / total]
-    values = torch.linalg.svdvals(pos)
+    values = torch.linalg.eigvalsh(smaller_gram(pos)).flip(0).clamp_min(0).sqrt()
     unit = torch.nn.functional.normalize
     largest = torch.linalg.eigvalsh(covariance)[-1].clamp_min(0).sqrt()
     waves = torch.fft.rfft(pos, dim=0).abs().square().sum(1)
@@ -207,7 +234,7 @@ def split_positions(state: Grids) -> dict[str, float]:
         "rest_share": 1 - sum(parts),
         "position_rank": (values.square().sum() / values[0].square().clamp_min(1e-300)).item(),
         "position_top10": (values[:10].sum() / values.sum().clamp_min(1e-300)).item(),
-        "position_norm": (count**0.5 * values[0] / largest).item(),
+        "position_norm": (values[0] / largest).item(),
         "incoherence": (unit(pos, dim=1) @ unit(ctx, dim=1).T).abs().max().item(),
         "smoothness": (waves[: 1 + len(waves) // 10].sum() / waves.sum().clamp_min(1e-300)).item(),
         "documents": float(count),

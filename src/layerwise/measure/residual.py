@@ -4,7 +4,7 @@ import math
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from layerwise.core.method import method
@@ -22,6 +22,13 @@ def _tokens(
         last = keep.long().cumsum(1).argmax(1)
         return rows[torch.arange(len(rows), device=rows.device), last].float()
     return rows[keep].float()
+
+
+def counted(seen: Seen, which: str) -> Bool[Tensor, "batch seq"]:
+    """All tokens that are not masked, or the last of each sequence."""
+    keep = kept(seen.inputs, seen.mask)
+    rank = keep.long().cumsum(1)
+    return keep & (rank == rank[:, -1:]) if which == "last" else keep
 
 
 def _mean(state: tuple[float, int]) -> float:
@@ -54,9 +61,8 @@ def residual_cosine(*, tokens: Literal["all", "last"] = "all") -> Probe:
     def update(state: tuple[float, int], seen: Seen) -> tuple[float, int]:
         if seen.output is None or seen.output.shape != seen.inputs.shape:
             return state
-        x = _tokens(seen.inputs, seen.mask, tokens)
-        y = _tokens(seen.output, seen.mask, tokens)
-        cosine = torch.cosine_similarity(x, y, dim=-1).double()
+        x, y, dot = measured(seen.inputs, seen.output)
+        cosine = (dot / (x * y).clamp_min(1e-16)).double()[counted(seen, tokens)]
         return state[0] + cosine.sum().item(), state[1] + len(cosine)
 
     return Probe("layer", lambda key: (0.0, 0), update, _mean, figures=True)
@@ -80,9 +86,8 @@ def update_norm() -> Probe:
     def update(state: tuple[float, int], seen: Seen) -> tuple[float, int]:
         if seen.output is None or seen.output.shape != seen.inputs.shape:
             return state
-        x = _tokens(seen.inputs, seen.mask, "all")
-        y = _tokens(seen.output, seen.mask, "all")
-        share = ((y - x).norm(dim=-1) / x.norm(dim=-1).clamp_min(1e-20)).double()
+        stream, change, _ = seen.update()
+        share = (change / stream.clamp_min(1e-20)).double()[counted(seen, "all")]
         return state[0] + share.sum().item(), state[1] + len(share)
 
     return Probe("layer", lambda key: (0.0, 0), update, _mean, figures=True)
@@ -120,7 +125,7 @@ def depth_use() -> Probe:
             return state
         keep = kept(seen.inputs, seen.mask)
         first = keep & (keep.long().cumsum(1) == 1)
-        layer = {"layer": measured(seen.inputs, seen.output - seen.inputs)}
+        layer = {"layer": seen.update()}
         found = dict(state)
         for part, added in {**seen.added, **layer}.items():
             here = torch.stack([_summed(added, keep), _summed(added, keep & ~first)])

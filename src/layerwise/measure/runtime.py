@@ -1,19 +1,22 @@
 """What runs inside a layer: how its heads look at positions, which of its neurons fire."""
 
+from functools import cache
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from layerwise.core.method import method
 from layerwise.core.stats import Probe, Seen
-from layerwise.core.tokens import kept
+from layerwise.core.stream import Attention
+from layerwise.core.tokens import NONE_DRAWN, Drawn, drawn, kept
 
-#: rows, sum of entropies per head, inner products of the heads' patterns, tokens, documents
-Heads = tuple[int, Tensor | None, Tensor | None, int, int]
+#: sampled rows with their entropies per head and inner products of heads; documents, tokens
+Heads = tuple[Drawn, int, int]
 
 
 @method("measure", aliases=("head_cosine",), paper="arXiv:2605.20441")
-def head_patterns() -> Probe:
+def head_patterns(*, tokens: int = 512) -> Probe:
     r"""How alike the attention heads of a layer are, and how spread out each one looks.
 
     `entropy` is the mean over rows and heads of `-sum_j P log(P + 1e-12)` in nats,
@@ -22,6 +25,9 @@ def head_patterns() -> Probe:
     matrix of cosines. Two heads of random scores have a cosine of `floor` at this length if they
     may look back only: nothing below it says anything. Probabilities are computed anew from
     queries and keys, so the network runs as it is.
+
+    Args:
+        tokens: at most so many tokens of all documents, chosen by a hash, whose rows are looked at.
 
     Returns:
         A probe whose value per layer has these; nothing where the layer has no attention, or one
@@ -40,28 +46,15 @@ def head_patterns() -> Probe:
         ]
         if not calls:
             return state
-        rows, entropy, gram, tokens, documents = state
-        for document, keep in enumerate(kept(seen.inputs, seen.mask)):
-            p = calls[0].probabilities(document)[:, keep].double()
-            flat = p.flatten(1)
-            bits = -(p * (p + 1e-12).log()).sum((1, 2))
-            entropy = bits if entropy is None else entropy + bits
-            gram = flat @ flat.T if gram is None else gram + flat @ flat.T
-            rows += p.shape[1]
-        count = len(seen.inputs)
-        return (
-            rows,
-            entropy,
-            gram,
-            tokens + int(kept(seen.inputs, seen.mask).sum()),
-            documents + count,
-        )
+        keep = kept(seen.inputs, seen.mask)
+        rows = drawn(state[0], keep, tokens, lambda at: _looks(calls[0], at, shape[1]))
+        return rows, state[1] + len(keep), state[2] + int(keep.sum())
 
     def finish(state: Heads) -> dict[str, float]:
-        rows, entropy, gram, tokens, documents = state
-        if entropy is None or gram is None:
+        rows, documents, count = state
+        if not rows.held:
             return {}
-        each = entropy / rows
+        each, gram = (x.double().mean(0) for x in rows.ordered().held)
         size = gram.diagonal().sqrt()
         cosine = gram / torch.outer(size, size)
         heads = len(cosine)
@@ -70,19 +63,27 @@ def head_patterns() -> Probe:
             values = torch.linalg.eigvalsh(cosine)
             found["cosine"] = ((cosine.sum() - heads) / (heads * (heads - 1))).item()
             found["gap"] = (values[-1] - values[-2]).item()
-            found["floor"] = causal_floor(round(tokens / documents))
+            found["floor"] = causal_floor(round(count / documents))
         return found
 
-    return Probe(
-        "layer",
-        lambda key: (0, None, None, 0, 0),
-        update,
-        finish,
-        watch=("attention",),
-        figures=True,
-    )
+    start = (NONE_DRAWN, 0, 0)
+    return Probe("layer", lambda key: start, update, finish, watch=("attention",), figures=True)
 
 
+def _looks(call: Attention, at: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Entropies `[rows, head]` and inner products `[rows, head, head]` at places of a batch."""
+    heads = call.query.shape[1]
+    entropy = torch.zeros(len(at), heads, device=at.device)
+    gram = torch.zeros(len(at), heads, heads, device=at.device)
+    for document in (at // length).unique().tolist():
+        mine = at // length == document
+        p = call.probabilities(document, at[mine] % length).transpose(0, 1)  # [rows, head, keys]
+        entropy[mine] = -(p * (p + 1e-12).log()).sum(2)
+        gram[mine] = p @ p.mT
+    return entropy, gram
+
+
+@cache
 def causal_floor(length: int, pairs: int = 64) -> float:
     """Mean cosine between two causal heads whose scores are independent standard normal numbers.
 
@@ -124,11 +125,9 @@ def neuron_means(*, inputs: str = "") -> Probe:
     def update(state: tuple[Tensor, ...] | None, seen: Seen) -> tuple[Tensor, ...] | None:
         if state is None or seen.owners is None:
             return state
-        owners = seen.owners.long()
-        sums = torch.zeros(int(owners.max()) + 1, seen.inputs.shape[1], dtype=torch.float64)
-        sums.index_add_(0, owners.cpu(), seen.inputs.abs().double().cpu())
-        count = torch.bincount(owners.cpu(), minlength=len(sums))
-        return (*state, (sums / count[:, None]).float())
+        count = torch.bincount(seen.owners.long())
+        parts = seen.inputs.abs().split(count.tolist())  # owners ascend
+        return (*state, torch.stack([part.float().mean(0).cpu() for part in parts]))
 
     def finish(state: tuple[Tensor, ...] | None) -> Float[Tensor, "..."]:
         return torch.cat(state) if state else torch.zeros(0)

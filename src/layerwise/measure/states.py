@@ -8,10 +8,7 @@ from torch import Tensor
 
 from layerwise.core.method import method
 from layerwise.core.stats import Probe, Seen
-from layerwise.core.tokens import Sample, by_token, kept, places, priorities
-
-#: documents so far, the priorities of the kept tokens, and these
-Kept = tuple[int, Tensor, Sample | None]
+from layerwise.core.tokens import NONE_DRAWN, Drawn, Sample, by_token, drawn, kept
 
 
 @method("measure")
@@ -34,47 +31,23 @@ def token_sample(*, tokens: int = 512) -> Probe:
         torch.Size([5, 4])
     """
 
-    def update(state: Kept, seen: Seen) -> Kept:
+    def update(state: Drawn, seen: Seen) -> Drawn:
         assert seen.output is not None
-        documents, ranks, sample = state
-        keep = kept(seen.output, seen.mask)
-        where = places(keep, documents)
-        here = priorities(where)
-        chosen = _smallest(here, tokens).to(where.device)
-        new = Sample(where[chosen].cpu(), *(x[chosen].cpu() for x in _rows(seen, keep)))
-        ranks = torch.cat([ranks, here[chosen.cpu()]])
-        if sample is not None:
-            new = Sample(*(torch.cat(pair) for pair in zip(sample, new, strict=True)))
-        best = _smallest(ranks, tokens)
-        return documents + len(keep), ranks[best], Sample(*(_at(x, best) for x in new))
+        before, after = (by_token(x).flatten(0, 1) for x in (seen.inputs, seen.output))
+        same = len(before) == len(after)  # none before where the layer moves positions
+        before = before if same else after.new_zeros(len(after), 0)
+        return drawn(
+            state, kept(seen.output, seen.mask), tokens, lambda at: (before[at], after[at])
+        )
 
-    def finish(state: Kept) -> Sample:
-        sample = state[2]
-        assert sample is not None
-        order = (sample.where[:, 0] * 2**32 + sample.where[:, 1]).argsort()
-        return Sample(*(_at(x, order) for x in sample))
+    def finish(state: Drawn) -> Sample:
+        ordered = state.ordered()
+        return Sample(ordered.where, *ordered.held)
 
-    start = torch.zeros(0, dtype=torch.int64)
-    return Probe("layer", lambda key: (0, start, None), update, finish)
+    return Probe("layer", lambda key: NONE_DRAWN, update, finish)
 
 
-def _rows(seen: Seen, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens that count, before and after; none before where the layer moves positions."""
-    assert seen.output is not None
-    before, after = by_token(seen.inputs), by_token(seen.output)
-    same = before.shape[:2] == after.shape[:2]
-    return before[keep] if same else before.new_zeros(int(keep.sum()), 0), after[keep]
-
-
-def _smallest(ranks: Tensor, count: int) -> Tensor:
-    return ranks.topk(min(count, len(ranks)), largest=False).indices
-
-
-def _at(rows: Tensor, chosen: Tensor) -> Tensor:
-    return rows[chosen]
-
-
-Pooling = Literal["mean", "last", "first", "max"]
+Pooling = Literal["mean", "last", "first", "max", "unit"]
 
 
 @method("measure")
@@ -82,7 +55,8 @@ def pooled_states(*, how: Pooling = "mean") -> Probe:
     """One state per document before and after every layer: its mean, last, first or largest token.
 
     Args:
-        how: `mean` and `max` over the tokens that are no padding, or the `first` or `last` of them.
+        how: `mean` and `max` over the tokens that are no padding, the `first` or `last` of them, or
+            `unit`, the mean of tokens less their mean and divided by their norm.
 
     Returns:
         A probe whose value per layer is a `Sample` whose rows are documents; its `where` holds the
@@ -133,6 +107,38 @@ def largest_states() -> Probe:
     return pooled_states(how="max")
 
 
+@method("measure", paper="arXiv:2305.04940")
+def place_states(*, every: int = 8, bins: int = 16) -> Probe:
+    """A document's states after every layer by place: sums over positions that share a weight.
+
+    `s_b = sum_{t in bin b} h_t / T` with `every` positions to a bin, the last one taking the rest:
+    `sum_b w_b s_b` is any weighting of tokens by position, in steps.
+
+    Args:
+        every: positions in a bin; 1 has a weight for each.
+        bins: how many bins. Memory: `documents * bins * dim` numbers per layer.
+
+    Returns:
+        A probe whose value per layer is `[documents, bins, dim]`.
+
+    Example:
+        >>> x = torch.tensor([[[1.0], [2.0], [3.0]]])
+        >>> probe = place_states(every=1, bins=2)
+        >>> probe.finish(probe.update(probe.init(""), Seen(x, x, None, None, {}, None)))[0, :, 0]
+        tensor([0.3333, 1.6667])
+    """
+
+    def update(state: tuple[Tensor, ...], seen: Seen) -> tuple[Tensor, ...]:
+        assert seen.output is not None
+        keep, rows = kept(seen.output, seen.mask), by_token(seen.output)
+        place = ((keep.long().cumsum(1) - 1).clamp_min(0) // every).clamp_max(bins - 1)
+        weight = keep.double() / keep.double().sum(1, keepdim=True).clamp_min(1)
+        picks = torch.nn.functional.one_hot(place, bins) * weight[..., None]  # [batch, seq, bins]
+        return (*state, (picks.mT @ rows.double()).float().cpu())
+
+    return Probe("layer", lambda key: (), update, torch.cat)
+
+
 def pool(
     rows: Float[Tensor, "batch seq dim"], keep: Tensor, how: Pooling
 ) -> Float[Tensor, "batch dim"]:
@@ -140,6 +146,9 @@ def pool(
     if how == "mean":
         share = keep[..., None].double()
         return (rows.double() * share).sum(1) / share.sum(1).clamp_min(1)
+    if how == "unit":
+        centred = rows.double() - pool(rows, keep, "mean")[:, None]
+        return pool(torch.nn.functional.normalize(centred, dim=-1), keep, "mean")
     if how == "max":
         return rows.masked_fill(~keep[..., None], -torch.inf).amax(1)
     count = keep.long().cumsum(1)
