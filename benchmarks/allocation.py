@@ -16,6 +16,12 @@ BUDGETS = (2.5, 3.0, 4.0)
 WAYS = (
     ("uniform", ""),
     ("knapsack", "sensitivity"),
+    ("knapsack", "linearity"),
+    ("knapsack", "interactions"),
+    ("knapsack", "fisher"),
+    ("knapsack", "trial_error"),
+    ("waterfill", "trial_error"),
+    ("waterfill", "sensitivity"),
     ("knapsack", "lim"),
     ("knapsack", "zd"),
     ("threshold", "lim"),

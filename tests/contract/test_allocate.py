@@ -176,3 +176,16 @@ def test_uniform_is_one_option_and_the_rest_in_network_order(
 ) -> None:
     damage, menus = alike([0.0, 1.0, 2.0, 3.0])
     assert list(find("uniform").function(damage, menus, budget).values()) == expected
+
+
+def test_water_finds_one_level() -> None:
+    """Losses 4 and 1 at 2 bits, four times less for every further bit: one bit goes over."""
+    menus, values = {}, {}
+    for group, scale in (("a", 4.0), ("b", 1.0)):
+        options = tuple(Option((), 100 * bits, f"{bits}") for bits in (4, 3, 2, 1))
+        menus[group] = Menu(group, options)
+        values[group] = tuple(scale * 4.0 ** (2 - bits) for bits in (4, 3, 2, 1))
+    damage = Damage(values, {"a": 4.0, "b": 1.0})
+    choice = find("waterfill").bind()(damage, menus, 500)
+    assert {g: menus[g].options[i].label for g, i in choice.items()} == {"a": "3", "b": "2"}
+    assert total(damage, choice) == 2.0

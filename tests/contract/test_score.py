@@ -11,6 +11,7 @@ from torch.nn import Identity
 import layerwise
 from layerwise.core.method import Method, find, methods
 from layerwise.core.network import Network
+from layerwise.core.plan import Step
 from layerwise.core.stack import Layer, Stack, plain_wiring
 from layerwise.core.stats import Scores, Seen, Stats, observe
 
@@ -43,7 +44,14 @@ def score(method: Method, stats: Stats, stack: Stack, **options: Any) -> Scores:
     def without(trials: Sequence[tuple[str, ...]]) -> list[float]:
         return [2.0 + sum((int(k.split("/")[1]) - 1.5) ** 2 for k in gone) for gone in trials]
 
+    def squares() -> dict[str, Tensor]:
+        return {m.key: torch.full(m.shape, m.layer.count("0") + 1.0) for m in stack.matrices()}
+
+    def tried(weight: Tensor, found: Mapping[str, Tensor], chain: tuple[Step, ...]) -> Tensor:
+        return weight * 0.9
+
     given = {"fetch": fetch, "evaluate": evaluate, "without": without}
+    given |= {"squares": squares, "tried": tried}
     return method.bind(options, **given)(stack, stats)
 
 
@@ -65,7 +73,9 @@ def test_one_finite_value_per_unit(method: Method, network: Network, stats: Stat
 def test_layers_may_be_relabelled(method: Method, network: Network, stats: Stats) -> None:
     keys = [layer.key for layer in network.stack.layers]
     other = dict(zip(keys, [keys[2], keys[0], keys[3], keys[1]], strict=True))
-    moved = Stats({p: {other[k]: v for k, v in units.items()} for p, units in stats.values.items()})
+    moved = Stats(
+        {p: {other.get(k, k): v for k, v in units.items()} for p, units in stats.values.items()}
+    )
     before, after = score(method, stats, network.stack), score(method, moved, network.stack)
     assert after.values == {other[key]: value for key, value in before.values.items()}
 
@@ -137,3 +147,42 @@ def test_spans_end_with_their_stack() -> None:
     both = Stats({"last_states": {**mine["last_states"], **other["last_states"]}})
     found = score(find("angular_distance"), both, a_stack(3), span=2)
     assert list(found.values) == ["decoder/0", "decoder/1"]
+
+
+def test_pairs_are_shared_out_and_add_up(network: Network) -> None:
+    """L(1) = L(2) = L(1, 2) = 0.01: the second edit is free once the first is made."""
+    first, second = [group.key for group in network.stack.groups()][:2]
+    stack = Stack("decoder", "", network.stack.layers[:1], plain_wiring(1))
+
+    def evaluate(trials: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
+        return [(0.01 if chains.keys() & {first, second} else 0.0, 0.1) for chains in trials]
+
+    found = find("interactions").bind(evaluate=evaluate)(stack, Stats({}))
+    assert found.values[first] == found.values[second] == pytest.approx(0.005)
+    others = [value for key, value in found.values.items() if key not in (first, second)]
+    assert others == pytest.approx([0.0] * len(others))
+
+
+def test_slopes_are_fitted_over_all_trials(network: Network) -> None:
+    given = {3: (0.08, 0.04), 4: (0.02, 0.01)}
+
+    def evaluate(trials: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
+        return [given[next(iter(chains.values()))[0].options["bits"]] for chains in trials]
+
+    found = find("linearity").bind({"bits": (3, 4)}, evaluate=evaluate)(network.stack, Stats({}))
+    assert list(found.values.values()) == pytest.approx([2.0] * len(found.values))
+
+
+def test_errors_are_weighed_by_gradients_and_by_inputs(network: Network, stats: Stats) -> None:
+    """Ten per cent off everywhere: half the squared weights, and the output's own square."""
+    layer = network.stack.layers[0]
+    matrix = next(m for m in layer.matrices if m.role == "o")
+    weight = matrix.view(dict(layer.module.named_parameters())[matrix.parameter]).detach()
+    fisher = score(find("fisher"), stats, network.stack)
+    wanted = 0.5 * 2 * (0.1 * weight).square().sum().item()  # the stand-in is 2 in layer 0
+    assert fisher.values[matrix.fusion] == pytest.approx(wanted, rel=1e-4)
+    assert fisher.trial[matrix.fusion] == pytest.approx(0.01, rel=1e-4)
+    moment = stats["second_moment"][matrix.inputs]
+    outputs = 0.01 * torch.trace(weight @ moment @ weight.T).item()
+    found = score(find("trial_error"), stats, network.stack)
+    assert found.values[matrix.fusion] == pytest.approx(outputs, rel=1e-3)

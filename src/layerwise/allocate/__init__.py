@@ -1,5 +1,5 @@
 """Allocate: what each group gets within one budget."""
 
-from layerwise.allocate.choose import knapsack, threshold, uniform
+from layerwise.allocate.choose import knapsack, threshold, uniform, waterfill
 
-__all__ = ["knapsack", "threshold", "uniform"]
+__all__ = ["knapsack", "threshold", "uniform", "waterfill"]

@@ -1,7 +1,7 @@
 """Allocators: damage, menus and a budget in bytes in; one option per group out."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -94,6 +94,57 @@ def threshold(damage: Damage, menus: Mapping[str, Menu], budget: int) -> Choice:
             spare -= min(larger)[0] - now
             choice[group] = min(larger)[1]
     return choice
+
+
+@method("allocate", aliases=("equal_loss",), paper="arXiv:2506.05664")
+def waterfill(damage: Damage, menus: Mapping[str, Menu], budget: int) -> Choice:
+    r"""The same loss per weight everywhere: every group falls to one level, the lowest that fits.
+
+    A group of `n_g` weights at `b` bits loses `A_g 4^-b`; the least sum at a given size has
+    `b_g = R + 1/2 log2(c_g / geomean(c))` with `c_g = A_g / n_g`, where all lose `4^-R` per
+    weight. Every group takes its smallest option that loses no more than that; what is left over
+    goes to those that lose most.
+
+    Args:
+        damage: predicted rise of the loss per group and option.
+        menus: the options of every group.
+        budget: bytes for all groups together.
+
+    Raises:
+        LayerwiseError: even the smallest options exceed the budget.
+
+    Reference: Zhang et al., 2025, arXiv:2506.05664, equations for columns; here for groups, with
+    the budget kept exactly.
+    """
+    choice = _smallest(menus, budget)
+    loss = {g: [v / menu.options[0].bytes for v in damage.values[g]] for g, menu in menus.items()}
+    levels = sorted({v for row in loss.values() for v in row})
+    low, high = 0, len(levels)
+    while low < high:
+        middle = (low + high) // 2
+        trial = {g: _below(menu, loss[g], levels[middle]) for g, menu in menus.items()}
+        if cost(menus, trial) <= budget:
+            choice, high = trial, middle
+        else:
+            low = middle + 1
+    spare = budget - cost(menus, choice)
+    for group in sorted(menus, key=lambda g: -loss[g][choice[g]]):
+        now = menus[group].options[choice[group]].bytes
+        larger = [
+            (loss[group][i], o.bytes, i)
+            for i, o in enumerate(menus[group].options)
+            if now < o.bytes <= now + spare and loss[group][i] < loss[group][choice[group]]
+        ]
+        if larger:
+            spare -= min(larger)[1] - now
+            choice[group] = min(larger)[2]
+    return choice
+
+
+def _below(menu: Menu, loss: Sequence[float], level: float) -> int:
+    """The smallest option that loses no more than a level; the least loss if there is none."""
+    able = [(o.bytes, i) for i, o in enumerate(menu.options) if loss[i] <= level]
+    return min(able)[1] if able else min(range(len(loss)), key=loss.__getitem__)
 
 
 @method("allocate", aliases=("multiple_choice",), paper="arXiv:2006.10518")

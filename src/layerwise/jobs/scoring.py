@@ -22,7 +22,7 @@ from layerwise.core.quality import Quality, measure_quality
 from layerwise.core.reader import samples_of, windows
 from layerwise.core.stack import Layer
 from layerwise.core.stats import Probe, Scores, Stats, observe
-from layerwise.core.task import answer, forward_arguments
+from layerwise.core.task import answer, forward_arguments, labels_of
 from layerwise.jobs.forecast import memory_of_models
 from layerwise.jobs.request import Request
 from layerwise.jobs.session import Progress, load_reader, texts_of
@@ -161,6 +161,26 @@ class Trials:
                 matrix.view(value).copy_(dense)
         return self.quality(edits, first).estimate("kl").value, above / max(below, 1e-300)
 
+    def squares(self, progress: Callable[[int, int], None]) -> dict[str, Tensor]:
+        """`T g^2` of every matrix, the mean over documents of `T` tokens; `g` is of their mean."""
+        parameters = dict(self.network.module.named_parameters(remove_duplicate=False))
+        places = [(la, m, f"{la.path}.{m.parameter}") for la in self.layers for m in la.matrices]
+        leaves = {name: parameters[name].detach().requires_grad_() for _, _, name in places}
+        total = {name: torch.zeros_like(leaf, requires_grad=False) for name, leaf in leaves.items()}
+        for number, batch in enumerate(self.batches, 1):
+            inputs = {k: v.to(self.network.device) for k, v in batch.items()}
+            arguments = forward_arguments(self.twin[0], inputs)
+            rows = answer(functional_call(self.twin[0], leaves, (), arguments, strict=False), batch)
+            wanted = labels_of(batch)
+            wanted = rows.argmax(-1) if wanted is None else wanted.to(rows.device)
+            loss = torch.nn.functional.cross_entropy(rows.float(), wanted)
+            found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+            for name, gradient in zip(leaves, found, strict=True):
+                if gradient is not None:
+                    total[name].add_(gradient.square(), alpha=len(rows) / len(self.batches))
+            progress(number, len(self.batches))
+        return {matrix.key: matrix.view(total[name]) for _, matrix, name in places}
+
     def without(self, gone: Collection[str]) -> float:
         """Loss in nats per token when the named layers hand their input on."""
         numbers = [i for i, layer in enumerate(self.layers) if layer.key in gone]
@@ -197,7 +217,7 @@ def make_scores(request: Request, network: Network, name: str, progress: Progres
     if probes:
         batches = windows(load_reader(network), texts, "calibrate")
         stats = observe(network, batches, probes, partial(progress, "measuring layers"))
-    if {"evaluate", "without"} & set(method.given):
+    if {"evaluate", "without", "squares"} & set(method.given):
         trials = trials_for(request, network)
 
         def evaluate(edits: Sequence[Mapping[str, tuple[Step, ...]]]) -> list[tuple[float, float]]:
@@ -208,14 +228,18 @@ def make_scores(request: Request, network: Network, name: str, progress: Progres
             tick = counting(progress, "leaving layers out", len(gone))
             return fan_out(trials.without, gone, request.engine, tick)
 
-        given = {"evaluate": evaluate, "without": without}
+        squares = partial(trials.squares, partial(progress, "gradients"))
+        given = {"evaluate": evaluate, "without": without, "squares": squares}
     layers = {layer.key: layer for layer in network.layers()}
 
     def fetch(key: str) -> dict[str, Tensor]:
         tensors = network.fetch(layers[key])
         return {m.key: m.view(tensors[m.parameter]) for m in layers[key].matrices}
 
-    score = method.bind(request.options(method.name), fetch=fetch, **given)
+    def tried(weight: Tensor, found: Mapping[str, Tensor], chain: tuple[Step, ...]) -> Tensor:
+        return run_chain(weight.contiguous(), found, chain).dense()
+
+    score = method.bind(request.options(method.name), fetch=fetch, tried=tried, **given)
     return _merged([score(stack, stats) for stack in network.stacks])
 
 

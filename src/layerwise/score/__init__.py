@@ -1,19 +1,29 @@
 """Score: from what was measured to how important each layer or group is."""
 
+from layerwise.score.groups import (
+    fisher,
+    interactions,
+    linearity,
+    sensitivity,
+    trial_error,
+)
 from layerwise.score.layers import (
     angular_distance,
     block_influence,
     layer_input_modification,
     removal,
-    sensitivity,
     zscore_share,
 )
 
 __all__ = [
     "angular_distance",
     "block_influence",
+    "fisher",
+    "interactions",
     "layer_input_modification",
+    "linearity",
     "removal",
     "sensitivity",
+    "trial_error",
     "zscore_share",
 ]

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from layerwise.core.method import method
-from layerwise.core.plan import Step
 from layerwise.core.stack import Stack
 from layerwise.core.stats import Scores, Stats
 
@@ -121,38 +120,6 @@ def angular_distance(stack: Stack, stats: Stats, *, span: int = 1) -> Scores:
         cosine = torch.cosine_similarity(before.double(), after.double(), dim=-1)
         values[states[start][0]] = (cosine.clamp(-1, 1).arccos() / math.pi).mean().item()
     return Scores(values, "span", f"angular_distance, span {span}")
-
-
-@method("score", aliases=("kl",))
-def sensitivity(
-    stack: Stack,
-    stats: Stats,
-    *,
-    evaluate: Callable[[Sequence[Mapping[str, tuple[Step, ...]]]], list[tuple[float, float]]],
-    trial: str = "rtn",
-    bits: int = 3,
-    group: int = 64,
-) -> Scores:
-    """Measured KL of a trial edit, one group at a time, the rest of the model as it is.
-
-    Args:
-        stack: the layers.
-        stats: not used.
-        evaluate: given; for each trial, chains per group, (KL in nats per token, relative squared
-            error).
-        trial: the method that is tried.
-        bits: of the trial.
-        group: columns of the trial that share a scale.
-
-    Returns:
-        One score per fusion group, in nats, with the error that gave rise to it.
-    """
-    chain = (Step(trial, {"bits": bits, "group": group}),)
-    keys = [member.key for member in stack.groups()]
-    found = dict(zip(keys, evaluate([{key: chain} for key in keys]), strict=True))
-    values = {key: kl for key, (kl, _) in found.items()}
-    errors = {key: error for key, (_, error) in found.items()}
-    return Scores(values, "group", f"sensitivity to {trial} at {bits} bits", errors)
 
 
 @method("score", aliases=("measured",))
