@@ -19,6 +19,7 @@ from torch import Tensor
 
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.index import INDEX, broken, read_json, weight_files
+from layerwise.core.machine import BIG
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -46,8 +47,6 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 #: elements on disk in one element of torch, along the last axis
 _PACKED = {torch.float4_e2m1fn_x2: 2}
 _LONGEST_HEADER = 100_000_000
-#: what is worth giving back to the system at once
-BIG = 1 << 20
 
 
 class TensorInfo(NamedTuple):

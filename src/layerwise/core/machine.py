@@ -5,8 +5,15 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+import torch
+from torch import Tensor
 
 from layerwise.core.errors import LayerwiseError
+
+#: what is worth a place of its own
+BIG = 1 << 20
 
 #: errors of the file system that a user can mend, and how
 _MENDING = {
@@ -80,6 +87,22 @@ def _check(where: str, needed: Mapping[str, int], room: int, fix: str) -> None:
             found=f"{amount(total)} needed: {parts}",
             fix=fix,
         )
+
+
+def on_disk(tensor: Tensor) -> Tensor:
+    """A big tensor in a file without a name, which the system drops with the tensor.
+
+    It is read and written like any other, and takes no memory that cannot be given back.
+    """
+    if tensor.nbytes < BIG or tensor.device.type != "cpu":
+        return tensor
+    with NamedTemporaryFile(prefix="layerwise-") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, tensor.nbytes)
+        except (OSError, AttributeError):
+            return tensor  # no room there, or another system
+        place = torch.from_file(file.name, True, tensor.numel(), dtype=tensor.dtype)
+    return place.copy_(tensor.reshape(-1)).view(tensor.shape)
 
 
 def amount(nbytes: float) -> str:

@@ -9,8 +9,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from layerwise.core.lockstep import walk
+from layerwise.core.machine import on_disk
 from layerwise.core.network import Network
 from layerwise.core.stack import Stack
 from layerwise.core.stops import Batch, Lane, Rows, Stop, hidden
@@ -145,6 +147,7 @@ class Gathering:
             self._open.close()
             for lane in _edited(stop):
                 self._show("layer", stop.layer.key, lane, self._of_layer(stop, lane))
+            self._put_by(stop.layer.key)
 
     def _begin_watch(self, stop: Stop) -> None:
         if self._wanted:
@@ -207,6 +210,13 @@ class Gathering:
             if probe.emit is not None:
                 self._fed[lane.batch][name] = probe.emit(states[key])
 
+    def _put_by(self, layer: str) -> None:
+        """Leave what is known of a layer in files, so that depth takes no memory."""
+        for states in self.states.values():
+            for key in states:
+                if key == layer or key.startswith(f"{layer}/"):
+                    states[key] = _filed(states[key])
+
     def take(self, key: str) -> dict[str, Any]:
         """What every probe found for one unit, which is then forgotten."""
         return {
@@ -217,11 +227,16 @@ class Gathering:
 
     def finish(self) -> Stats:
         """Close every state."""
-        done = {
-            name: {key: probe.finish(self.states[name][key]) for key in self.states[name]}
-            for name, probe in self.probes.items()
-        }
+        done: dict[str, dict[str, Any]] = {}
+        for name, probe in self.probes.items():
+            states = self.states[name]
+            done[name] = {key: _filed(probe.finish(states.pop(key))) for key in list(states)}
         return Stats(done)
+
+
+def _filed(tree: Any) -> Any:
+    """A nest whose big tensors lie in files."""
+    return tree_map(lambda leaf: on_disk(leaf) if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def _owners(rows: Tensor, state: Tensor) -> Tensor | None:
