@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
@@ -53,7 +53,10 @@ Cost = Callable[[Size, Mapping[str, Any]], str]
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method: its function, where it belongs and what a user may set."""
+    """A registered method: its function, where it belongs and what a user may set.
+
+    The steps of a chain that follow it find under a name in `gives` another of its `needs`.
+    """
 
     name: str
     family: str
@@ -64,6 +67,7 @@ class Method:
     options: Mapping[str, inspect.Parameter]
     given: tuple[str, ...]
     cost: Cost | None = None
+    gives: Mapping[str, str] = field(default_factory=dict)
 
     def costs(self, size: Size, options: Mapping[str, Any]) -> str:
         """What it costs beyond the pass, with some options set; nothing if it costs no more."""
@@ -103,6 +107,7 @@ def method(
     paper: str | None = None,
     needs: tuple[str, ...] = (),
     cost: Cost | None = None,
+    gives: Mapping[str, str] = {},
 ) -> Callable[[F], F]:
     """Register a function as a method of a family, under its own name.
 
@@ -139,6 +144,7 @@ def method(
             options={k: p for k, p in keywords.items() if p.default is not p.empty},
             given=tuple(k for k, p in keywords.items() if p.default is p.empty),
             cost=cost,
+            gives=gives,
         )
         for key in (title, *aliases):
             if key in _METHODS:

@@ -5,12 +5,15 @@ a result does not depend on whether it was just computed or read back.
 """
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
+
+from layerwise.core.rotation import rotated, unrotated
 
 
 @dataclass(frozen=True)
@@ -123,8 +126,129 @@ class Gather:
         return self.inner.nbytes + self.order.nbytes
 
 
-Weight = Dense | Quantized | Sparse | Product | Sum | Gather
-_KINDS = {kind.__name__: kind for kind in (Dense, Quantized, Sparse, Product, Sum, Gather)}
+@dataclass(frozen=True)
+class Rotated:
+    """A matrix on inputs that are rotated: `inner` stands for `W D H`, in blocks of columns.
+
+    It is a frame: the steps of a chain that follow see the rotated weight and moments.
+    """
+
+    inner: "Weight"
+    signs: Bool[Tensor, " in"]
+    block: int
+
+    def dense(self) -> Float[Tensor, "out in"]:
+        return unrotated(self.inner.dense(), self.signs, self.block)
+
+    def moment(self, value: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
+        """A moment of the inputs as they are inside."""
+        half = rotated(value, self.signs, self.block)
+        return rotated(half.T, self.signs, self.block).T
+
+    @property
+    def nbytes(self) -> int:
+        return self.inner.nbytes + math.ceil(len(self.signs) / 8)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A matrix on inputs that are divided by `scale`: `inner` stands for `W diag(scale)`.
+
+    It is a frame, as `Rotated` is.
+    """
+
+    inner: "Weight"
+    scale: Float[Tensor, " in"]
+
+    def dense(self) -> Float[Tensor, "out in"]:
+        return self.inner.dense().float() / self.scale.float()
+
+    def moment(self, value: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
+        """A moment of the inputs as they are inside."""
+        return value / self.scale.float() / self.scale.float()[:, None]
+
+    @property
+    def nbytes(self) -> int:
+        return self.inner.nbytes + self.scale.nbytes
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """Vectors of neighbouring columns out of a table, times a scale per group of columns.
+
+    The table is a constant of the format and takes no bytes of a matrix; the columns that fill up
+    the last vector do.
+    """
+
+    codes: Int[Tensor, "out vectors"]
+    scale: Float[Tensor, "out groups"]
+    book: Float[Tensor, "levels dim"]
+    group: int
+    columns: int
+
+    def dense(self) -> Float[Tensor, "out in"]:
+        values = self.book[self.codes.long()].flatten(1)[:, : self.columns]  # [out, in]
+        blocks = in_groups(values, self.group or self.columns)
+        return (blocks * self.scale.float()[..., None]).flatten(1)[:, : self.columns]
+
+    @property
+    def nbytes(self) -> int:
+        bits = math.ceil(math.log2(len(self.book)))
+        rows, vectors = self.codes.shape
+        return 4 * rows * math.ceil(vectors * bits / 32) + self.scale.nbytes
+
+
+@dataclass(frozen=True)
+class Trits:
+    """-1, 0 or 1, five to a byte, times a scale per group of columns."""
+
+    codes: Int[Tensor, "out in"]
+    scale: Float[Tensor, "out groups"]
+    group: int
+
+    def dense(self) -> Float[Tensor, "out in"]:
+        columns = self.codes.shape[1]
+        blocks = in_groups(self.codes.float(), self.group or columns)
+        return (blocks * self.scale.float()[..., None]).flatten(1)[:, :columns]
+
+    @property
+    def nbytes(self) -> int:
+        rows, columns = self.codes.shape
+        return rows * math.ceil(columns / 5) + self.scale.nbytes
+
+
+Weight = Dense | Quantized | Sparse | Product | Sum | Gather | Rotated | Scaled | Codebook | Trits
+Frame = Rotated | Scaled
+_KINDS = {
+    kind.__name__: kind
+    for kind in (
+        *(Dense, Quantized, Sparse, Product, Sum, Gather),
+        *(Rotated, Scaled, Codebook, Trits),
+    )
+}
+
+
+def innermost(record: Weight) -> Weight:
+    """What lies inside all frames."""
+    while isinstance(record, Frame):
+        record = record.inner
+    return record
+
+
+def put_inside(record: Weight, inner: Weight) -> Weight:
+    """The same frames around something else."""
+    if isinstance(record, Frame):
+        return replace(record, inner=put_inside(record.inner, inner))
+    return inner
+
+
+def seen_inside(record: Weight, stats: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Statistics as they are inside all frames: moments of the inputs, and nothing else."""
+    while isinstance(record, Frame):
+        frame, record = record, record.inner
+        square = {k: v for k, v in stats.items() if isinstance(v, Tensor) and v.ndim == 2}
+        stats = {name: frame.moment(value) for name, value in square.items()}
+    return stats
 
 
 def in_groups(matrix: Tensor, width: int) -> Shaped[Tensor, "out groups width"]:

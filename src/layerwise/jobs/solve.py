@@ -17,7 +17,7 @@ from layerwise.core.plan import Edit, Step, chain_for
 from layerwise.core.stack import Layer, Matrix
 from layerwise.core.stats import Gathering
 from layerwise.core.stops import Batch, Stop
-from layerwise.core.weight import Dense, Weight
+from layerwise.core.weight import Dense, Weight, innermost, put_inside, seen_inside
 from layerwise.jobs.session import Progress, silent
 
 
@@ -38,10 +38,20 @@ def solve_matrix(task: Task) -> tuple[Weight, float]:
 
 
 def run_chain(weight: Any, stats: Mapping[str, Any], chain: Sequence[Step]) -> Weight:
-    """Apply the methods of a chain one after another; each sees the dense form of the last."""
+    """Apply the methods of a chain one after another; each sees the dense form of the last.
+
+    Inside the frames that earlier steps have put around it. What asks for them is given the record
+    of the step `before`, and the `target`: the last matrix of the chain that was not rounded.
+    """
     record: Weight = Dense(weight)
+    target = weight
     for step in chain:
-        record = find(step.method, "weight").bind(step.options)(record.dense(), stats)
+        found, held = find(step.method, "weight"), innermost(record)
+        target = held.value if isinstance(held, Dense) else target
+        edit = found.bind(step.options, before=held, target=target)
+        record = put_inside(record, edit(held.dense(), seen_inside(record, stats)))
+        renamed = {new: stats[old] for new, old in found.gives.items() if old in stats}
+        stats = {**stats, **renamed}
     return record
 
 

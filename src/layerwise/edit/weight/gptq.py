@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from layerwise.core.errors import LayerwiseError
 from layerwise.core.method import method
 from layerwise.core.weight import Quantized
-from layerwise.edit.weight._grid import Grid, check_bits, fit_grid, round_column
+from layerwise.edit.weight._grid import check_bits, fit_grid, round_column
+from layerwise.edit.weight._solve import column_feedback, inverse_factor, prepared
 from layerwise.edit.weight.rtn import quantized
 
 
@@ -59,94 +59,27 @@ def gptq(
     and blocks are as wide as groups, so that the width of a block changes nothing.
     """
     check_bits("gptq", bits, group)
-    columns = weight.shape[1]
-    moment = stats.get("second_moment")
-    hessian = torch.eye(columns, device=weight.device) if moment is None else moment.float().clone()
-    work = weight.float().clone()
-    dead = hessian.diagonal() <= 0
-    # not 1, as in the authors' code: the damping would depend on the scale of the inputs
-    hessian.diagonal()[dead] = hessian.diagonal()[~dead].mean().nan_to_num(1.0)
-    work[:, dead] = 0.0
-    sequence = torch.arange(columns, device=weight.device)
+    work, hessian = prepared(weight, stats.get("second_moment"))
+    sequence = torch.arange(weight.shape[1], device=weight.device)
     if order:
         sequence = hessian.diagonal().argsort(descending=True, stable=True)
-    factor = inverse_factor(hessian[sequence][:, sequence], damping)
+    factor = inverse_factor(hessian[sequence][:, sequence], damping, "gptq")
     grid = fit_grid(work, bits, group, symmetric, shrink, weight.dtype)
     # Scales and zeros are read column by column: lay columns out in one piece.
     grid = grid._replace(scale=grid.scale.T.contiguous().T, zero=grid.zero.T.contiguous().T)
+
+    def refit(start: int, columns: Tensor) -> None:
+        fitted = fit_grid(columns, bits, 0, symmetric, shrink, weight.dtype)
+        grid.scale[:, start // group] = fitted.scale[:, 0]
+        grid.zero[:, start // group] = fitted.zero[:, 0]
+
     dynamic = bool(group) and not order
-    codes = _feedback(
-        work, factor, grid, sequence, _Refit(symmetric, shrink, weight.dtype, dynamic)
+    codes = column_feedback(
+        work,
+        factor,
+        sequence,
+        lambda values, place: round_column(values, grid, place),
+        grid.group if dynamic else 128,
+        refit if dynamic else None,
     )
-    return quantized(codes, grid, group, symmetric, weight.dtype)
-
-
-class _Refit:
-    """Fits the grid of a group on the weights as they are when the group is reached."""
-
-    def __init__(self, symmetric: bool, shrink: bool, dtype: torch.dtype, active: bool) -> None:
-        self.symmetric, self.shrink, self.dtype, self.active = symmetric, shrink, dtype, active
-
-    def __call__(self, grid: Grid, at: int, columns: Tensor) -> None:
-        fitted = fit_grid(columns, grid.bits, 0, self.symmetric, self.shrink, self.dtype)
-        grid.scale[:, at] = fitted.scale[:, 0]
-        grid.zero[:, at] = fitted.zero[:, 0]
-
-
-def inverse_factor(hessian: Float[Tensor, "in in"], damping: float) -> Float[Tensor, "in in"]:
-    """Upper triangular `U` with `U^T U = (H + d I)^-1`.
-
-    From `J H J = L L^T`, `J` the reversal, `U = (J L J)^-1`: one Cholesky, one triangular
-    inverse. Damping grows tenfold, then float64 is taken, where the matrix is not positive
-    definite.
-
-    Raises:
-        LayerwiseError: no damping makes the matrix positive definite.
-    """
-    size = len(hessian)
-    mean = hessian.diagonal().mean()
-    for attempt in range(8):
-        share = damping if attempt == 0 else (damping + 1e-3) * 10**attempt
-        dtype = torch.float32 if attempt < 2 else torch.float64
-        damped = hessian.to(dtype).flip(0, 1)
-        damped.diagonal().add_(share * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            break
-    else:
-        raise LayerwiseError(
-            "gptq, second_moment",
-            allowed="finite numbers, symmetric and positive definite once damped",
-            found=f"{hessian.isfinite().double().mean():.1%} finite, mean of diagonal {mean:.3g}",
-            fix="calibrate on more or other text, or compute in float32",
-        )
-    upper = lower.flip(0, 1).contiguous()
-    identity = torch.eye(size, dtype=upper.dtype, device=upper.device)
-    return torch.linalg.solve_triangular(upper, identity, upper=True).float()
-
-
-def _feedback(
-    work: Float[Tensor, "out in"], factor: Tensor, grid: Grid, sequence: Tensor, refit: _Refit
-) -> Tensor:
-    """Round in the given order, block by block, rows of the transposed matrix being columns."""
-    columns = work.shape[1]
-    flow = work.T[sequence].contiguous()  # [in, out], in the order of solving
-    codes = torch.empty_like(flow, dtype=torch.int8)
-    block = grid.group if refit.active else 128
-    places = sequence.tolist()
-    for start in range(0, columns, block):
-        stop = min(start + block, columns)
-        if refit.active:
-            refit(grid, start // grid.group, flow[start:stop].T)
-        errors = torch.empty_like(flow[start:stop])
-        for j in range(start, stop):
-            found, value = round_column(flow[j], grid, places[j])
-            codes[j] = found.to(torch.int8)
-            error = (flow[j] - value) / factor[j, j]
-            errors[j - start] = error
-            flow[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
-        if stop < columns:
-            flow[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    result = torch.empty_like(codes)
-    result[sequence] = codes
-    return result.T.contiguous()
+    return quantized(codes.to(torch.int8), grid, group, symmetric, weight.dtype)
