@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from layerwise.core.plan import Step
-from layerwise.core.weight import Dense, Quantized, Weight
 from layerwise.core.method import find
+from layerwise.core.plan import Step
+from layerwise.core.stats import Seen
+from layerwise.core.weight import Dense, Quantized, Weight
 from layerwise.jobs.solve import run_chain
+from layerwise.measure.importance import normalised
 
 
 def problem(rows: int = 6, columns: int = 150, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -89,3 +91,83 @@ def test_descent_improves_on_gptq() -> None:
     again = chain(weight, stats, ("rtn", grid), ("refine", {"by": "feedback"}))
     assert torch.equal(again.codes, first.codes)
     assert isinstance(chain(weight, {}), Dense)
+
+
+def test_error_propagation_worked_example() -> None:
+    """Targets 2 and 4 from inputs that are both 1."""
+    stats = {"second_moment": torch.tensor([[2.0]]), "cross_moment": torch.tensor([[1.0]])}
+    for alpha, damping, wanted in ((1.0, 0.0, 3.0), (0.5, 0.0, 2.5), (0.5, 1.0, 2.25), (0.0, 1, 2)):
+        step = ("qep", {"alpha": alpha, "damping": float(damping)})
+        assert chain(torch.tensor([[2.0]]), stats, step).dense().item() == pytest.approx(wanted)
+
+
+def test_error_propagation_is_least_squares() -> None:
+    weight, _ = problem(5, 20)
+    generator = torch.Generator().manual_seed(1)
+    clean = torch.randn(200, 20, generator=generator)
+    edited = clean + 0.3 * torch.randn(200, 20, generator=generator)
+    stats = {"second_moment": edited.T @ edited, "cross_moment": (clean - edited).T @ edited}
+    found = chain(weight, stats, ("qep", {"alpha": 1.0, "damping": 0.0})).dense()
+    fit = torch.linalg.lstsq(edited.double(), (clean @ weight.T).double()).solution.T
+    torch.testing.assert_close(found.double(), fit, rtol=1e-4, atol=1e-5)
+
+
+def test_rotation_by_an_explicit_matrix() -> None:
+    """Blocks of 64, 32 and 4 columns: the solver sees W R and R^T H R, the record is Q R^T."""
+    weight, moment = problem(6, 100)
+    record = chain(weight, {}, ("rotate", {"block": 64}))
+    turn = chain(torch.eye(100), {}, ("rotate", {"block": 64})).inner.dense()
+    torch.testing.assert_close(turn @ turn.T, torch.eye(100))
+    assert not turn[:64, 64:].any()
+    assert (turn[:64, :64].abs() - 1 / 8).abs().max() < 1e-6
+    torch.testing.assert_close(record.dense(), weight)
+    steps = (("rotate", {"block": 64}), ("gptq", {"bits": 3, "group": 32}))
+    found = chain(weight, {"second_moment": moment}, *steps)
+    inside = {"second_moment": turn.T @ moment @ turn}
+    alone = chain(weight @ turn, inside, ("gptq", {"bits": 3, "group": 32}))
+    assert (found.inner.codes != alone.codes).double().mean() < 0.01
+    torch.testing.assert_close(found.dense(), found.inner.dense() @ turn.T)
+    assert found.nbytes == alone.nbytes + 13
+
+
+def test_attention_received_by_hand() -> None:
+    """Softmax by softmax, with two heads that share their keys, one of six tokens masked."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 4, 6, 8, generator=generator)
+    mask, received = torch.tensor([[1, 1, 1, 1, 1, 0]]), torch.zeros(6)
+    for head in range(4):
+        for i in range(5):
+            scores = torch.tensor(
+                [q[0, head, i] @ k[0, head // 2, j] / 8**0.5 for j in range(i + 1)]
+            )
+            received[: i + 1] += scores.softmax(0)
+    share = (received[:5] - received[:5].min()) / (received[:5].max() - received[:5].min())
+    weights = 0.1 + 0.9 * share
+    weights = torch.cat([weights / weights.mean(), torch.zeros(1)])
+
+    def replay() -> Tensor:
+        sdpa = torch.nn.functional.scaled_dot_product_attention
+        return sdpa(q, k[:, :2], v[:, :2], is_causal=True, enable_gqa=True)
+
+    probe = find("attention_received").bind({"low": 0.1})()
+    seen = Seen(torch.zeros(1, 6, 8), None, mask, None, {}, replay)
+    state = probe.update(probe.init(""), seen)
+    torch.testing.assert_close(probe.emit(state)[0], weights)
+    assert probe.finish(state) == pytest.approx((5**2 / (5 * weights.square().sum())).item())
+
+
+def test_token_weights_worked_example() -> None:
+    raw, rows = torch.tensor([[0.2, 0.6, 0.4]]), torch.tensor([[1.0, 0], [0, 1], [1, 1]])
+    weights = normalised(raw, torch.ones(1, 3), 0.005)
+    torch.testing.assert_close(weights, torch.tensor([[0.00995025, 1.99004975, 1.0]]))
+    probe = find("attended_moment").bind()()
+    fed = {"attention_received": weights}
+    seen = Seen(rows, None, None, None, fed, None, owners=torch.zeros(3))
+    moment = 3 * probe.finish(probe.update(probe.init(""), seen))
+    wanted = torch.tensor([[1.00995025, 1.0], [1.0, 2.99004975]])
+    torch.testing.assert_close(moment, wanted)
+    stats = {"second_moment": torch.eye(2), "attended_moment": moment}
+    steps = (("token_importance", {}), ("gptq", {"bits": 2}))
+    found = chain(torch.tensor([[0.3, 1.0]]), stats, *steps)
+    plain = chain(torch.tensor([[0.3, 1.0]]), {"second_moment": moment}, ("gptq", {"bits": 2}))
+    assert torch.equal(found.codes, plain.codes)

@@ -25,7 +25,8 @@ class Seen(NamedTuple):
 
     For `layer` probes `inputs` and `output` are hidden states `[batch, seq, dim]`, `clean` the
     output of the never edited stream where there is one; for `input` probes `inputs` are the rows
-    `[tokens, in]` that an input group receives, `clean` those of the clean stream. `fed` holds
+    `[tokens, in]` that an input group receives, `clean` those of the clean stream where it has the
+    same tokens there (a router may send others). `fed` holds
     what other probes emitted for this batch, and `replay` runs the layer once more on it. `added`
     is what every part added to the stream, `attention` the attention calls of the layer, for
     probes that `watch` them; `owners` the document in the batch of every row of an input group,
@@ -190,13 +191,15 @@ class Gathering:
             found = rows.edited[lane.batch]
             mask = self.batches[lane.batch].get("attention_mask")
             owners = _owners(found, hidden((lane.args, lane.kwargs)))
+            clean = rows.clean.get(lane.batch)
+            clean = clean if clean is not None and clean.shape == found.shape else None
             if mask is not None and mask.numel() == found.shape[0]:
                 kept = mask.reshape(-1).bool()
                 found = found[kept]
                 owners = owners if owners is None else owners[kept]
+                clean = clean if clean is None else clean[kept]
             fed = self._fed.get(lane.batch, {})
             if len(found):
-                clean = rows.clean.get(lane.batch)
                 seen = Seen(found, None, mask, clean, fed, None, owners=owners)
                 self._show("input", rows.inputs, lane, seen)
 

@@ -65,6 +65,20 @@ class Attention(NamedTuple):
         return scores.softmax(-1).nan_to_num()
 
 
+class AttentionWatch(TorchFunctionMode):
+    """Keeps the attention calls that are made while it is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Attention] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            self.calls.append(_attention(*args, **kwargs))
+        return func(*args, **kwargs)
+
+
 class _Link(NamedTuple):
     """A tensor of the stream: whose it is, and the accumulations that led to it."""
 

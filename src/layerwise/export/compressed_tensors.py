@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from layerwise.core.network import Network
 from layerwise.core.plan import Edit, Plan, Step, chain_for
 from layerwise.core.stack import Layer, Matrix, Stack
 from layerwise.core.target import Target
-from layerwise.core.weight import Quantized, Weight, packed_bytes
+from layerwise.core.weight import Frame, Quantized, Weight, packed_bytes
 from layerwise.export._writer import Finished, dense_tensors, write_folder
 
 #: (bits, group, symmetric) -> the modules that are packed so
@@ -130,8 +130,12 @@ def _config(schemes: Schemes, network: nn.Module) -> dict[str, Any]:
 
 
 def _grid(chain: Sequence[Step]) -> tuple[int, int, bool] | None:
-    """Bits, group and symmetry that the last step of a chain leaves the matrix in."""
-    if not chain:
+    """Bits, group and symmetry that the last step of a chain leaves the matrix in.
+
+    None where it leaves no integers, or integers inside a frame: those are stored dense.
+    """
+    kinds = [get_type_hints(find(s.method, "weight").function)["return"] for s in chain]
+    if not chain or kinds[-1] is not Quantized or any(kind in get_args(Frame) for kind in kinds):
         return None
     options = find(chain[-1].method, "weight").options
     chosen = {k: p.default for k, p in options.items()} | chain[-1].options
@@ -150,7 +154,7 @@ def _nbytes(matrix: Matrix, chain: Sequence[Step], itemsize: int) -> int:
 def _refuses(matrix: Matrix, module: nn.Module, chain: Sequence[Step]) -> str | None:
     grid = _grid(chain)
     if grid is None:
-        return None
+        return "the format holds plain integers, which this chain does not leave" if chain else None
     if matrix.expert is not None or not isinstance(module, nn.Linear):
         return f"{type(module).__name__} modules cannot be packed, only nn.Linear"
     if not grid[2]:

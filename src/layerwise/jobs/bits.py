@@ -42,12 +42,10 @@ def make_menus(request: Request, network: Network, target: Target) -> dict[str, 
     options = request.options("menu")
     bits = options.get("bits", [2, 3, 4, 5, 6, 8])
     widths = options.get("group", [32, 128])
-    method = request.method
-    rest = request.options(find(method, "weight").name)
     chains: list[tuple[Step, ...]] = [()]
     for b in bits if isinstance(bits, list) else [bits]:
         for g in widths if isinstance(widths, list) else [widths]:
-            chains.append((Step(method, rest | {"bits": b, "group": g}),))
+            chains.append(chain_of(request, {"bits": b, "group": g}))
     itemsize = network.stored.dtype.itemsize
     refuses = refusals(target, network)
     menus = {}
@@ -61,6 +59,16 @@ def make_menus(request: Request, network: Network, target: Target) -> dict[str, 
             ordered = sorted(priced, key=lambda o: (bool(o.chain), -o.bytes))
             menus[group.key] = Menu(group.key, tuple(ordered))
     return menus
+
+
+def chain_of(request: Request, grid: Mapping[str, int]) -> tuple[Step, ...]:
+    """The steps of a method such as `qep+gptq`, with the grid for those that have one."""
+    steps = []
+    for name in request.method.split("+"):
+        found = find(name, "weight")
+        own = {key: value for key, value in grid.items() if key in found.options}
+        steps.append(Step(name, request.options(found.name) | (own if "bits" in own else {})))
+    return tuple(steps)
 
 
 def _held(group: Group, chain: tuple[Step, ...], refuses: Refuses, keep: Sequence[str]) -> bool:
@@ -128,7 +136,8 @@ def _error(
         return 0.0
     known = find("rtn").options
     nearest = tuple(
-        Step("rtn", {k: v for k, v in step.options.items() if k in known}) for step in chain
+        Step("rtn", {k: v for k, v in step.options.items() if k in known})
+        for step in chain[-1:]  # the steps before the solver round nothing
     )
     above = below = 0.0
     for matrix in matrices:

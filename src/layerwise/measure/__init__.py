@@ -1,7 +1,13 @@
 """Measure: probes that look at every layer in one pass."""
 
 from layerwise.measure.geometry import document_geometry, position_parts, stream_moments
-from layerwise.measure.moments import second_moment, second_moment_diagonal
+from layerwise.measure.importance import attention_received
+from layerwise.measure.moments import (
+    attended_moment,
+    cross_moment,
+    second_moment,
+    second_moment_diagonal,
+)
 from layerwise.measure.residual import (
     depth_use,
     last_states,
@@ -19,6 +25,9 @@ from layerwise.measure.states import (
 )
 
 __all__ = [
+    "attended_moment",
+    "attention_received",
+    "cross_moment",
     "depth_use",
     "document_geometry",
     "first_states",

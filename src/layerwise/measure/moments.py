@@ -15,7 +15,8 @@ def second_moment(*, weights: str = "") -> Probe:
     r"""Second moment of an input group: `H = (1/n) sum_t w_t x_t x_t^T`, `[in, in]`, in float32.
 
     Args:
-        weights: a probe whose emitted values weigh the tokens; every token counts 1 without it.
+        weights: a probe whose emitted values `[batch, seq]` weigh the tokens; every token counts 1
+            without it, and where the rows are not the layer's tokens (an expert's share of them).
 
     Returns:
         A probe whose value per input group is `H`; what receives the same memory shares it.
@@ -31,8 +32,13 @@ def second_moment(*, weights: str = "") -> Probe:
     """
 
     def update(state: State, seen: Seen) -> State:
-        weight = seen.fed[weights].reshape(-1, 1) if weights else 1.0
-        return add_rows(state, seen.inputs.float() * weight**0.5)
+        found = seen.fed.get(weights)
+        if found is None or seen.owners is None:
+            return add_rows(state, seen.inputs)
+        weight = found.reshape(-1)
+        if len(weight) != len(seen.inputs) and seen.mask is not None:
+            weight = weight[seen.mask.reshape(-1).bool()]
+        return add_rows(state, seen.inputs.float() * weight[:, None] ** 0.5)
 
     def finish(state: State) -> Tensor:
         assert state[0] is not None
@@ -46,6 +52,62 @@ def add_rows(state: State, rows: Float[Tensor, "tokens in"]) -> State:
     x = rows.float()
     total = x.T @ x if state[0] is None else torch.addmm(state[0], x.T, x)
     return total, state[1] + len(x)
+
+
+@method("measure", paper="arXiv:2504.09629")
+def cross_moment() -> Probe:
+    r"""What an input group misses of the unedited network, against what it receives.
+
+    `C = (1/n) sum_t (x_t - x'_t) x'_t^T`, `[in, in]`, in float32: `x` comes from the unedited
+    stream, `x'` from the edited one. Tokens that a router sends elsewhere in one of the two add
+    nothing.
+
+    Returns:
+        A probe whose value per input group is `C`; 0 as long as nothing before it was edited.
+
+    Example:
+        >>> probe = cross_moment()
+        >>> clean, edited = torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [1.0]])
+        >>> seen = Seen(edited, None, None, clean, {}, None)
+        >>> probe.finish(probe.update(probe.init(""), seen))
+        tensor([[0.5000]])
+
+    Reference: Arai and Ichikawa, 2025, arXiv:2504.09629, the differences formed in float32.
+    """
+
+    def update(state: State, seen: Seen) -> State:
+        x = seen.inputs.float()
+        missed = torch.zeros_like(x) if seen.clean is None else seen.clean.float() - x
+        total = missed.T @ x if state[0] is None else torch.addmm(state[0], missed.T, x)
+        return total, state[1] + len(x)
+
+    def finish(state: State) -> Tensor:
+        assert state[0] is not None
+        return state[0] / max(state[1], 1)
+
+    return Probe("input", lambda key: (None, 0), update, finish, clean=True)
+
+
+@method("measure", paper="arXiv:2503.01820", needs=("attention_received",))
+def attended_moment() -> Probe:
+    """Second moment of an input group in which tokens count by the attention they receive.
+
+    Returns:
+        A probe whose value per input group is `H`; the plain second moment where the layer has no
+        attention, and where `attention_received` does not run beside it.
+
+    Example:
+        >>> probe, weights = attended_moment(), torch.tensor([[1.0, 1.0]])
+        >>> fed = {"attention_received": weights}
+        >>> rows = torch.tensor([[1.0, 2.0], [3.0, 0.0]])
+        >>> seen = Seen(rows, None, None, None, fed, None, owners=torch.zeros(2))
+        >>> probe.finish(probe.update(probe.init(""), seen))
+        tensor([[5., 1.],
+                [1., 2.]])
+
+    Reference: Sung et al., 2025, arXiv:2503.01820.
+    """
+    return second_moment(weights="attention_received")
 
 
 @method("measure")

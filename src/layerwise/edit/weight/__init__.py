@@ -1,7 +1,22 @@
 """Edits of one matrix."""
 
+from layerwise.edit.weight.before import qep, rotate, scale_channels, token_importance
+from layerwise.edit.weight.codes import gaussian, trit_planes
 from layerwise.edit.weight.comq import comq, refine
 from layerwise.edit.weight.gptq import gptq
+from layerwise.edit.weight.learn import learned_rounding
 from layerwise.edit.weight.rtn import rtn
 
-__all__ = ["comq", "gptq", "refine", "rtn"]
+__all__ = [
+    "comq",
+    "gaussian",
+    "gptq",
+    "learned_rounding",
+    "qep",
+    "refine",
+    "rotate",
+    "rtn",
+    "scale_channels",
+    "token_importance",
+    "trit_planes",
+]
