@@ -27,7 +27,7 @@ Bits = Annotated[
 ]
 Depth = Annotated[str, typer.Option(help="Layers that may remain: 9 or 75%.")]
 Target = Annotated[str, typer.Option(help="hf or compressed-tensors.")]
-Method = Annotated[str, typer.Option(help="How matrices are edited: gptq, rtn.")]
+Method = Annotated[str, typer.Option(help="How matrices are edited: gptq, rtn, comq, qep+gptq ...")]
 Score = Annotated[str, typer.Option(help="sensitivity, lim, zd; greedy, shortgpt ... for depth.")]
 EngineName = Annotated[
     str, typer.Option("--engine", help="Where trials and solves run: threads, processes or ray.")

@@ -10,6 +10,7 @@ import torch
 
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.journal import Journal
+from layerwise.core.method import find
 from layerwise.core.network import Network
 from layerwise.core.open import open_network
 from layerwise.core.plan import Plan, chain_for, describe
@@ -136,6 +137,8 @@ def plan_uniform(contest: Contest, network: Network) -> Planned | None:
     model, plan = contest.model, contest.plan
     target = TARGETS[plan.target] if TARGETS[plan.target].by_bits else PACKED
     steps = [edit.chain[-1] for edit in plan.edits if edit.chain]
+    if any("bits" not in find(step.method, "weight").options for step in steps):
+        return None  # a grid that is not chosen by bits has no uniform plan of another size
     rest = {k: v for k, v in steps[0].options.items() if k not in ("bits", "group")}
     widths = sorted({s.options.get("group", 128) for s in steps})
     request = Request(

@@ -1,0 +1,139 @@
+"""What each solver and each step before it reaches, beside GPTQ at the same bits, on both models.
+
+python -m benchmarks.solvers            all rows
+python -m benchmarks.solvers --few      less text and fewer documents
+"""
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.models import Model, models
+from benchmarks.timing import table
+from layerwise.core.data import Texts
+from layerwise.core.journal import Journal
+from layerwise.core.open import open_network
+from layerwise.core.plan import DataSpec, Edit, Step
+from layerwise.core.quality import Quality, measure_quality
+from layerwise.core.reader import samples_of, windows
+from layerwise.jobs.session import load_reader, texts_of
+from layerwise.jobs.solve import needs_of, solve
+from layerwise.jobs.stock import streamed
+
+BITS = (2, 3, 4)
+
+
+class Way(NamedTuple):
+    """A chain, under the name of what it is known as."""
+
+    name: str
+    chain: tuple[Step, ...]
+    #: leaves out what writes into the stream from the MLP, as the authors of QEP do
+    spare: str = ""
+
+
+def ways(bits: int) -> list[Way]:
+    """GPTQ first: all others are compared with it."""
+    grid: dict[str, Any] = {"bits": bits, "group": 128}
+    gptq, rtn = Step("gptq", grid), Step("rtn", grid)
+    levels, rotate = 2**bits, Step("rotate")
+    qep = (Step("qep"), gptq)
+    found = [
+        Way("gptq", (gptq,)),
+        Way("rtn", (rtn,)),
+        Way("qep, gptq", qep, "*/*/mlp.down"),
+        Way("qep (down too), gptq", qep),
+        Way("qep, rtn", (Step("qep"), rtn), "*/*/mlp.down"),
+        Way("rotate, gptq", (rotate, gptq)),
+        Way("token importance, gptq", (Step("token_importance"), gptq)),
+        Way("rsq: rotate, token importance, gptq", (rotate, Step("token_importance"), gptq)),
+        Way("awq: scale channels, rtn", (Step("scale_channels", grid), rtn)),
+        Way("scale channels, gptq", (Step("scale_channels", grid), gptq)),
+        Way("comq", (Step("comq", grid),)),
+        Way("comq, scales too", (Step("comq", grid | {"scale_step": True}),)),
+        Way("gptq, comq, scales too", (gptq, Step("comq", grid | {"scale_step": True}))),
+        Way("higgs: rotate, gaussian", (rotate, Step("gaussian", {"levels": levels}))),
+        Way(
+            "higgs in pairs",
+            (rotate, Step("gaussian", {"levels": levels**2, "dim": 2})),
+        ),
+        Way("higgs, refined", (rotate, Step("gaussian", {"levels": levels}), _feedback())),
+        Way("learned offsets (auto-round)", (Step("learned_rounding", grid),)),
+        Way("learned divisors (FlexRound)", (_learned(grid, "divisor"),)),
+        Way("learned free offsets (AdaQuant)", (_learned(grid, "free"),)),
+    ]
+    if bits == 3:
+        found += [
+            Way("gptq, groups of 32", (Step("gptq", {"bits": 3, "group": 32}),)),
+            Way("trit planes", (Step("trit_planes"),)),
+            Way("trit planes, refined", (Step("trit_planes"), _feedback())),
+        ]
+    return found
+
+
+def _learned(grid: dict[str, Any], form: str) -> Step:
+    return Step("learned_rounding", grid | {"form": form})
+
+
+def _feedback() -> Step:
+    return Step("refine", {"by": "feedback"})
+
+
+class Bench:
+    """One model, its text, and what the original answers."""
+
+    def __init__(self, model: Model, samples: int, documents: int, length: int) -> None:
+        self.model, self.network = model, open_network(model.folder)
+        reader = load_reader(self.network)
+        data = DataSpec(source=model.data, samples=samples, length=length)
+        self.calibration = windows(reader, texts_of(data), "calibrate")
+        texts = Texts(model.data, 0, 0, length)
+        self.batches = samples_of(reader, texts, "evaluate", documents)
+        self.sizes = sum(m.size for stack in self.network.stacks for m in stack.matrices())
+        with streamed(self.opened(), self.batches) as answers:
+            self.original = {id(batch): answers(batch) for batch in self.batches}
+
+    def opened(self) -> Any:
+        return open_network(self.model.folder, dtype="float32")
+
+    def run(self, way: Way) -> tuple[Quality, float]:
+        """Quality and stored bits per weight."""
+        edits = [Edit("*", way.chain)]
+        if way.spare:
+            edits.append(Edit(way.spare, way.chain[1:]))
+        batches: Sequence[Any] = self.calibration if needs_of(edits) else []
+        network = open_network(self.model.folder)
+        with tempfile.TemporaryDirectory() as folder, Journal(Path(folder), {}) as journal:
+            solver = solve(network, edits, batches, journal)
+            with streamed(self.opened(), self.batches, solver.finished) as answers:
+                before = self.original
+                found = measure_quality(self.batches, answers, lambda b: before[id(b)])
+            nbytes = sum(line["report"]["bytes"] for line in journal.lines.values())
+        return found, 8 * nbytes / self.sizes
+
+
+def main(few: bool = False) -> None:
+    """Print a table per model."""
+    for model in models():
+        bench = Bench(model, *((16, 16, 128) if few else (64, 48, 256)))
+        rows = []
+        for bits in BITS:
+            base = None
+            for way in ways(bits):
+                found, size = bench.run(way)
+                base = found if base is None else base
+                rows.append((bits, way.name, f"{size:.3f}", *_figures(found, base)))
+                print(rows[-1], file=sys.stderr, flush=True)
+        header = ("bits", "chain", "stored bits", "KL (nats/token)", "over gptq", "loss - gptq's")
+        table(f"Solvers, {model.name} model, groups of 128", header, rows)
+
+
+def _figures(found: Quality, base: Quality) -> tuple[str, str, str]:
+    kl, ratio, rise = found.estimate("kl"), found.against(base, "kl"), found.rise(base)
+    return str(kl), str(ratio), str(rise)
+
+
+if __name__ == "__main__":
+    main("--few" in sys.argv)
