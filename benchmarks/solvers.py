@@ -2,6 +2,7 @@
 
 python -m benchmarks.solvers            all rows
 python -m benchmarks.solvers --few      less text and fewer documents
+python -m benchmarks.solvers demo       one of the two models
 """
 
 import sys
@@ -114,10 +115,12 @@ class Bench:
         return found, 8 * nbytes / self.sizes
 
 
-def main(few: bool = False) -> None:
+def main(few: bool = False, names: Sequence[str] = ("demo", "second")) -> None:
     """Print a table per model."""
     for model in models():
-        bench = Bench(model, *((16, 16, 128) if few else (64, 48, 256)))
+        if model.name not in names:
+            continue
+        bench = Bench(model, *((16, 24, 128) if few else (64, 48, 256)))
         rows = []
         for bits in BITS:
             base = None
@@ -136,4 +139,4 @@ def _figures(found: Quality, base: Quality) -> tuple[str, str, str]:
 
 
 if __name__ == "__main__":
-    main("--few" in sys.argv)
+    main("--few" in sys.argv, [a for a in sys.argv[1:] if a != "--few"] or ("demo", "second"))
