@@ -2,7 +2,7 @@
 
 python -m benchmarks.solvers            all rows
 python -m benchmarks.solvers --few      less text and fewer documents
-python -m benchmarks.solvers demo       one of the two models
+python -m benchmarks.solvers demo 3     one of the two models, one number of bits
 """
 
 import sys
@@ -43,16 +43,14 @@ def ways(bits: int) -> list[Way]:
     qep = (Step("qep"), gptq)
     found = [
         Way("gptq", (gptq,)),
+        Way("gptq, smaller ranges", (Step("gptq", grid | {"shrink": True}),)),
         Way("rtn", (rtn,)),
         Way("qep, gptq", qep, "*/*/mlp.down"),
         Way("qep (down too), gptq", qep),
-        Way("qep, rtn", (Step("qep"), rtn), "*/*/mlp.down"),
         Way("rotate, gptq", (rotate, gptq)),
         Way("token importance, gptq", (Step("token_importance"), gptq)),
         Way("rsq: rotate, token importance, gptq", (rotate, Step("token_importance"), gptq)),
         Way("awq: scale channels, rtn", (Step("scale_channels", grid), rtn)),
-        Way("scale channels, gptq", (Step("scale_channels", grid), gptq)),
-        Way("comq", (Step("comq", grid),)),
         Way("comq, scales too", (Step("comq", grid | {"scale_step": True}),)),
         Way("gptq, comq, scales too", (gptq, Step("comq", grid | {"scale_step": True}))),
         Way("higgs: rotate, gaussian", (rotate, Step("gaussian", {"levels": levels}))),
@@ -115,14 +113,14 @@ class Bench:
         return found, 8 * nbytes / self.sizes
 
 
-def main(few: bool = False, names: Sequence[str] = ("demo", "second")) -> None:
-    """Print a table per model."""
+def main(few: bool = False, only: Sequence[str] = ()) -> None:
+    """Print a table per model; `only` names models and numbers of bits."""
     for model in models():
-        if model.name not in names:
+        if {"demo", "second"} & {*only} and model.name not in only:
             continue
         bench = Bench(model, *((16, 24, 128) if few else (64, 48, 256)))
         rows = []
-        for bits in BITS:
+        for bits in [b for b in BITS if str(b) in only] or BITS:
             base = None
             for way in ways(bits):
                 found, size = bench.run(way)
@@ -139,4 +137,4 @@ def _figures(found: Quality, base: Quality) -> tuple[str, str, str]:
 
 
 if __name__ == "__main__":
-    main("--few" in sys.argv, [a for a in sys.argv[1:] if a != "--few"] or ("demo", "second"))
+    main("--few" in sys.argv, sys.argv[1:])

@@ -1,15 +1,20 @@
 """Solvers as the papers write them, one weight at a time, beside the fast ones."""
 
+import itertools
 from typing import Any
 
+import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from torch import Tensor
 
+from layerwise.core.gaussian import gaussian_grid
 from layerwise.core.method import find
 from layerwise.core.plan import Step
 from layerwise.core.stats import Seen
 from layerwise.core.weight import Dense, Quantized, Weight
+from layerwise.edit.weight.learn import _parametrisations
 from layerwise.jobs.solve import run_chain
 from layerwise.measure.importance import normalised
 
@@ -171,3 +176,129 @@ def test_token_weights_worked_example() -> None:
     found = chain(torch.tensor([[0.3, 1.0]]), stats, *steps)
     plain = chain(torch.tensor([[0.3, 1.0]]), {"second_moment": moment}, ("gptq", {"bits": 2}))
     assert torch.equal(found.codes, plain.codes)
+
+
+def slow_planes(w: list[float], rounds: int) -> tuple[list[tuple[int, int]], list[float]]:
+    """One group: normal equations with a little ridge, then every weight tries nine pairs."""
+    pairs = sorted(itertools.product((1, 0, -1), repeat=2), key=lambda p: abs(p[0]) + abs(p[1]))
+    trits = [((x > 0) - (x < 0),) * 2 for x in w]
+    for _ in range(rounds):
+        s, y = np.array(trits, float), np.array(w)
+        ridge = 1e-8
+        while (
+            np.linalg.norm(m := s.T @ s + ridge * np.eye(2)) * np.linalg.norm(np.linalg.inv(m))
+            > 1e6
+        ):
+            ridge *= 10
+        a = np.linalg.solve(m, s.T @ y)
+        trits = [
+            min(pairs, key=lambda p, x=x: round(abs(x - p[0] * a[0] - p[1] * a[1]), 6)) for x in w
+        ]
+    return trits, a.tolist()
+
+
+def test_trit_planes_worked_example() -> None:
+    w = [1.0, 0.4, -0.7, 0.0]
+    for rounds, scales, error in ((1, (0.35, 0.35), 0.0925), (2, (0.40, 0.45), 0.045)):
+        found = chain(torch.tensor([w]), {}, ("trit_planes", {"rounds": rounds}))
+        slow, a = slow_planes(w, rounds)
+        assert a == pytest.approx(scales, abs=1e-4)
+        assert (found.a.scale.item(), found.b.scale.item()) == pytest.approx(scales, abs=1e-4)
+        assert list(zip(found.a.codes[0].tolist(), found.b.codes[0].tolist(), strict=True)) == slow
+        assert (found.dense() - torch.tensor(w)).square().sum().item() == pytest.approx(
+            error, abs=1e-4
+        )
+
+
+def test_trit_planes_fall_and_are_the_slow_ones() -> None:
+    weight, _ = problem(4, 64)
+    errors = []
+    for rounds in (2, 3, 5, 50):
+        found = chain(weight, {}, ("trit_planes", {"group": 64, "rounds": rounds})).dense()
+        errors.append((found - weight).square().sum().item())
+    assert errors == sorted(errors, reverse=True)
+    for row, dense in zip(weight.tolist(), found.tolist(), strict=True):
+        trits, a = slow_planes(row, 50)
+        slow = sum((x - t[0] * a[0] - t[1] * a[1]) ** 2 for x, t in zip(row, trits, strict=True))
+        fast = sum((x - y) ** 2 for x, y in zip(row, dense, strict=True))
+        assert fast == pytest.approx(slow, rel=0.02)
+
+
+@pytest.mark.parametrize(("levels", "dim"), [(4, 1), (16, 1), (16, 2), (64, 2)])
+def test_higgs_one_group_at_a_time(levels: int, dim: int) -> None:
+    """Rotate a block of each row, divide by its size over sqrt(g), take the nearest points."""
+    weight, _ = problem(4, 128)
+    grid = gaussian_grid(levels, dim).points
+    record = chain(
+        weight, {}, ("rotate", {"seed": -1}), ("gaussian", {"levels": levels, "dim": dim})
+    )
+    turn = torch.tensor(scipy.linalg.hadamard(128), dtype=torch.float32) / 128**0.5
+    for row, found in zip(weight, record.dense(), strict=True):
+        turned = turn @ row
+        scale = turned.norm() / 128**0.5
+        points = [grid[(grid - v).square().sum(1).argmin()] for v in (turned / scale).split(dim)]
+        torch.testing.assert_close(found, turn @ (torch.cat(points) * scale), rtol=1e-4, atol=1e-4)
+    assert (record.dense() - weight).square().sum() / weight.square().sum() == pytest.approx(
+        gaussian_grid(levels, dim).error, rel=0.25
+    )
+
+
+def test_channel_scales_worked_example() -> None:
+    """The best exponent lies inside: .1604 at 0, .0124 at .25, .0837 at .5."""
+    weight = torch.tensor([[0.3, -1.0, 0.8, 0.1]])
+    moment = torch.diag(torch.tensor([81.0, 1.0, 1.0, 1.0]))
+    grid = {"bits": 3, "symmetric": False}
+    errors = {}
+    for rho in (0.0, 0.25, 0.5):
+        scale = moment.diagonal().sqrt() ** rho
+        rounded = chain(weight * scale, {}, ("rtn", grid)).dense() / scale
+        errors[rho] = objective(rounded - weight, moment)
+    assert list(errors.values()) == pytest.approx([0.1604, 0.0124, 0.0837], abs=1e-3)
+    steps = (("scale_channels", {**grid, "points": 4}), ("rtn", grid))
+    found = chain(weight, {"second_moment": moment}, *steps)
+    assert objective(found.dense() - weight, moment) == pytest.approx(errors[0.25], rel=1e-3)
+
+
+def test_learned_offsets_by_hand() -> None:
+    """Sign steps that fall linearly, on offsets and on one share of the range per row."""
+    weight, moment = problem(3, 12)
+    shape, steps = moment / moment.diagonal().mean(), 10
+    scale = 2 * weight.abs().amax(1, keepdim=True) / 7
+    v, beta, best = torch.zeros(3, 12), torch.ones(3, 1), {}
+    for k in range(steps + 1):
+        size = scale * beta.clamp(0.1, 1)
+        z = weight / size + v
+        codes, inside = z.round().clamp(-4, 3), (z >= -4) & (z <= 3)
+        error = codes * size - weight
+        slope = 2 * error @ shape
+        for i, loss in enumerate(((error @ shape) * error).sum(1).tolist()):
+            best[i] = min(best.get(i, (torch.inf, None)), (loss, codes[i].tolist()))
+        grad_size = (slope * (codes - inside * weight / size)).sum(1, keepdim=True)
+        v = v - (slope * size * inside).sign() * (1 - k / steps) / steps
+        beta = beta - (grad_size * scale * (beta <= 1)).sign() * (1 - k / steps) / steps
+    options = {"bits": 3, "group": 0, "steps": steps}
+    found = chain(weight, {"second_moment": moment}, ("learned_rounding", options))
+    assert [best[i][1] for i in range(3)] == found.codes.tolist()
+
+
+def test_divisors_worked_example() -> None:
+    """The same divisor moves a large weight to the next code and leaves a small one."""
+    blocks, scale = torch.tensor([[[0.6, 1.6, 0.1]]]), torch.ones(1, 1, 1)
+    made = _parametrisations["divisor"](blocks, scale, 10, 1.0)
+    assert made.form(made.start)[1].round().tolist() == [[[1, 2, 0]]]
+    share, each, row = made.start
+    moved = [share, each + torch.tensor(1.25).log(), row]
+    assert made.form(moved)[1].round().tolist() == [[[0, 1, 0]]]
+
+
+@pytest.mark.parametrize("form", ["offset", "divisor", "free"])
+def test_learning_beats_rounding(form: str) -> None:
+    weight, moment = problem()
+    stats, grid = {"second_moment": moment}, {"bits": 3, "group": 32}
+    nearest = chain(weight, stats, ("rtn", grid))
+    same = chain(weight, stats, ("learned_rounding", {**grid, "form": form, "steps": 0}))
+    assert torch.equal(same.codes, nearest.codes)
+    with torch.no_grad():  # as it is in a walk
+        found = chain(weight, stats, ("learned_rounding", {**grid, "form": form}))
+    error, start = (objective(r.dense() - weight, moment) for r in (found, nearest))
+    assert error < 0.9 * start

@@ -27,7 +27,12 @@ class Parametrisation(NamedTuple):
     sign: bool
 
 
-@method("weight", aliases=("signround", "flexround", "adaquant"), needs=("second_moment",))
+@method(
+    "weight",
+    aliases=("signround", "auto_round"),
+    paper="arXiv:2309.05516",
+    needs=("second_moment",),
+)
 def learned_rounding(
     weight: Float[Tensor, "out in"],
     stats: Mapping[str, Any],
@@ -125,6 +130,7 @@ def reconstruct(
             dense, *state = values(parameters)
             error = dense - weight
             losses = ((error @ shape) * error).sum(1)
+            whole = losses.sum()
         found = losses.detach()
         if best is None:
             best, kept = found, state
@@ -134,15 +140,14 @@ def reconstruct(
             best = torch.minimum(found, best)
         if step == steps:
             break
-        for p, gradient in zip(
-            parameters, torch.autograd.grad(losses.sum(), parameters), strict=True
-        ):
-            p.grad = gradient
+        slopes = torch.autograd.grad(whole, parameters)
         left = 1 - step / steps
         if made.sign:
-            for p, r in zip(parameters, made.rates, strict=True):
-                p.data -= r * left * p.grad.sign()
+            for p, slope, r in zip(parameters, slopes, made.rates, strict=True):
+                p.data -= r * left * slope.sign()
         else:
+            for p, slope in zip(parameters, slopes, strict=True):
+                p.grad = slope
             for entry, r in zip(adam.param_groups, made.rates, strict=True):
                 entry["lr"] = r * left
             adam.step()
