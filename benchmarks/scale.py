@@ -14,6 +14,8 @@ from benchmarks.memory import random_llama
 from benchmarks.timing import table
 
 DEPTHS = (20, 120)
+#: on a disk, which the folder for temporary files need not be
+OUT = Path(__file__).parents[1] / "out"
 
 COMPRESS = """
 import sys
@@ -103,7 +105,8 @@ def run(worker: str, *arguments: str) -> list[str]:
 
 def main() -> None:
     """Print both tables."""
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
+    OUT.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=OUT) as name:
         place = Path(name)
         memory, speed = [], []
         for depth in DEPTHS:

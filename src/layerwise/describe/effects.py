@@ -163,13 +163,7 @@ def task_match(
     """
     keys = [layer.key for layer in stack.layers]
     target = keys[at if at >= 0 else len(keys) // 2]
-    if rerun.count < 2 or rerun(0).labels is None:
-        raise LayerwiseError(
-            "task_match",
-            allowed="two batches or more, with the wanted answers",
-            found=f"{rerun.count} batches",
-            fix="give more text, with --samples",
-        )
+    _check_answers(rerun)
     clean = [rerun(i) for i in range(rerun.count)]
     whole = _loss(clean[-1]).item()
     found: dict[str, dict[str, float]] = {}
@@ -193,6 +187,17 @@ def task_match(
             found[key] = {"loss": ran(rerun.count - 1).item()}
     found[stack.name] = {"loss": whole}
     return Figures(found, f"in the place of {target}; {steps} steps, one batch kept apart")
+
+
+def _check_answers(rerun: Any) -> None:
+    """To train needs one batch with wanted answers, to judge another."""
+    if rerun.count < 2 or rerun(0).labels is None:
+        raise LayerwiseError(
+            "task_match",
+            allowed="two batches or more, with the wanted answers",
+            found=f"{rerun.count} batches",
+            fix="give more text, with --samples",
+        )
 
 
 def _loss(ran: Any) -> Tensor:

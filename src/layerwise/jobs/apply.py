@@ -11,7 +11,6 @@ import torch
 import transformers
 from torch import Tensor
 
-from layerwise.core.checkpoint import write_safetensors
 from layerwise.core.errors import LayerwiseError, first_few
 from layerwise.core.fan import Engine
 from layerwise.core.journal import Journal
@@ -22,6 +21,7 @@ from layerwise.core.network import Network
 from layerwise.core.open import open_network, widened
 from layerwise.core.plan import Plan, chain_for, check_model, check_selectors, label
 from layerwise.core.reader import windows
+from layerwise.core.shards import write_safetensors
 from layerwise.core.stack import Layer
 from layerwise.core.stops import Batch
 from layerwise.core.target import Target, refusals
