@@ -18,7 +18,7 @@ from layerwise.core.journal import Journal
 from layerwise.core.lockstep import walk
 from layerwise.core.machine import check_disk, check_memory
 from layerwise.core.method import find
-from layerwise.core.network import Network
+from layerwise.core.network import Network, fill
 from layerwise.core.open import open_network, widened
 from layerwise.core.plan import Plan, chain_for, check_model, check_selectors, label
 from layerwise.core.reader import windows
@@ -30,6 +30,7 @@ from layerwise.core.weight import Dense, Weight
 from layerwise.export import TARGETS
 from layerwise.export._writer import Finished
 from layerwise.jobs.checks import CHECK, CHECKED, must_be_sound
+from layerwise.jobs.engine import must_run
 from layerwise.jobs.forecast import disk_to_apply, memory_to_solve
 from layerwise.jobs.session import Progress, check_new, load_reader, silent, texts_of
 from layerwise.jobs.solve import Solver, needs_of, solve, try_chains
@@ -79,7 +80,9 @@ def apply_plan(
     """
     check_new(out)
     network = open_network(model, wiring=plan.wiring, device=device, dtype=dtype)
-    check_plan(network, plan, other_weights)
+    target = check_plan(network, plan, other_weights)
+    outside = target.outside(network, plan.export)
+    put_outside(network, outside)
     needs = needs_of(plan.edits)
     batches = windows(load_reader(network), texts_of(plan.data), "calibrate") if needs else []
     part, journal_folder = beside(out, "part"), beside(out, "journal")
@@ -91,16 +94,17 @@ def apply_plan(
         solver = solve(network, plan.edits, batches, journal, progress, engine)
         if part.exists():
             shutil.rmtree(part)
-        records = solver.finished if TARGETS[plan.target].by_bits else stored_dense(solver)
-        layers = passing(network, records, batch, part / CHECK, progress)
-        export = find(plan.target, "export").bind(network=network, layers=layers)
+        records = solver.finished if target.by_bits else stored_dense(solver)
+        layers = passing(network, records, batch, part / CHECK, progress, outside)
+        export = find(plan.target, "export").bind(plan.export, network=network, layers=layers)
         nbytes = export(network.stack, plan, part)
         plan.save(part / "plan.yaml")
         reports = {key: line["report"] for key, line in journal.lines.items()}
         rows = [layer_row(network, la, plan, reports.get(la.key, {})) for la in network.layers()]
         unseen = [key for report in reports.values() for key in report["unseen"]]
         warnings = [without_data(unseen)] if unseen else []
-        warnings += must_be_sound(part, network, batch) if check else []
+        sound = must_run if plan.target == "gguf" else must_be_sound
+        warnings += sound(part, network, batch) if check else []
         os.replace(part, out)
         journal.remove()
     return Applied(out, nbytes, rows, warnings)
@@ -168,6 +172,7 @@ def passing(
     batch: Batch,
     check: Path,
     progress: Progress = silent,
+    outside: Mapping[str, Weight] = {},
 ) -> Iterator[Finished]:
     """Every layer once, on the way of one batch through the edited network.
 
@@ -175,6 +180,7 @@ def passing(
     held in float32: the weights as they are written, computed as a float32 reload computes.
     """
     wide = widened(network)
+    put_outside(wide, outside)
     found: list[Tensor] = []
     made: dict[str, Mapping[str, Weight]] = {}
     total = len(network.layers())
@@ -190,6 +196,13 @@ def passing(
             progress("writing layers", len(made), total)
         made[layer.key] = {}
     write_safetensors(check, {**batch, CHECKED: found[0].float().cpu().contiguous()})
+
+
+def put_outside(network: Network, made: Mapping[str, Weight]) -> None:
+    """Let a network run on what is written of its embedding and head."""
+    fill(network.module, {name: record.dense() for name, record in made.items()}, network.device)
+    if made:
+        network.model.tie_weights()
 
 
 def beside(out: Path, what: str) -> Path:
@@ -217,6 +230,8 @@ def check_plan(network: Network, plan: Plan, other_weights: bool) -> Target:
     check_model(plan, network.checkpoint.structure, network.checkpoint.weights, other_weights)
     check_selectors(plan, [m for stack in network.stacks for m in stack.matrices()])
     target = TARGETS[plan.target] if plan.target in TARGETS else _no_target(plan)
+    target.accepts(network)
+    find(plan.target, "export").bind(plan.export)
     check_target(network, plan, target)
     try_chains(plan.edits)
     return target
