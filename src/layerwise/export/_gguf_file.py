@@ -15,7 +15,9 @@ from layerwise.core.network import Network
 from layerwise.core.stack import Layer
 from layerwise.core.weight import Dense, Packed, Weight
 from layerwise.export._gguf_models import Names
-from layerwise.export.gguf import in_pairs
+from layerwise.export.gguf import FILE, in_pairs
+
+__all__ = ["FILE", "GgufFile"]
 
 
 class GgufFile:

@@ -18,7 +18,7 @@ from layerwise.core.journal import Journal
 from layerwise.core.lockstep import walk
 from layerwise.core.machine import check_disk, check_memory
 from layerwise.core.method import find
-from layerwise.core.network import Network, fill
+from layerwise.core.network import Network
 from layerwise.core.open import open_network, widened
 from layerwise.core.plan import Plan, chain_for, check_model, check_selectors, label
 from layerwise.core.reader import windows
@@ -33,7 +33,7 @@ from layerwise.jobs.checks import CHECK, CHECKED, must_be_sound
 from layerwise.jobs.engine import must_run
 from layerwise.jobs.forecast import disk_to_apply, memory_to_solve
 from layerwise.jobs.session import Progress, check_new, load_reader, silent, texts_of
-from layerwise.jobs.solve import Solver, needs_of, solve, try_chains
+from layerwise.jobs.solve import Solver, needs_of, put_outside, solve, try_chains
 
 
 class Applied(NamedTuple):
@@ -196,13 +196,6 @@ def passing(
             progress("writing layers", len(made), total)
         made[layer.key] = {}
     write_safetensors(check, {**batch, CHECKED: found[0].float().cpu().contiguous()})
-
-
-def put_outside(network: Network, made: Mapping[str, Weight]) -> None:
-    """Let a network run on what is written of its embedding and head."""
-    fill(network.module, {name: record.dense() for name, record in made.items()}, network.device)
-    if made:
-        network.model.tie_weights()
 
 
 def beside(out: Path, what: str) -> Path:

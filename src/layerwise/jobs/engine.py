@@ -14,8 +14,7 @@ from layerwise.core.llama import Llama
 from layerwise.core.machine import amount, available_memory
 from layerwise.core.network import Network
 from layerwise.core.task import answer
-from layerwise.export._gguf_file import GgufFile
-from layerwise.export.gguf import FILE
+from layerwise.export._gguf_file import FILE, GgufFile
 from layerwise.jobs.checks import CHECK, CHECKED
 
 #: mean KL in nats per token, and share of positions whose likeliest token must agree

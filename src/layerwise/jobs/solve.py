@@ -12,7 +12,7 @@ from layerwise.core.fan import Engine, fan_out
 from layerwise.core.journal import Journal
 from layerwise.core.lockstep import walk
 from layerwise.core.method import find
-from layerwise.core.network import Network
+from layerwise.core.network import Network, fill
 from layerwise.core.plan import Edit, Step, chain_for
 from layerwise.core.stack import Layer, Matrix
 from layerwise.core.stats import Gathering
@@ -191,3 +191,10 @@ def solve(
                 done += 1
                 progress("solving layers", done, len(layers))
     return solver
+
+
+def put_outside(network: Network, made: Mapping[str, Weight]) -> None:
+    """Let a network run on what is written of its embedding and head."""
+    fill(network.module, {name: record.dense() for name, record in made.items()}, network.device)
+    if made:
+        network.model.tie_weights()
