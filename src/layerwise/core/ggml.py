@@ -1,7 +1,9 @@
 """GGML's own encoders and decoders, out of the llama.cpp library that `xllamacpp` ships."""
 
 import ctypes
+from contextlib import AbstractContextManager
 from functools import cache
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -62,7 +64,7 @@ def format_of(name: str) -> Format:
     return Format(name, int(number), *GGML_QUANT_SIZES[number])
 
 
-def needing_gguf() -> refusing:
+def needing_gguf() -> AbstractContextManager[None]:
     """A block that imports what writes, encodes and runs GGUF."""
     return refusing(
         "target gguf",
@@ -93,9 +95,10 @@ def library() -> ctypes.CDLL:
         LayerwiseError: the package is not installed.
     """
     with needing_gguf():
-        from xllamacpp import xllamacpp
-
-        opened = ctypes.CDLL(xllamacpp.__file__)
+        found = find_spec("xllamacpp.xllamacpp")
+        if found is None or found.origin is None:
+            raise ImportError("xllamacpp without its extension module")
+        opened = ctypes.CDLL(found.origin)
     opened.ggml_quantize_chunk.restype = ctypes.c_size_t
     size, where = ctypes.c_int64, ctypes.c_void_p
     opened.ggml_quantize_chunk.argtypes = [ctypes.c_int, where, where, size, size, size, where]
@@ -152,9 +155,7 @@ def weighing(importance: Tensor | None, columns: int) -> Float[Tensor, " in"]:
     return (found / mean).clamp_min(_LEAST) if mean > 0 else torch.ones(columns)
 
 
-def decode(
-    data: UInt8[Tensor, "out bytes"], name: str, columns: int
-) -> Float[Tensor, "out in"]:
+def decode(data: UInt8[Tensor, "out bytes"], name: str, columns: int) -> Float[Tensor, "out in"]:
     """The matrix that the bytes stand for, by GGML's own decoder, in float32."""
     if name in FLOATS:
         return data.view(FLOATS[name]).float()

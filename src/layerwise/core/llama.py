@@ -58,6 +58,7 @@ def _llama() -> Any:
         "llama_model_load_from_file": (where, (ctypes.c_char_p, _Parameters)),
         "llama_init_from_model": (where, (where, _Parameters)),
         "llama_model_get_vocab": (where, (where,)),
+        "llama_model_n_ctx_train": (whole, (where,)),
         "llama_vocab_n_tokens": (whole, (where,)),
         "llama_get_memory": (where, (where,)),
         "llama_memory_clear": (None, (where, ctypes.c_bool)),
@@ -120,6 +121,11 @@ class Llama(AbstractContextManager["Llama"]):
         self.library.llama_batch_free(self.batch)
         self.library.llama_free(self.context)
         self.library.llama_model_free(self.model)
+
+    @property
+    def trained_length(self) -> int:
+        """Positions that the model knows."""
+        return int(self.library.llama_model_n_ctx_train(self.model))
 
     def logits(self, tokens: Sequence[int]) -> Float[Tensor, "seq vocabulary"]:
         """Logits after every token of one sequence, computed in one batch without a past."""

@@ -37,7 +37,9 @@ def tokenizer_entries(folder: Path, rows: int) -> dict[str, Any]:
     else:
         entries |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": _splitter(found)}
         merges = model["merges"]
-        entries["tokenizer.ggml.merges"] = [m if isinstance(m, str) else " ".join(m) for m in merges]
+        entries["tokenizer.ggml.merges"] = [
+            m if isinstance(m, str) else " ".join(m) for m in merges
+        ]
     return entries | _ends(folder, tokens)
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from layerwise.core.dense import GGUF as FILE
 from layerwise.core.ggml import FLOATS, encode, fitting, format_of, needing_gguf
 from layerwise.core.method import find, method
 from layerwise.core.network import Network
@@ -24,8 +25,6 @@ from layerwise.export._gguf_models import (
 from layerwise.export._gguf_tokenizer import TOKENS, tokenizer_entries
 from layerwise.export._writer import Finished
 
-#: the file in the output folder
-FILE = "model.gguf"
 #: what a menu offers unless `--set menu.type` says otherwise
 MENU = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "Q3_K", "IQ3_XXS", "Q2_K")
 
@@ -40,6 +39,7 @@ def gguf(
     layers: Iterable[Finished],
     embedding: str = "Q6_K",
     output: str = "Q6_K",
+    imatrix: str = "",
 ) -> int:
     """Write one file for llama.cpp, layer by layer: weights, hyper-parameters and tokenizer.
 
@@ -51,6 +51,8 @@ def gguf(
         layers: given; every layer once, with what the edits made of its matrices.
         embedding: GGML type of the token embedding, which is the head too where they are tied.
         output: GGML type of the head.
+        imatrix: a file of importances that matrices were encoded with, in place of measuring them;
+            it is named in the result.
 
     Returns:
         Bytes of all tensors.
@@ -62,7 +64,8 @@ def gguf(
     path.mkdir(parents=True, exist_ok=True)
     names = Names(network)
     places = list(_places(network, plan.edits, names, options))
-    writer = _opened(network, path / FILE, places)
+    facts = {"quantize.imatrix.file": Path(imatrix).name} if imatrix else {}
+    writer = _opened(network, path / FILE, places, facts)
     outside = _outside_bytes(network, names, options)
     for place in places[: len(outside)]:
         writer.write_tensor_data(outside[place.name].numpy())
@@ -110,7 +113,7 @@ def _places(
             yield Place(names(f"{layer.path}.{name}"), shape, kind)
 
 
-def _opened(network: Network, path: Path, places: Sequence[Place]) -> Any:
+def _opened(network: Network, path: Path, places: Sequence[Place], facts: Mapping[str, Any]) -> Any:
     """A writer that has written all but the data."""
     with needing_gguf():
         from gguf import GGMLQuantizationType, GGUFWriter
@@ -122,7 +125,7 @@ def _opened(network: Network, path: Path, places: Sequence[Place]) -> Any:
         _add(writer, f"{entry.name}.{key}", value)
     rows = next(p.shape[0] for p in places if p.name == "token_embd.weight")
     words = tokenizer_entries(folder, rows)
-    for key, value in words.items():
+    for key, value in {**words, **facts}.items():
         _add(writer, key, value)
     # llama.cpp looks for tokens of Phi-3 by the name of the model, and stops where they lack
     if "phi" not in folder.name.lower() or "<|endoftext|>" in words.get(TOKENS, ()):
@@ -180,9 +183,7 @@ def outside(network: Network, options: Mapping[str, str]) -> dict[str, Weight]:
     return made
 
 
-def _outside_bytes(
-    network: Network, names: Names, options: Mapping[str, str]
-) -> dict[str, Tensor]:
+def _outside_bytes(network: Network, names: Names, options: Mapping[str, str]) -> dict[str, Tensor]:
     """All tensors outside of the layers as bytes, by their name in the file."""
     encoded, found = outside(network, options), network.fetch_outside()
     bytes_: dict[str, Tensor] = {}
@@ -212,7 +213,9 @@ def _stored(
     own = names(f"{layer.path}.{name}")
     matrix = next((m for m in layer.matrices if m.parameter == name), None)
     if matrix is None:
-        return in_pairs(_plain(tensors[name], own, names).reshape(len(tensors[name]), -1), own, network)
+        return in_pairs(
+            _plain(tensors[name], own, names).reshape(len(tensors[name]), -1), own, network
+        )
     record = records.get(matrix.key)
     if isinstance(record, Packed):
         return in_pairs(record.data, own, network)

@@ -32,6 +32,7 @@ from layerwise.export._writer import Finished
 from layerwise.jobs.checks import CHECK, CHECKED, must_be_sound
 from layerwise.jobs.engine import must_run
 from layerwise.jobs.forecast import disk_to_apply, memory_to_solve
+from layerwise.jobs.imatrix import given_by
 from layerwise.jobs.session import Progress, check_new, load_reader, silent, texts_of
 from layerwise.jobs.solve import Solver, needs_of, put_outside, solve, try_chains
 
@@ -83,15 +84,16 @@ def apply_plan(
     target = check_plan(network, plan, other_weights)
     outside = target.outside(network, plan.export)
     put_outside(network, outside)
-    needs = needs_of(plan.edits)
+    given = given_by(network, plan.export.get("imatrix", ""))
+    needs = [] if given else needs_of(plan.edits)
     batches = windows(load_reader(network), texts_of(plan.data), "calibrate") if needs else []
     part, journal_folder = beside(out, "part"), beside(out, "journal")
     check_memory(memory_to_solve(network, batches, needs))
     if not journal_folder.exists():
         check_disk(out.parent, disk_to_apply(network, plan))
     batch = own_batch(network, plan)
-    with Journal(journal_folder, job_of(network, plan, batches)) as journal:
-        solver = solve(network, plan.edits, batches, journal, progress, engine)
+    with Journal(journal_folder, job_of(network, plan, batches, given)) as journal:
+        solver = solve(network, plan.edits, batches, journal, progress, engine, given)
         if part.exists():
             shutil.rmtree(part)
         records = solver.finished if target.by_bits else stored_dense(solver)
@@ -110,12 +112,17 @@ def apply_plan(
     return Applied(out, nbytes, rows, warnings)
 
 
-def job_of(network: Network, plan: Plan, batches: Sequence[Batch]) -> dict[str, Any]:
+def job_of(
+    network: Network,
+    plan: Plan,
+    batches: Sequence[Batch],
+    given: Mapping[str, Mapping[str, Any]] = {},
+) -> dict[str, Any]:
     """All that the bytes of a result depend on; a job that goes on must find it unchanged."""
     return {
         "plan": plan.to_yaml(),
         "weights": network.checkpoint.weights,
-        "data": digest_of(batches),
+        "data": digest_of([*batches, *given.values()]),
         "device": str(network.device),
         "dtype": str(network.dtype),
         "threads": torch.get_num_threads(),

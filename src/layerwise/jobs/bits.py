@@ -225,4 +225,3 @@ def assemble(
     bits = 8 * cost(open_, choice) / weights if weights else None
     total = cost(menus, choice) + outside
     return Planned(plan, rows, total, menus, damage, scores, whole, bits)
-

@@ -17,8 +17,8 @@ from layerwise.core.plan import Plan, chain_for, describe, label, read_plan
 from layerwise.core.quality import Estimate, Quality, measure_quality
 from layerwise.core.reader import samples_of
 from layerwise.export import TARGETS
-from layerwise.export.compressed_tensors import unpack
 from layerwise.export._gguf_file import FILE, GgufFile
+from layerwise.export.compressed_tensors import unpack
 from layerwise.jobs.checks import decode_checks, rebuild_check, reload_checks
 from layerwise.jobs.depth import layer_bytes
 from layerwise.jobs.engine import engine_checks, run_engine
@@ -28,7 +28,6 @@ from layerwise.jobs.naive import Contest, build_naive
 from layerwise.jobs.session import Progress, load_reader, silent
 from layerwise.jobs.solve import put_outside
 from layerwise.jobs.stock import answers_of, load_stock, streamed
-
 
 #: documents on which llama.cpp is compared with our own dequantized model
 CHECKED = 8

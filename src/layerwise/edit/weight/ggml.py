@@ -37,8 +37,9 @@ def ggml(
 
     Example:
         >>> import torch
-        >>> record = ggml(torch.linspace(-1, 1, 512).reshape(2, 256), {}, type="Q8_0")
-        >>> record.nbytes, bool((record.dense() - torch.linspace(-1, 1, 512).reshape(2, 256)).abs().max() < 0.005)
+        >>> weight = torch.linspace(-1, 1, 512).reshape(2, 256)
+        >>> record = ggml(weight, {}, type="Q8_0")
+        >>> record.nbytes, bool((record.dense() - weight).abs().max() < 0.005)
         (544, True)
 
     Reference: llama.cpp, ggml-quants.c, run as it is.
