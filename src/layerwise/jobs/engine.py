@@ -58,7 +58,7 @@ def _answered(batch: Any, logits: Callable[[list[int]], Tensor]) -> Tensor:
 
 
 def engine_checks(
-    file: Path, batches: Sequence[Any], ours: Sequence[Tensor]
+    file: Path, batches: Sequence[Any], ours: Sequence[Tensor], least: float = LEAST_AGREE
 ) -> list[dict[str, Any]]:
     """llama.cpp against our dequantized model: with the file's weights unpacked, and as it is.
 
@@ -71,11 +71,11 @@ def engine_checks(
         GgufFile(file).unpack(wide)
         exact = agreement(ours, run_engine(wide, batches))
     packed = agreement(ours, run_engine(file, batches))
-    limits = f"allowed {MOST_KL:.0e} and {LEAST_AGREE:.0%}"
+    limits = f"allowed {MOST_KL:.0e} and {least:.0%}"
     return [
         {
             "name": "llama.cpp gives the logits of our dequantized model, weights unpacked",
-            "ok": exact.kl <= MOST_KL and exact.agree >= LEAST_AGREE,
+            "ok": exact.kl <= MOST_KL and exact.agree >= least,
             "found": f"{exact}; {limits}",
         },
         {
@@ -101,7 +101,8 @@ def must_run(folder: Path, network: Network, batch: Any) -> list[str]:
         return [f"not run in llama.cpp as a check: that takes {amount(2 * wide)}"]
     held = {name: read_tensor(info) for name, info in read_header(folder / CHECK).items()}
     wanted = held.pop(CHECKED)
-    exact, packed = engine_checks(folder / FILE, [held], [wanted])
+    # of a few tokens, one that is likeliest by a hair decides nothing: what is wrong shows in the KL
+    exact, packed = engine_checks(folder / FILE, [held], [wanted], least=0.0)
     if not exact["ok"]:
         raise LayerwiseError(
             f"{folder / FILE}",
