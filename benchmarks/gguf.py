@@ -12,6 +12,7 @@ from layerwise.core.open import open_network
 from layerwise.core.plan import DataSpec, Plan
 from layerwise.core.quality import Quality, measure_quality
 from layerwise.core.reader import samples_of
+from layerwise.export import TARGETS
 from layerwise.export._gguf_file import FILE
 from layerwise.jobs.apply import apply_plan
 from layerwise.jobs.bits import plan_bits
@@ -20,7 +21,6 @@ from layerwise.jobs.mixes import mix_plan, written_bytes
 from layerwise.jobs.request import Request
 from layerwise.jobs.session import Budget, load_reader, silent
 from layerwise.jobs.stock import streamed
-from layerwise.export import TARGETS
 
 MIXTURES = ("Q2_K", "Q3_K_M", "Q4_K_M")
 

@@ -101,7 +101,7 @@ def must_run(folder: Path, network: Network, batch: Any) -> list[str]:
         return [f"not run in llama.cpp as a check: that takes {amount(2 * wide)}"]
     held = {name: read_tensor(info) for name, info in read_header(folder / CHECK).items()}
     wanted = held.pop(CHECKED)
-    # of a few tokens, one that is likeliest by a hair decides nothing: what is wrong shows in the KL
+    # of a few tokens, one that leads by a hair decides nothing: what is wrong shows in the KL
     exact, packed = engine_checks(folder / FILE, [held], [wanted], least=0.0)
     if not exact["ok"]:
         raise LayerwiseError(
