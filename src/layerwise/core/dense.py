@@ -148,6 +148,9 @@ def _decode(file: Path, out: Path) -> None:
         allowed="a GGUF file of an architecture that transformers reads, with its tokenizer",
         fix="start from the original checkpoint",
     ):
+        from gguf import GGUFReader
+
+        assert GGUFReader(file).tensors  # offsets are checked here, before C code reads the file
         where = {"gguf_file": file.name}
         with Llama(file, length=32) as engine:
             config = AutoConfig.from_pretrained(file.parent, **where)

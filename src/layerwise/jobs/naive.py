@@ -107,7 +107,9 @@ def naive_depth(contest: Contest) -> Naive | None:
     tails = [keys[len(keys) - count :], keys[len(keys) - count - 1 : len(keys) - 1]]
 
     def quality(gone: list[str]) -> Quality:
-        return contest.quality(contest.opened(wiring_without(network, gone)))
+        edited, target = contest.opened(wiring_without(network, gone)), contest.plan.target
+        put_outside(edited, TARGETS[target].outside(edited, contest.plan.export))
+        return contest.quality(edited)
 
     random = sorted((quality(gone) for gone in chosen), key=lambda q: q.estimate("loss").value)
     found = [(f"{count} at random dropped, median of 5", random[len(random) // 2])]
@@ -118,7 +120,8 @@ def naive_depth(contest: Contest) -> Naive | None:
         if all(wiring_without(network, gone).values()):
             found.append((name.format(count), quality(gone)))
     name, best = min(found, key=lambda item: item[1].estimate("loss").value)
-    request = Request(contest.model, Budget(bytes=contest.nbytes), target="hf")
+    kind, budget = contest.plan.target, Budget(bytes=contest.nbytes)
+    request = Request(contest.model, budget, kind, settings={kind: contest.plan.export})
     planned = assemble_depth(request, network, tails[0], None)
     return Naive(f"best naive: {name}", best, planned.nbytes)
 
