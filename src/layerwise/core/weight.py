@@ -9,8 +9,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
+
+from layerwise.core.ggml import decode
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,22 @@ class Quantized:
             self.zero is not None,
             self.scale.dtype,
         )
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Blocks of a GGML type: the bytes that a GGUF file holds, row by row."""
+
+    data: UInt8[Tensor, "out bytes"]
+    type: str
+    columns: int
+
+    def dense(self) -> Float[Tensor, "out in"]:
+        return decode(self.data, self.type, self.columns)
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
 
 
 @dataclass(frozen=True)
@@ -123,8 +141,8 @@ class Gather:
         return self.inner.nbytes + self.order.nbytes
 
 
-Weight = Dense | Quantized | Sparse | Product | Sum | Gather
-_KINDS = {kind.__name__: kind for kind in (Dense, Quantized, Sparse, Product, Sum, Gather)}
+Weight = Dense | Quantized | Packed | Sparse | Product | Sum | Gather
+_KINDS = {kind.__name__: kind for kind in (Dense, Quantized, Packed, Sparse, Product, Sum, Gather)}
 
 
 def in_groups(matrix: Tensor, width: int) -> Shaped[Tensor, "out groups width"]:
