@@ -282,8 +282,7 @@ def label(chain: tuple[Step, ...]) -> str:
     """A chain in words: `gptq 3 bits g128`."""
     words = []
     for step in chain:
-        options = step.options
-        text = step.method
+        text, options = step.method, step.options
         text += f" {options['bits']} bits" if "bits" in options else ""
         text += f" {options['type']}" if "type" in options else ""
         text += f" g{options['group']}" if "group" in options else ""
