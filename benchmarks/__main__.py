@@ -16,7 +16,7 @@ import transformers
 
 from benchmarks.timing import PRINTED
 
-NAMES = ("core", "memory", "scale", "allocation", "solvers", "inspect", "interventions")
+NAMES = ("core", "memory", "scale", "allocation", "solvers", "inspect", "interventions", "gguf")
 PAGE = Path(__file__).parents[1] / "docs" / "measured.md"
 
 

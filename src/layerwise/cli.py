@@ -38,6 +38,7 @@ from layerwise.steps import (
     engine_of,
     request_of,
     run_apply,
+    run_imatrix,
     run_inspect,
     run_plan,
     run_verify,
@@ -90,7 +91,7 @@ def plan(
     bits: Bits = None,
     depth: Depth = "",
     target: Target = "",
-    method: Method = "gptq",
+    method: Method = "",
     score: Score = "",
     allocator: Allocator = "knapsack",
     data: Data = "stdlib",
@@ -177,7 +178,7 @@ def compress(
     bits: Bits = None,
     depth: Depth = "",
     target: Target = "",
-    method: Method = "gptq",
+    method: Method = "",
     score: Score = "",
     allocator: Allocator = "knapsack",
     data: Data = "stdlib",
@@ -219,6 +220,23 @@ def compress(
     kept.unlink()
     run_verify(output, model, Path(out), settings)
     output.end(f"the checkpoint and its report are in {out}")
+
+
+@command
+def imatrix(
+    model: Model,
+    out: Annotated[str, typer.Option(help="The file: .dat, or .gguf.")],
+    data: Data = "stdlib",
+    samples: Samples = 128,
+    length: Length = 512,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Measure an importance matrix for llama.cpp: the mean square of every input."""
+    quiet()
+    output = Output("imatrix", model, as_json, {"data": data, "samples": samples, "length": length})
+    run_imatrix(output, model, Path(out), data, samples, length, seed)
+    output.end(f"the importance matrix is in {out}")
 
 
 @command

@@ -26,8 +26,10 @@ Bits = Annotated[
     float | None, typer.Option(help="Mean bits per weight of the allocatable matrices.")
 ]
 Depth = Annotated[str, typer.Option(help="Layers that may remain: 9 or 75%.")]
-Target = Annotated[str, typer.Option(help="hf or compressed-tensors.")]
-Method = Annotated[str, typer.Option(help="How matrices are edited: gptq, rtn, comq, qep+gptq ...")]
+Target = Annotated[str, typer.Option(help="hf, compressed-tensors or gguf.")]
+Method = Annotated[
+    str, typer.Option(help="How matrices are edited: gptq, rtn, comq, qep+gptq; ggml for gguf.")
+]
 Score = Annotated[str, typer.Option(help="sensitivity, lim, zd; greedy, shortgpt ... for depth.")]
 EngineName = Annotated[
     str, typer.Option("--engine", help="Where trials and solves run: threads, processes or ray.")

@@ -155,6 +155,26 @@ def run_verify(output: Output, model: str, folder: Path, settings: Any) -> None:
     output.files.append(str(folder / "report.html"))
 
 
+def run_imatrix(
+    output: Output, model: str, out: Path, data: str, samples: int, length: int, seed: int
+) -> None:
+    """Measure an importance matrix and write it."""
+    from layerwise.core.data import Texts
+    from layerwise.core.imatrix import write_imatrix
+    from layerwise.core.open import open_network
+    from layerwise.jobs.imatrix import make_imatrix
+    from layerwise.jobs.session import check_out
+    from layerwise.report.terminal import progress_bar
+
+    check_out(out)
+    say_data(output, data)
+    with progress_bar(output.as_json) as progress:
+        found = make_imatrix(open_network(model), Texts(data, seed, samples, length), progress)
+    write_imatrix(out, found, data)
+    output.files.append(str(out))
+    output.rows = [{"tensor": n, "inputs": len(i.squares)} for n, i in sorted(found.items())]
+
+
 def run_inspect(
     output: Output,
     against: str,

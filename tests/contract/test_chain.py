@@ -10,9 +10,10 @@ from torch import Tensor
 
 import layerwise.families as families
 from layerwise.core.errors import LayerwiseError
+from layerwise.core.frame import innermost
 from layerwise.core.gaussian import gaussian_grid
 from layerwise.core.plan import Step
-from layerwise.core.weight import Dense, Weight, flatten, innermost, unflatten
+from layerwise.core.weight import Dense, Weight, flatten, unflatten
 from layerwise.jobs.solve import run_chain
 
 assert families

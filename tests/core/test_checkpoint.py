@@ -13,15 +13,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from layerwise.core.checkpoint import (
-    DTYPES,
-    Checkpoint,
-    ShardWriter,
-    read_header,
-    read_tensor,
-    write_safetensors,
-)
+from layerwise.core.checkpoint import DTYPES, Checkpoint, read_header, read_tensor
 from layerwise.core.errors import LayerwiseError
+from layerwise.core.shards import ShardWriter, write_safetensors
 
 SHAPES = [(), (0,), (1,), (3, 5), (2, 0, 4), (2, 1, 3)]
 

@@ -12,11 +12,12 @@ from build import Entry, build
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from layerwise.core.checkpoint import Checkpoint, ShardWriter
+from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.data import Texts
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.open import open_network
 from layerwise.core.plan import DataSpec, Edit, Identity, Plan, Step
+from layerwise.core.shards import ShardWriter
 from layerwise.jobs.apply import apply_plan
 from layerwise.jobs.inspect import inspect_model
 

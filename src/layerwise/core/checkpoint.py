@@ -1,4 +1,4 @@
-"""Safetensors folders: checked headers, tensors read one by one, shards written whole.
+"""Safetensors folders: checked headers, tensors read one by one.
 
 Files are opened, read and closed; nothing stays mapped, so memory is what is asked for.
 """
@@ -8,8 +8,8 @@ import json
 import math
 import mmap
 import struct
-from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,9 +43,8 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
 #: elements on disk in one element of torch, along the last axis
-_PACKED = {torch.float4_e2m1fn_x2: 2}
+PACKED = {torch.float4_e2m1fn_x2: 2}
 _LONGEST_HEADER = 100_000_000
 
 
@@ -105,9 +104,9 @@ def _entry(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
             found=code,
             fix="convert the tensor to one of these, or install a newer layerwise",
         )
-    if dtype in _PACKED and good and shape and shape[-1] % _PACKED[dtype] == 0:
-        shape = (*shape[:-1], shape[-1] // _PACKED[dtype])
-    elif dtype in _PACKED:
+    if dtype in PACKED and good and shape and shape[-1] % PACKED[dtype] == 0:
+        shape = (*shape[:-1], shape[-1] // PACKED[dtype])
+    elif dtype in PACKED:
         good = False
     if not good or end - start != math.prod(shape) * dtype.itemsize:
         raise broken(path, f"offsets of {name!r} that fit its shape and dtype", entry)
@@ -135,87 +134,6 @@ def _pages(nbytes: int) -> Tensor:
     pages = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     pages.madvise(mmap.MADV_HUGEPAGE)  # faults of 4 kB each would take longer than reading
     return torch.frombuffer(pages, dtype=torch.uint8)
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file without copying what is contiguous; whole or not at all."""
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in order:
-        tensor = tensors[name]
-        *rows, last = tensor.shape or (1,)
-        stored = [*rows, last * _PACKED.get(tensor.dtype, 1)] if tensor.ndim else []
-        header[name] = {
-            "dtype": _CODES[tensor.dtype],
-            "shape": stored,
-            "data_offsets": [end, end + tensor.nbytes],
-        }
-        end += tensor.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name in order:
-            flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-            file.write(flat.view(torch.uint8).numpy().data)
-    part.replace(path)
-
-
-class ShardWriter:
-    """Collects tensors and writes a shard whenever `limit` bytes have come together.
-
-    One shard at a time is written behind the caller's back.
-    """
-
-    def __init__(self, folder: Path, limit: int = 128_000_000) -> None:
-        self.folder, self.limit = folder, limit
-        self.nbytes = 0
-        self._waiting: dict[str, Tensor] = {}
-        self._shards: list[list[str]] = []
-        self._pool = ThreadPoolExecutor(1)
-        self._writing: Future[None] | None = None
-
-    def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the tensors of one layer; they stay together."""
-        self._waiting |= tensors
-        self.nbytes += sum(t.nbytes for t in tensors.values())
-        if sum(t.nbytes for t in self._waiting.values()) >= self.limit:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self._waiting:
-            self._settle()
-            path = self.folder / f"shard-{len(self._shards)}"
-            self._writing = self._pool.submit(write_safetensors, path, self._waiting)
-            self._shards.append(list(self._waiting))
-            self._waiting = {}
-
-    def _settle(self) -> None:
-        """Wait for the shard that is being written; what went wrong with it is raised here."""
-        if self._writing is not None:
-            writing, self._writing = self._writing, None
-            writing.result()
-
-    def close(self) -> list[str]:
-        """Give the shards their final names, write the index, and say which files there are."""
-        self._flush()
-        self._settle()
-        self._pool.shutdown()
-        count = len(self._shards)
-        files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-        if count == 1:
-            files = ["model.safetensors"]
-        for i, name in enumerate(files):
-            (self.folder / f"shard-{i}").replace(self.folder / name)
-        if count > 1:
-            where = {n: files[i] for i, names in enumerate(self._shards) for n in names}
-            index = {"metadata": {"total_size": self.nbytes}, "weight_map": where}
-            path = self.folder / INDEX
-            path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-            files.append(path.name)
-        return files
 
 
 class Checkpoint:
@@ -289,7 +207,7 @@ def _weights(tensors: tuple[TensorInfo, ...], stamps: tuple[tuple[int, ...], ...
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether every element is a number; nearly always one sum tells."""
-    if tensor.dtype in _PACKED or not (tensor.is_floating_point() or tensor.is_complex()):
+    if tensor.dtype in PACKED or not (tensor.is_floating_point() or tensor.is_complex()):
         return True
     wide = tensor.float() if tensor.dtype.itemsize < 4 else tensor
     return bool(torch.isfinite(wide.sum()) or torch.isfinite(wide).all())

@@ -1,4 +1,4 @@
-"""Adapters and quantized checkpoints, made into folders of ordinary dense safetensors."""
+"""Adapters, GGUF files and quantized checkpoints, made into folders of dense safetensors."""
 
 import copy
 import inspect
@@ -8,8 +8,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import transformers
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from layerwise.core.checkpoint import read_header
@@ -18,8 +25,13 @@ from layerwise.core.config import model_class, read_config
 from layerwise.core.errors import LayerwiseError, refusing
 from layerwise.core.hollow import build_meta
 from layerwise.core.index import PICKLES, read_json
+from layerwise.core.llama import Llama
 from layerwise.core.trust import trusted
 
+#: the file in a folder of target gguf
+GGUF = "model.gguf"
+#: nats per token between a decoded file and llama.cpp, which rounds inputs to 8 bits
+_MOST_KL = 1e-2
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PACKED = "compressed-tensors"
 
@@ -39,6 +51,10 @@ def recipe_for(folder: Path, find_base: Callable[[str], Path]) -> Recipe | None:
     Raises:
         LayerwiseError: it holds an adapter or quantized weights that cannot be made dense.
     """
+    if folder.is_file():
+        return _gguf(folder)
+    if (folder / GGUF).is_file() and not (folder / "config.json").is_file():
+        return _gguf(folder / GGUF)
     if (folder / ADAPTER).is_file():
         return _adapter(folder, find_base)
     config = folder / "config.json"
@@ -112,6 +128,51 @@ def _rewrite(folder: Path, out: Path) -> None:
         fix="start from another copy of the checkpoint",
     ):
         _save(_load(model_class(read_config(folder)), folder), out, folder)
+
+
+def _gguf(file: Path) -> Recipe:
+    """A GGUF file, decoded by transformers, with its tokenizer."""
+    with refusing(
+        "GGUF files",
+        allowed="the package gguf being installed",
+        fix='pip install "layerwise[gguf]"',
+    ):
+        by = ("gguf", version("gguf"), transformers.__version__)
+    what = f"{file} is a GGUF file, decoded by transformers"
+    return Recipe(what, (file,), by, lambda out: _decode(file, out))
+
+
+def _decode(file: Path, out: Path) -> None:
+    with refusing(
+        f"{file}",
+        allowed="a GGUF file of an architecture that transformers reads, with its tokenizer",
+        fix="start from the original checkpoint",
+    ):
+        from gguf import GGUFReader
+
+        assert GGUFReader(file).tensors  # offsets are checked here, before C code reads the file
+        where = {"gguf_file": file.name}
+        with Llama(file, length=32) as engine:
+            config = AutoConfig.from_pretrained(file.parent, **where)
+            config.max_position_embeddings = engine.trained_length
+            found = AutoModelForCausalLM.from_pretrained(
+                file.parent, **where, config=config, dtype=torch.float32
+            )
+            _same(found, engine)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
+        _plain(type(found), found.config, found).save_pretrained(out)
+        tokenizer.save_pretrained(out)
+
+
+def _same(model: PreTrainedModel, engine: Llama) -> None:
+    """Refuse a decoded model that does not compute what llama.cpp computes with the file."""
+    tokens = [i * 7919 % model.config.vocab_size for i in range(engine.length)]
+    with torch.no_grad():
+        ours = model(input_ids=torch.tensor([tokens])).logits[0].double().log_softmax(-1)
+    theirs = engine.logits(tokens).double().log_softmax(-1)
+    kl = (ours.exp() * (ours - theirs)).sum(-1).mean().item()
+    if not kl < _MOST_KL:
+        raise ValueError(f"decoded, it is another model: KL {kl:.2g} to llama.cpp with the file")
 
 
 def _quantized(folder: Path) -> Recipe:

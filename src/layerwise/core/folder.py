@@ -1,7 +1,7 @@
 """From what a user names to a folder of ordinary safetensors.
 
-Adapters and quantized checkpoints are made dense once, into the user's cache; what lies in the
-folder says that it is needed, never the architecture.
+Adapters, GGUF files and quantized checkpoints are made dense once, into the user's cache; what
+lies in the folder says that it is needed, never the architecture.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ def find_folder(model: str | Path) -> Path:
 
     Raises:
         LayerwiseError: there is no such folder and the hub has none either, or it holds an
-            adapter or quantized weights that cannot be made dense.
+            adapter or quantized weights, or it is a GGUF file, that cannot be made dense.
     """
     folder = _named(str(model))
     recipe = recipe_for(folder, find_folder)
@@ -42,10 +42,12 @@ def _named(model: str) -> Path:
         return demo_folder()
     if model and Path(model).is_dir():
         return Path(model)
+    if Path(model).suffix == ".gguf" and Path(model).is_file():
+        return Path(model)
     if Path(model).is_absolute() or model.startswith(".") or model.count("/") != 1:
         raise LayerwiseError(
             f"model {model}",
-            allowed="a folder with config.json and safetensors, a hub id, or `demo`",
+            allowed="a folder with config.json and safetensors, a GGUF file, a hub id, or `demo`",
             found="a file" if model and Path(model).is_file() else "no such folder",
             fix="check the path",
         )

@@ -10,8 +10,9 @@ from typing import IO, Any
 
 from torch import Tensor
 
-from layerwise.core.checkpoint import read_header, read_tensor, write_safetensors
+from layerwise.core.checkpoint import read_header, read_tensor
 from layerwise.core.errors import LayerwiseError
+from layerwise.core.shards import write_safetensors
 from layerwise.core.weight import Weight, flatten, unflatten
 
 

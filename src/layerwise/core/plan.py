@@ -63,6 +63,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
     wiring: dict[str, list[Any]] = {}
     edits: tuple[Edit, ...] = ()
     fixed: tuple[str, ...] = ()
+    export: dict[str, Any] = {}
 
     def __post_init__(self) -> None:
         unknown = set(self.budget) - set(UNITS)
@@ -281,9 +282,9 @@ def label(chain: tuple[Step, ...]) -> str:
     """A chain in words: `gptq 3 bits g128`."""
     words = []
     for step in chain:
-        options = step.options
-        text = step.method
+        text, options = step.method, step.options
         text += f" {options['bits']} bits" if "bits" in options else ""
+        text += f" {options['type']}" if "type" in options else ""
         text += f" g{options['group']}" if "group" in options else ""
         words.append(text)
     return " + ".join(words) or "as is"

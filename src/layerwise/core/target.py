@@ -1,6 +1,6 @@
 """What a target can hold, and what that costs in bytes."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from layerwise.core.network import Network
 from layerwise.core.plan import Step
 from layerwise.core.stack import Matrix
 from layerwise.core.task import example_inputs, forward_arguments
+from layerwise.core.weight import Weight
 
 
 class Target(NamedTuple):
@@ -20,6 +21,12 @@ class Target(NamedTuple):
     `refuses` says why a matrix cannot take a chain there, or nothing; `nbytes` is the exact size
     of a matrix under a chain; `by_bits` tells whether fewer bits are fewer bytes; `bare` tells
     whether stock transformers loads what was edited as modules without a `weight`.
+
+    `fused` tells whether matrices of a fusion group must share their option. `method` edits
+    matrices where nobody names another one. `types` are what a menu offers in place of bits and
+    groups. `outside` gives, of a network and the plan's options of the export, what is written of
+    tensors that belong to no layer, by their name in memory, and `rest` the bytes of all that is
+    no matrix of a layer; `accepts` refuses networks that the format does not know.
     """
 
     name: str
@@ -27,6 +34,12 @@ class Target(NamedTuple):
     refuses: Callable[[Matrix, nn.Module, Sequence[Step]], str | None]
     nbytes: Callable[[Matrix, Sequence[Step], int], int]
     bare: bool = False
+    fused: bool = True
+    method: str = "gptq"
+    types: tuple[str, ...] = ()
+    accepts: Callable[[Network], None] = lambda network: None
+    rest: Callable[[Network, Mapping[str, Any]], int] | None = None
+    outside: Callable[[Network, Mapping[str, Any]], dict[str, Weight]] = lambda network, options: {}
 
 
 #: why a matrix cannot take a chain, or nothing

@@ -5,14 +5,14 @@ a result does not depend on whether it was just computed or read back.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from torch import Tensor
 
+from layerwise.core.ggml import decode
 from layerwise.core.rotation import rotated, unrotated
 
 
@@ -63,6 +63,22 @@ class Quantized:
             self.zero is not None,
             self.scale.dtype,
         )
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Blocks of a GGML type: the bytes that a GGUF file holds, row by row."""
+
+    data: UInt8[Tensor, "out bytes"]
+    type: str
+    columns: int
+
+    def dense(self) -> Float[Tensor, "out in"]:
+        return decode(self.data, self.type, self.columns)
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
 
 
 @dataclass(frozen=True)
@@ -217,38 +233,27 @@ class Trits:
         return rows * math.ceil(columns / 5) + self.scale.nbytes
 
 
-Weight = Dense | Quantized | Sparse | Product | Sum | Gather | Rotated | Scaled | Codebook | Trits
+Weight = (
+    Dense
+    | Quantized
+    | Packed
+    | Sparse
+    | Product
+    | Sum
+    | Gather
+    | Rotated
+    | Scaled
+    | Codebook
+    | Trits
+)
 Frame = Rotated | Scaled
 _KINDS = {
     kind.__name__: kind
     for kind in (
-        *(Dense, Quantized, Sparse, Product, Sum, Gather),
+        *(Dense, Quantized, Packed, Sparse, Product, Sum, Gather),
         *(Rotated, Scaled, Codebook, Trits),
     )
 }
-
-
-def innermost(record: Weight) -> Weight:
-    """What lies inside all frames."""
-    while isinstance(record, Frame):
-        record = record.inner
-    return record
-
-
-def put_inside(record: Weight, inner: Weight) -> Weight:
-    """The same frames around something else."""
-    if isinstance(record, Frame):
-        return replace(record, inner=put_inside(record.inner, inner))
-    return inner
-
-
-def seen_inside(record: Weight, stats: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Statistics as they are inside all frames: moments of the inputs, and nothing else."""
-    while isinstance(record, Frame):
-        frame, record = record, record.inner
-        square = {k: v for k, v in stats.items() if isinstance(v, Tensor) and v.ndim == 2}
-        stats = {name: frame.moment(value) for name, value in square.items()}
-    return stats
 
 
 def in_groups(matrix: Tensor, width: int) -> Shaped[Tensor, "out groups width"]:

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
-from layerwise.core.checkpoint import ShardWriter
 from layerwise.core.companions import copy_companions
 from layerwise.core.network import Network
+from layerwise.core.shards import ShardWriter
 from layerwise.core.stack import Layer
 from layerwise.core.weight import Weight
 

@@ -11,7 +11,6 @@ import torch
 import transformers
 from torch import Tensor
 
-from layerwise.core.checkpoint import write_safetensors
 from layerwise.core.errors import LayerwiseError, first_few
 from layerwise.core.fan import Engine
 from layerwise.core.journal import Journal
@@ -22,6 +21,7 @@ from layerwise.core.network import Network
 from layerwise.core.open import open_network, widened
 from layerwise.core.plan import Plan, chain_for, check_model, check_selectors, label
 from layerwise.core.reader import windows
+from layerwise.core.shards import write_safetensors
 from layerwise.core.stack import Layer
 from layerwise.core.stops import Batch
 from layerwise.core.target import Target, refusals
@@ -30,9 +30,11 @@ from layerwise.core.weight import Dense, Weight
 from layerwise.export import TARGETS
 from layerwise.export._writer import Finished
 from layerwise.jobs.checks import CHECK, CHECKED, must_be_sound
+from layerwise.jobs.engine import must_run
 from layerwise.jobs.forecast import disk_to_apply, memory_to_solve
+from layerwise.jobs.imatrix import given_by
 from layerwise.jobs.session import Progress, check_new, load_reader, silent, texts_of
-from layerwise.jobs.solve import Solver, needs_of, solve, try_chains
+from layerwise.jobs.solve import Solver, needs_of, put_outside, solve, try_chains
 
 
 class Applied(NamedTuple):
@@ -79,39 +81,48 @@ def apply_plan(
     """
     check_new(out)
     network = open_network(model, wiring=plan.wiring, device=device, dtype=dtype)
-    check_plan(network, plan, other_weights)
-    needs = needs_of(plan.edits)
+    target = check_plan(network, plan, other_weights)
+    outside = target.outside(network, plan.export)
+    put_outside(network, outside)
+    given = given_by(network, plan.export.get("imatrix", ""))
+    needs = [] if given else needs_of(plan.edits)
     batches = windows(load_reader(network), texts_of(plan.data), "calibrate") if needs else []
     part, journal_folder = beside(out, "part"), beside(out, "journal")
     check_memory(memory_to_solve(network, batches, needs))
     if not journal_folder.exists():
         check_disk(out.parent, disk_to_apply(network, plan))
     batch = own_batch(network, plan)
-    with Journal(journal_folder, job_of(network, plan, batches)) as journal:
-        solver = solve(network, plan.edits, batches, journal, progress, engine)
+    with Journal(journal_folder, job_of(network, plan, batches, given)) as journal:
+        solver = solve(network, plan.edits, batches, journal, progress, engine, given)
         if part.exists():
             shutil.rmtree(part)
-        records = solver.finished if TARGETS[plan.target].by_bits else stored_dense(solver)
-        layers = passing(network, records, batch, part / CHECK, progress)
-        export = find(plan.target, "export").bind(network=network, layers=layers)
+        records = solver.finished if target.by_bits else stored_dense(solver)
+        layers = passing(network, records, batch, part / CHECK, progress, outside)
+        export = find(plan.target, "export").bind(plan.export, network=network, layers=layers)
         nbytes = export(network.stack, plan, part)
         plan.save(part / "plan.yaml")
         reports = {key: line["report"] for key, line in journal.lines.items()}
         rows = [layer_row(network, la, plan, reports.get(la.key, {})) for la in network.layers()]
         unseen = [key for report in reports.values() for key in report["unseen"]]
         warnings = [without_data(unseen)] if unseen else []
-        warnings += must_be_sound(part, network, batch) if check else []
+        sound = must_run if plan.target == "gguf" else must_be_sound
+        warnings += sound(part, network, batch) if check else []
         os.replace(part, out)
         journal.remove()
     return Applied(out, nbytes, rows, warnings)
 
 
-def job_of(network: Network, plan: Plan, batches: Sequence[Batch]) -> dict[str, Any]:
+def job_of(
+    network: Network,
+    plan: Plan,
+    batches: Sequence[Batch],
+    given: Mapping[str, Mapping[str, Any]] = {},
+) -> dict[str, Any]:
     """All that the bytes of a result depend on; a job that goes on must find it unchanged."""
     return {
         "plan": plan.to_yaml(),
         "weights": network.checkpoint.weights,
-        "data": digest_of(batches),
+        "data": digest_of([*batches, *given.values()]),
         "device": str(network.device),
         "dtype": str(network.dtype),
         "threads": torch.get_num_threads(),
@@ -168,6 +179,7 @@ def passing(
     batch: Batch,
     check: Path,
     progress: Progress = silent,
+    outside: Mapping[str, Weight] = {},
 ) -> Iterator[Finished]:
     """Every layer once, on the way of one batch through the edited network.
 
@@ -175,6 +187,7 @@ def passing(
     held in float32: the weights as they are written, computed as a float32 reload computes.
     """
     wide = widened(network)
+    put_outside(wide, outside)
     found: list[Tensor] = []
     made: dict[str, Mapping[str, Weight]] = {}
     total = len(network.layers())
@@ -217,6 +230,8 @@ def check_plan(network: Network, plan: Plan, other_weights: bool) -> Target:
     check_model(plan, network.checkpoint.structure, network.checkpoint.weights, other_weights)
     check_selectors(plan, [m for stack in network.stacks for m in stack.matrices()])
     target = TARGETS[plan.target] if plan.target in TARGETS else _no_target(plan)
+    target.accepts(network)
+    find(plan.target, "export").bind(plan.export)
     check_target(network, plan, target)
     try_chains(plan.edits)
     return target

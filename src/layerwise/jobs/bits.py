@@ -1,6 +1,7 @@
 """Plans of bits: a chain of methods per fusion group, exact bytes within the budget."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -14,15 +15,18 @@ from layerwise.core.stats import Scores
 from layerwise.core.target import Refuses, Target, refusals
 from layerwise.jobs.request import Planned, Request, identity
 from layerwise.jobs.scoring import make_scores
-from layerwise.jobs.session import Budget, Progress
+from layerwise.jobs.session import Progress
 from layerwise.jobs.solve import run_chain
+
+#: weights of a matrix on which an encoder is priced that searches for its scales
+PRICED = 1 << 17
 
 
 def plan_bits(request: Request, network: Network, target: Target, progress: Progress) -> Planned:
     """A chain per fusion group, exact bytes within the budget."""
     menus = make_menus(request, network, target)
-    groups = {g.key: g for stack in network.stacks for g in stack.groups()}
-    limit = bytes_for(request.budget, network, menus, groups)
+    groups = {g.key: g for g in units(network, target)}
+    limit = bytes_for(request, network, menus, groups, target)
     allocator = find(request.allocator, "allocate")
     scores = None
     if allocator.name == "uniform":
@@ -31,10 +35,28 @@ def plan_bits(request: Request, network: Network, target: Target, progress: Prog
     else:
         scores = make_scores(request, network, request.score or "sensitivity", progress)
         errors = option_errors(network, menus, groups, progress)
-        owner = {g.key: g.matrices[0].layer for g in groups.values()}
+        first = {g.key: g.matrices[0] for g in groups.values()}
+        owner = {k: m.layer if m.layer in scores.values else m.fusion for k, m in first.items()}
         damage = predict_damage(scores, errors, owner)
     choice = allocator.bind(request.options(allocator.name))(damage, menus, limit)
-    return assemble(request, network, menus, damage, choice, scores)
+    return assemble(request, network, target, menus, damage, choice, scores)
+
+
+def units(network: Network, target: Target) -> list[Group]:
+    """What gets an option of its own: fusion groups, or matrices where the format allows it."""
+    groups = [group for stack in network.stacks for group in stack.groups()]
+    if target.fused:
+        return groups
+    return [Group(m.key, (m,)) for group in groups for m in group.matrices]
+
+
+def outside_of(request: Request, network: Network, target: Target) -> int:
+    """Bytes of the result beside the allocatable matrices."""
+    if target.rest is not None:
+        return target.rest(network, request.options(target.name))
+    matrices = (m for stack in network.stacks for m in stack.matrices())
+    size = network.stored.dtype.itemsize
+    return network.checkpoint.nbytes - sum(target.nbytes(m, (), size) for m in matrices)
 
 
 def make_menus(request: Request, network: Network, target: Target) -> dict[str, Menu]:
@@ -42,32 +64,37 @@ def make_menus(request: Request, network: Network, target: Target) -> dict[str, 
     options = request.options("menu")
     bits = options.get("bits", [2, 3, 4, 5, 6, 8])
     widths = options.get("group", [32, 128])
+    method = request.method or target.method
     chains: list[tuple[Step, ...]] = [()]
-    for b in bits if isinstance(bits, list) else [bits]:
-        for g in widths if isinstance(widths, list) else [widths]:
-            chains.append(chain_of(request, {"bits": b, "group": g}))
+    if target.types:
+        types = options.get("type", list(target.types))
+        named = types if isinstance(types, list) else [types]
+        chains += [chain_of(request, method, {"type": name}) for name in named]
+    else:
+        for b in bits if isinstance(bits, list) else [bits]:
+            for g in widths if isinstance(widths, list) else [widths]:
+                chains.append(chain_of(request, method, {"bits": b, "group": g}))
     itemsize = network.stored.dtype.itemsize
     refuses = refusals(target, network)
     menus = {}
-    for stack in network.stacks:
-        for group in stack.groups():
-            held = [c for c in chains if _held(group, c, refuses, request.keep)]
-            priced = [
-                Option(c, sum(target.nbytes(m, c, itemsize) for m in group.matrices), label(c))
-                for c in held
-            ]
-            ordered = sorted(priced, key=lambda o: (bool(o.chain), -o.bytes))
-            menus[group.key] = Menu(group.key, tuple(ordered))
+    for group in units(network, target):
+        held = [c for c in chains if _held(group, c, refuses, request.keep)]
+        priced = [
+            Option(c, sum(target.nbytes(m, c, itemsize) for m in group.matrices), label(c))
+            for c in held
+        ]
+        ordered = sorted(priced, key=lambda o: (bool(o.chain), -o.bytes))
+        menus[group.key] = Menu(group.key, tuple(ordered))
     return menus
 
 
-def chain_of(request: Request, grid: Mapping[str, int]) -> tuple[Step, ...]:
+def chain_of(request: Request, method: str, grid: Mapping[str, Any]) -> tuple[Step, ...]:
     """The steps of a method such as `qep+gptq`, with the grid for those that have one."""
     steps = []
-    for name in request.method.split("+"):
+    for name in method.split("+"):
         found = find(name, "weight")
-        own = {key: value for key, value in grid.items() if key in found.options}
-        steps.append(Step(name, request.options(found.name) | (own if "bits" in own else {})))
+        own = dict(grid) if grid.keys() <= found.options.keys() else {}
+        steps.append(Step(name, request.options(found.name) | own))
     return tuple(steps)
 
 
@@ -82,16 +109,19 @@ def _held(group: Group, chain: tuple[Step, ...], refuses: Refuses, keep: Sequenc
 
 
 def bytes_for(
-    budget: Budget, network: Network, menus: Mapping[str, Menu], groups: Mapping[str, Group]
+    request: Request,
+    network: Network,
+    menus: Mapping[str, Menu],
+    groups: Mapping[str, Group],
+    target: Target,
 ) -> int:
     """The budget in bytes of the allocatable matrices.
 
     Raises:
         LayerwiseError: it is below what the smallest options need; the reachable value is shown.
     """
-    whole = network.checkpoint.nbytes
-    allocatable = sum(menu.options[0].bytes for menu in menus.values())
-    outside = whole - allocatable
+    budget, whole = request.budget, network.checkpoint.nbytes
+    outside = outside_of(request, network, target)
     weights = sum(groups[g].size for g, menu in menus.items() if len(menu.options) > 1)
     pinned = sum(menu.options[0].bytes for menu in menus.values() if len(menu.options) == 1)
     least = sum(min(o.bytes for o in menu.options) for menu in menus.values())
@@ -115,16 +145,25 @@ def bytes_for(
 def option_errors(
     network: Network, menus: Mapping[str, Menu], groups: Mapping[str, Group], progress: Progress
 ) -> dict[str, tuple[float, ...]]:
-    """Relative squared error of every option, with its grid rounded to nearest."""
+    """Squared error of every option, with its grid rounded to nearest, relative to the weights.
+
+    Relative to those of the whole fusion group, which is what sensitivities are measured on.
+    """
     errors: dict[str, tuple[float, ...]] = {}
     layers = network.layers()
     for done, layer in enumerate(layers, 1):
         tensors = network.fetch(layer)
-        for key in dict.fromkeys(m.fusion for m in layer.matrices):
-            found = []
-            for option in menus[key].options:
-                found.append(_error(groups[key].matrices, tensors, option.chain))
-            errors[key] = tuple(found)
+        norms: dict[str, float] = {}
+        for matrix in layer.matrices:
+            weight = matrix.view(tensors[matrix.parameter]).float()
+            norms[matrix.fusion] = norms.get(matrix.fusion, 0.0) + weight.square().sum().item()
+        for key, group in groups.items():
+            if group.matrices[0].layer == layer.key:
+                below = norms[group.matrices[0].fusion]
+                errors[key] = tuple(
+                    _error(group.matrices, tensors, option.chain) / max(below, 1e-300)
+                    for option in menus[key].options
+                )
         progress("pricing options", done, len(layers))
     return errors
 
@@ -134,23 +173,27 @@ def _error(
 ) -> float:
     if not chain:
         return 0.0
-    known = find("rtn").options
-    nearest = tuple(
-        Step("rtn", {k: v for k, v in step.options.items() if k in known})
-        for step in chain[-1:]  # the steps before the solver round nothing
-    )
-    above = below = 0.0
+    found = find(chain[-1].method, "weight")
+    nearest = chain
+    if "bits" in found.options:  # the steps before the solver round nothing
+        known = find("rtn").options
+        nearest = tuple(
+            Step("rtn", {k: v for k, v in step.options.items() if k in known})
+            for step in chain[-1:]
+        )
+    above = 0.0
     for matrix in matrices:
         weight = matrix.view(tensors[matrix.parameter])
-        dense = run_chain(weight, {}, nearest).dense()
-        above += (dense.float() - weight.float()).square().sum().item()
-        below += weight.float().square().sum().item()
-    return above / max(below, 1e-300)
+        some = weight if nearest is not chain else weight[:: max(1, matrix.size // PRICED)]
+        error = run_chain(some, {}, nearest).dense().float() - some.float()
+        above += error.square().sum().item() * len(weight) / len(some)
+    return above
 
 
 def assemble(
     request: Request,
     network: Network,
+    target: Target,
     menus: Mapping[str, Menu],
     damage: Damage,
     choice: Choice,
@@ -158,6 +201,7 @@ def assemble(
 ) -> Planned:
     """The plan of a choice, and its table."""
     edits, rows = [], []
+    members = {group.key: group.matrices for group in units(network, target)}
     for group, menu in menus.items():
         option = menu.options[choice[group]]
         believed = damage.values[group][choice[group]]
@@ -173,7 +217,7 @@ def assemble(
             }
         )
         if option.chain:
-            for matrix in _members(network, group):
+            for matrix in members[group]:
                 edits.append(Edit(matrix.key, option.chain))
             edits[-1] = Edit(edits[-1].select, option.chain, option.bytes, believed)
     plan = Plan(
@@ -183,15 +227,12 @@ def assemble(
         data=request.data,
         edits=tuple(edits),
         fixed=request.keep,
+        export=request.options(target.name) if target.types else {},
     )
     whole = network.checkpoint.nbytes
-    outside = whole - sum(m.options[0].bytes for m in menus.values())
+    outside = outside_of(request, network, target)
     open_ = {group: menu for group, menu in menus.items() if len(menu.options) > 1}
-    weights = sum(m.size for group in open_ for m in _members(network, group))
+    weights = sum(m.size for group in open_ for m in members[group])
     bits = 8 * cost(open_, choice) / weights if weights else None
     total = cost(menus, choice) + outside
     return Planned(plan, rows, total, menus, damage, scores, whole, bits)
-
-
-def _members(network: Network, group: str) -> list[Matrix]:
-    return [m for stack in network.stacks for m in stack.matrices() if m.fusion == group]

@@ -7,23 +7,28 @@ from layerwise.core.plan import Plan, describe
 from layerwise.jobs.verify import Verified
 from layerwise.report.terminal import show, show_bytes
 
+_LOAD = """```python
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("{}")
+```"""
+_RUN = """```sh
+llama-cli -m {}/model.gguf
+```"""
+
 
 def write_card(folder: Path, model: str, plan: Plan, verified: Verified | None = None) -> None:
     """Say what the folder is, how to load it, and, once verified, what it cost."""
     budget = ", ".join(f"--{key} {value:g}" for key, value in plan.budget.items())
     lines = [
         "---",
-        "library_name: transformers",
+        f"library_name: {'llama.cpp' if plan.target == 'gguf' else 'transformers'}",
         "tags: [layerwise]",
         "---",
         f"# {folder.name}",
         "",
         f"Made from `{model}` with layerwise, {budget or 'by hand'}: {describe(plan)}.",
         "",
-        "```python",
-        "from transformers import AutoModelForCausalLM",
-        f'model = AutoModelForCausalLM.from_pretrained("{folder.name}")',
-        "```",
+        *(_RUN if plan.target == "gguf" else _LOAD).format(folder.name).splitlines(),
     ]
     if verified is None:
         lines += ["", "Not verified yet: `layerwise verify`."]

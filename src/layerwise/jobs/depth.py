@@ -14,6 +14,7 @@ from layerwise.core.plan import Plan, selects
 from layerwise.core.search import Space
 from layerwise.core.stack import Layer
 from layerwise.core.stats import Scores
+from layerwise.export import TARGETS
 from layerwise.jobs.request import Planned, Request, identity
 from layerwise.jobs.scoring import counting, make_scores, trials_for
 from layerwise.jobs.session import Budget, Progress
@@ -146,8 +147,14 @@ def assemble_depth(
         data=request.data,
         wiring=wiring_without(network, gone),
         fixed=request.keep,
+        export=request.options(request.target) if request.target == "gguf" else {},
     )
     nbytes = network.checkpoint.nbytes - sum(sizes[key] for key in gone)
+    target = TARGETS[request.target]
+    if target.rest is not None:
+        kept, size = rewired(network, plan.wiring), network.stored.dtype.itemsize
+        nbytes = target.rest(kept, plan.export)
+        nbytes += sum(target.nbytes(m, (), size) for la in kept.layers() for m in la.matrices)
     return Planned(plan, rows, nbytes, {}, None, scores, network.checkpoint.nbytes)
 
 

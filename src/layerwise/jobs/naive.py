@@ -21,9 +21,10 @@ from layerwise.core.weight import Weight
 from layerwise.export import PACKED, TARGETS
 from layerwise.jobs.bits import plan_bits
 from layerwise.jobs.depth import able_to_go, assemble_depth, layers_to_drop, wiring_without
+from layerwise.jobs.mixes import MIXES, mix_plan, written_bytes
 from layerwise.jobs.request import Planned, Request
 from layerwise.jobs.session import Budget, Progress, load_reader, silent, texts_of
-from layerwise.jobs.solve import needs_of, solve
+from layerwise.jobs.solve import needs_of, put_outside, solve
 from layerwise.jobs.stock import streamed
 
 
@@ -54,11 +55,14 @@ class Contest(NamedTuple):
     def solved(self, plan: Plan, progress: Progress = silent) -> Quality:
         """The original with the edits of another plan, solved on that plan's data."""
         network, needs = open_network(self.model, device=self.device), needs_of(plan.edits)
+        edited, outside = self.opened(), TARGETS[plan.target].outside(network, plan.export)
+        put_outside(network, outside)
+        put_outside(edited, outside)
         reader = load_reader(network) if needs else None
         batches = windows(reader, texts_of(plan.data), "calibrate") if reader else []
         with tempfile.TemporaryDirectory() as folder, Journal(Path(folder), {}) as journal:
             solver = solve(network, plan.edits, batches, journal, progress)
-            return self.quality(self.opened(), solver.finished)
+            return self.quality(edited, solver.finished)
 
 
 class Naive(NamedTuple):
@@ -104,7 +108,9 @@ def naive_depth(contest: Contest) -> Naive | None:
     tails = [keys[len(keys) - count :], keys[len(keys) - count - 1 : len(keys) - 1]]
 
     def quality(gone: list[str]) -> Quality:
-        return contest.quality(contest.opened(wiring_without(network, gone)))
+        edited, target = contest.opened(wiring_without(network, gone)), contest.plan.target
+        put_outside(edited, TARGETS[target].outside(edited, contest.plan.export))
+        return contest.quality(edited)
 
     random = sorted((quality(gone) for gone in chosen), key=lambda q: q.estimate("loss").value)
     found = [(f"{count} at random dropped, median of 5", random[len(random) // 2])]
@@ -115,18 +121,28 @@ def naive_depth(contest: Contest) -> Naive | None:
         if all(wiring_without(network, gone).values()):
             found.append((name.format(count), quality(gone)))
     name, best = min(found, key=lambda item: item[1].estimate("loss").value)
-    request = Request(contest.model, Budget(bytes=contest.nbytes), target="hf")
+    kind, budget = contest.plan.target, Budget(bytes=contest.nbytes)
+    request = Request(contest.model, budget, kind, settings={kind: contest.plan.export})
     planned = assemble_depth(request, network, tails[0], None)
     return Naive(f"best naive: {name}", best, planned.nbytes)
 
 
 def naive_bits(contest: Contest, progress: Progress) -> Naive | None:
-    """The same solver, one option everywhere."""
-    planned = plan_uniform(contest, open_network(contest.model, device=contest.device))
-    if planned is None:
-        return None
-    quality = contest.solved(planned.plan, progress)
-    return Naive(f"uniform: {describe(planned.plan)}", quality, planned.nbytes)
+    """The same solver, one option everywhere; for GGUF llama.cpp's own mixture, if it is better."""
+    network = open_network(contest.model, device=contest.device)
+    found = []
+    planned = plan_uniform(contest, network)
+    if planned is not None:
+        quality = contest.solved(planned.plan, progress)
+        found.append(Naive(f"uniform: {describe(planned.plan)}", quality, planned.nbytes))
+    for name in MIXES if contest.plan.target == "gguf" else ():
+        plan = mix_plan(network, name, contest.plan.data)
+        nbytes = written_bytes(network, plan)
+        if nbytes <= contest.nbytes:
+            quality = contest.solved(plan, progress)
+            found.append(Naive(f"llama.cpp's {name} with importance matrix", quality, nbytes))
+            break
+    return min(found, key=lambda naive: naive.quality.estimate("kl").value, default=None)
 
 
 def plan_uniform(contest: Contest, network: Network) -> Planned | None:
@@ -137,9 +153,9 @@ def plan_uniform(contest: Contest, network: Network) -> Planned | None:
     model, plan = contest.model, contest.plan
     target = TARGETS[plan.target] if TARGETS[plan.target].by_bits else PACKED
     steps = [edit.chain[-1] for edit in plan.edits if edit.chain]
-    if any("bits" not in find(step.method, "weight").options for step in steps):
+    if not all({"bits", "type"} & find(step.method, "weight").options.keys() for step in steps):
         return None  # a grid that is not chosen by bits has no uniform plan of another size
-    rest = {k: v for k, v in steps[0].options.items() if k not in ("bits", "group")}
+    rest = {k: v for k, v in steps[0].options.items() if k not in ("bits", "group", "type")}
     widths = sorted({s.options.get("group", 128) for s in steps})
     request = Request(
         model,
@@ -149,7 +165,7 @@ def plan_uniform(contest: Contest, network: Network) -> Planned | None:
         allocator="uniform",
         data=plan.data,
         keep=plan.fixed,
-        settings={steps[0].method: rest, "menu": {"group": widths}},
+        settings={steps[0].method: rest, "menu": {"group": widths}, plan.target: plan.export},
         device=contest.device,
     )
     try:

@@ -1,10 +1,9 @@
 """From results to the sections of a page."""
 
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import transformers
 
 from layerwise.core.machine import write_whole
 from layerwise.core.plan import read_plan
@@ -16,7 +15,8 @@ def plan_section(folder: Path, found: Verified, title: str = "") -> dict[str, An
     plan = read_plan(folder / "plan.yaml")
     budget = ", ".join(f"--{key} {value:g}" for key, value in plan.budget.items())
     rows = [dict(row) for row in found.rows]
-    rows[1]["loads"] = f"transformers {transformers.__version__}"
+    package = "xllamacpp" if plan.target == "gguf" else "transformers"
+    rows[1]["loads"] = f"{package} {version(package)}"
     return {
         "kind": "plan",
         "title": title or f"{budget}, target {plan.target}",

@@ -44,8 +44,10 @@ def make_plan(request: Request, progress: Progress = silent) -> Planned:
             found="dense weights",
             fix="use --target compressed-tensors, or a budget by --size or --depth",
         )
+    request = request._replace(method=request.method or target.method)
     check_settings(request)
     network = open_network(request.model, device=request.device, dtype=request.dtype)
+    target.accepts(network)
     for pattern in request.keep:
         check_selector(pattern, [m for s in network.stacks for m in s.matrices()], "--keep")
     if request.budget.depth is not None or not target.by_bits:
@@ -62,7 +64,7 @@ def make_plan(request: Request, progress: Progress = silent) -> Planned:
 
 
 #: what `--set menu.NAME` may say
-MENU = ("bits", "group")
+MENU = ("bits", "group", "type")
 
 
 def check_settings(request: Request) -> None:
@@ -76,11 +78,13 @@ def check_settings(request: Request) -> None:
             find(name).bind(options)
             continue
         for option, value in options.items():
-            numbers = value if isinstance(value, list) else [value]
-            if option not in MENU or not numbers or not all(type(n) is int for n in numbers):
+            values = value if isinstance(value, list) else [value]
+            kind = str if option == "type" else int
+            if option not in MENU or not values or not all(type(v) is kind for v in values):
                 raise LayerwiseError(
                     f"--set menu.{option}={value}",
-                    allowed="menu.bits or menu.group with one number or a list, such as [3, 4]",
+                    allowed="menu.bits or menu.group with one number or a list, such as [3, 4]; "
+                    "menu.type with GGML types for target gguf, such as [Q4_K, Q6_K]",
                     found=value if option in MENU else f"option {option!r}",
                     fix=nearest(option, set(MENU) - {option}, "write for instance menu.bits=[3,4]"),
                 )

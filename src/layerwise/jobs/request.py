@@ -18,7 +18,7 @@ class Request(NamedTuple):
     model: str | Path
     budget: Budget
     target: str = "compressed-tensors"
-    method: str = "gptq"
+    method: str = ""
     score: str = ""
     allocator: str = "knapsack"
     data: DataSpec = DataSpec()

@@ -9,15 +9,16 @@ from torch import Tensor
 
 from layerwise.core.errors import refusing
 from layerwise.core.fan import Engine, fan_out
+from layerwise.core.frame import innermost, put_inside, seen_inside
 from layerwise.core.journal import Journal
 from layerwise.core.lockstep import walk
 from layerwise.core.method import find
-from layerwise.core.network import Network
+from layerwise.core.network import Network, fill
 from layerwise.core.plan import Edit, Step, chain_for
 from layerwise.core.stack import Layer, Matrix
 from layerwise.core.stats import Gathering
 from layerwise.core.stops import Batch, Stop
-from layerwise.core.weight import Dense, Weight, innermost, put_inside, seen_inside
+from layerwise.core.weight import Dense, Weight
 from layerwise.jobs.session import Progress, silent
 
 
@@ -87,11 +88,14 @@ class Solver:
         journal: Journal,
         batches: Sequence[Batch],
         engine: Engine,
+        given: Mapping[str, Mapping[str, Any]] = {},
     ) -> None:
+        self.given = given
         self.network, self.edits, self.journal = network, edits, journal
         # what is solved lies in this process; sending it to another one costs more than it saves
         self.engine = engine if engine.kind == "ray" else Engine("threads", engine.workers)
-        self.probes = {name: find(name, "measure").bind()() for name in needs_of(edits)}
+        needs = () if given else needs_of(edits)
+        self.probes = {name: find(name, "measure").bind()() for name in needs}
         self.gathering = Gathering(self.probes, batches)
         self.records: dict[str, Weight] = {}
         self.errors: dict[str, float] = {}
@@ -148,7 +152,8 @@ class Solver:
         """Solve those that the plan edits and that are not solved yet, side by side."""
         kind = self.network.stored.dtype if self.network.source else self.network.dtype
         open_ = [m for m in matrices if self.chain(m) and m.key not in self.records]
-        tasks = [Task(weight(m), kind, stats.get(m.inputs, {}), self.chain(m)) for m in open_]
+        known = {m.key: self.given.get(m.key, stats.get(m.inputs, {})) for m in open_}
+        tasks = [Task(weight(m), kind, known[m.key], self.chain(m)) for m in open_]
         if self.engine.kind == "ray":  # a slice would travel with all of its parameter
             tasks = [task._replace(weight=task.weight.clone()) for task in tasks]
         self.unseen += [m.key for m in open_ if self.probes and not stats.get(m.inputs)]
@@ -185,12 +190,14 @@ def solve(
     journal: Journal,
     progress: Progress = silent,
     engine: Engine = Engine(),
+    given: Mapping[str, Mapping[str, Any]] = {},
 ) -> Solver:
     """Solve what needs data, in one walk; the rest is solved when a layer is asked for.
 
-    What the journal already holds is replayed, not solved again.
+    Statistics that are `given`, by the key of a matrix, are not measured. What the journal
+    already holds is replayed, not solved again.
     """
-    solver = Solver(network, edits, journal, batches, engine)
+    solver = Solver(network, edits, journal, batches, engine, given)
     layers = network.layers()
     if solver.probes and not all(layer.key in solver.journal for layer in layers):
         clean = any(probe.clean for probe in solver.probes.values())
@@ -201,3 +208,10 @@ def solve(
                 done += 1
                 progress("solving layers", done, len(layers))
     return solver
+
+
+def put_outside(network: Network, made: Mapping[str, Weight]) -> None:
+    """Let a network run on what is written of its embedding and head."""
+    fill(network.module, {name: record.dense() for name, record in made.items()}, network.device)
+    if made:
+        network.model.tie_weights()

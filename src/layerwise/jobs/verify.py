@@ -17,14 +17,20 @@ from layerwise.core.plan import Plan, chain_for, describe, label, read_plan
 from layerwise.core.quality import Estimate, Quality, measure_quality
 from layerwise.core.reader import samples_of
 from layerwise.export import TARGETS
+from layerwise.export._gguf_file import FILE, GgufFile
 from layerwise.export.compressed_tensors import unpack
 from layerwise.jobs.checks import decode_checks, rebuild_check, reload_checks
 from layerwise.jobs.depth import layer_bytes
+from layerwise.jobs.engine import engine_checks, run_engine
 from layerwise.jobs.forecast import memory_of_models
 from layerwise.jobs.measure import peak_memory, speeds
 from layerwise.jobs.naive import Contest, build_naive
 from layerwise.jobs.session import Progress, load_reader, silent
+from layerwise.jobs.solve import put_outside
 from layerwise.jobs.stock import answers_of, load_stock, streamed
+
+#: documents on which llama.cpp is compared with our own dequantized model
+CHECKED = 8
 
 
 class Settings(NamedTuple):
@@ -62,7 +68,7 @@ class Case(NamedTuple):
     batches: Sequence[Any]
     settings: Settings
     before: Checkpoint
-    after: Checkpoint
+    after: Checkpoint | GgufFile
 
     @property
     def contest(self) -> Contest:
@@ -92,12 +98,15 @@ def verify(
     Raises:
         LayerwiseError: the folder holds no plan, or stock transformers cannot load it.
     """
-    plan, network, held = read_plan(folder / "plan.yaml"), open_network(model), Checkpoint(folder)
+    plan, network = read_plan(folder / "plan.yaml"), open_network(model)
+    one = plan.target == "gguf"
+    held = GgufFile(folder / FILE) if one else Checkpoint(folder)
     texts = Texts(settings.data or plan.data.source, plan.data.seed, 0, settings.length)
     batches = samples_of(load_reader(network), texts, "evaluate", settings.documents)
     case = Case(model, folder, plan, network, batches, settings, network.checkpoint, held)
     room, needed = available_memory(), sum(memory_of_models(network, 2).values())
     measured = _streamed if settings.streamed or 0 < room < needed else _resident
+    measured = _in_llama if one else measured
     progress("evaluating", 0, 2)
     rows, qualities, checks, warnings = measured(case)
     progress("evaluating", 1, 2)
@@ -141,9 +150,32 @@ def _resident(case: Case) -> Measured:
     return rows, (before, after), checks, failed
 
 
+def _in_llama(case: Case) -> Measured:
+    """Our dequantized model, with a layer in memory, and the file itself run by llama.cpp."""
+    contest, held, batches = case.contest, case.after, case.batches
+    assert isinstance(held, GgufFile)
+    with streamed(contest.opened(), batches) as answers:
+        before = measure_quality(batches, answers)
+    edited = contest.opened(case.plan.wiring)
+    put_outside(edited, held.outside(edited))
+    after = contest.quality(edited, partial(held.records, edited))
+    with streamed(edited, batches[:CHECKED], partial(held.records, edited)) as answers:
+        ours = [answers(batch) for batch in batches[:CHECKED]]
+    checks = engine_checks(held.path, batches[:CHECKED], ours)
+    found = iter(run_engine(held.path, batches))
+    with streamed(contest.opened(), batches) as answers:
+        there = measure_quality(batches, lambda batch: next(found), answers)
+    rows = _both(case, before, after)
+    rows.append(quality_row("llama.cpp", there, before, held.nbytes, "the plan, in llama.cpp"))
+    said = ["decoding speed and memory were not measured: they are llama.cpp's"]
+    failed = [f"{c['name']}: {c['found']}" for c in checks if not c["ok"]]
+    return rows, (before, after), checks, [*said, *failed]
+
+
 def _streamed(case: Case) -> Measured:
     """Quality alone, with a layer of each model in memory."""
     contest, held = case.contest, case.after
+    assert isinstance(held, Checkpoint)
     packed = any(name.endswith(".weight_packed") for name in held.tensors)
     records = partial(unpack, held, edits=case.plan.edits) if packed else lambda layer: {}
     with streamed(contest.opened(), case.batches) as answers:

@@ -1,0 +1,288 @@
+"""GGUF: one file that llama.cpp runs, with a type of its own for every matrix."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.core.dense import GGUF as FILE
+from layerwise.core.ggml import FLOATS, encode, fitting, format_of, needing_gguf
+from layerwise.core.method import find, method
+from layerwise.core.network import Network
+from layerwise.core.plan import Edit, Plan, Step, chain_for
+from layerwise.core.stack import Layer, Matrix, Stack
+from layerwise.core.target import Target
+from layerwise.core.weight import Packed, Weight
+from layerwise.export._gguf_models import (
+    Names,
+    heads_of,
+    hyper_parameters,
+    known,
+    rope_factors,
+)
+from layerwise.export._gguf_tokenizer import TOKENS, tokenizer_entries
+from layerwise.export._writer import Finished
+
+#: what a menu offers unless `--set menu.type` says otherwise
+MENU = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "Q3_K", "IQ3_XXS", "Q2_K")
+
+
+@method("export")
+def gguf(
+    stack: Stack,
+    plan: Plan,
+    path: Path,
+    *,
+    network: Network,
+    layers: Iterable[Finished],
+    embedding: str = "Q6_K",
+    output: str = "Q6_K",
+    imatrix: str = "",
+) -> int:
+    """Write one file for llama.cpp, layer by layer: weights, hyper-parameters and tokenizer.
+
+    Args:
+        stack: the layers.
+        plan: what was applied.
+        path: the folder to write `model.gguf` into.
+        network: given; the network whose weights are written.
+        layers: given; every layer once, with what the edits made of its matrices.
+        embedding: GGML type of the token embedding, which is the head too where they are tied.
+        output: GGML type of the head.
+        imatrix: a file of importances that matrices were encoded with, in place of measuring them;
+            it is named in the result.
+
+    Returns:
+        Bytes of all tensors.
+
+    Raises:
+        LayerwiseError: llama.cpp does not know the architecture, or a variant of it.
+    """
+    options = {"embedding": embedding, "output": output}
+    path.mkdir(parents=True, exist_ok=True)
+    names = Names(network)
+    places = list(_places(network, plan.edits, names, options))
+    facts = {"quantize.imatrix.file": Path(imatrix).name} if imatrix else {}
+    writer = _opened(network, path / FILE, places, facts)
+    outside = _outside_bytes(network, names, options)
+    for place in places[: len(outside)]:
+        writer.write_tensor_data(outside[place.name].numpy())
+    written = sum(t.nbytes for t in outside.values())
+    for layer, tensors, records in layers:
+        for name in layer.module.state_dict():
+            data = _stored(network, layer, name, tensors, records, names)
+            writer.write_tensor_data(data.numpy())
+            written += data.nbytes
+    writer.close()
+    return written
+
+
+class Place(NamedTuple):
+    """A tensor of the file: its name, its shape, and its type."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes, without padding."""
+        rows = torch.Size(self.shape[:-1]).numel()
+        return rows * format_of(self.type).row_bytes(self.shape[-1])
+
+
+def _places(
+    network: Network, edits: Sequence[Edit], names: Names, options: Mapping[str, str]
+) -> Iterator[Place]:
+    """Every tensor of the file in order, known before any of it is computed."""
+    for name, shape in _outside_shapes(network).items():
+        yield Place(names(name), shape, _outside_type(names(name), shape, options))
+    for name, factors in rope_factors(network.model.config).items():
+        yield Place(name, tuple(factors.shape), "F32")
+    for layer in network.layers():
+        matrices = {m.parameter: m for m in layer.matrices}
+        for name, tensor in layer.module.state_dict().items():
+            matrix = matrices.get(name)
+            shape, kind = tuple(tensor.shape), "F32"
+            if matrix is not None:
+                chain = chain_for(edits, matrix)
+                shape, kind = matrix.shape, _type(matrix, chain, network.stored.dtype.itemsize)
+                kind = _float(network.stored.dtype) if kind in FLOATS and not chain else kind
+            yield Place(names(f"{layer.path}.{name}"), shape, kind)
+
+
+def _opened(network: Network, path: Path, places: Sequence[Place], facts: Mapping[str, Any]) -> Any:
+    """A writer that has written all but the data."""
+    with needing_gguf():
+        from gguf import GGMLQuantizationType, GGUFWriter
+    entry, folder = known(network), network.checkpoint.folder
+    downs = [p.shape[1] for p in places if ".ffn_down.weight" in p.name]
+    writer = GGUFWriter(path, entry.name)
+    writer.add_quantization_version(2)
+    for key, value in hyper_parameters(network, downs[0]).items():
+        _add(writer, f"{entry.name}.{key}", value)
+    rows = next(p.shape[0] for p in places if p.name == "token_embd.weight")
+    words = tokenizer_entries(folder, rows)
+    for key, value in {**words, **facts}.items():
+        _add(writer, key, value)
+    # llama.cpp looks for tokens of Phi-3 by the name of the model, and stops where they lack
+    if "phi" not in folder.name.lower() or "<|endoftext|>" in words.get(TOKENS, ()):
+        writer.add_name(folder.name)
+    for name, shape, kind in places:
+        number = GGMLQuantizationType(format_of(kind).number)
+        writer.add_tensor_info(name, shape, _RAW, Place(name, shape, kind).nbytes, number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    return writer
+
+
+#: any dtype of numpy but uint8: the shape is that of the weights, not of their bytes
+_RAW: Any = None
+
+
+def _add(writer: Any, key: str, value: Any) -> None:
+    """One entry, by the type of its value; numbers that tell sizes are unsigned."""
+    kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+    kinds |= {str: writer.add_string, list: writer.add_array}
+    kinds[type(value)](key, value)
+
+
+def _outside_shapes(network: Network) -> dict[str, tuple[int, ...]]:
+    """Tensors that belong to no layer, each once, by their name in memory."""
+    inside = tuple(f"{layer.path}." for layer in network.layers())
+    tied = network.model.all_tied_weights_keys or {}
+    held = network.module.state_dict()
+    stored = {n: t for n, t in held.items() if network.stored.is_stored(n)}
+    return {
+        name: tuple(tensor.shape)
+        for name, tensor in stored.items()
+        if not name.startswith(inside) and tied.get(name) not in stored
+    }
+
+
+def _outside_type(name: str, shape: tuple[int, ...], options: Mapping[str, str]) -> str:
+    """The type of a tensor outside of the layers: only embedding and head are encoded."""
+    wanted = {"token_embd.weight": "embedding", "output.weight": "output"}.get(name)
+    if wanted is None:
+        return "F32"
+    chosen = find("gguf", "export").options[wanted].default
+    return fitting(options.get(wanted, chosen), shape[1]).name
+
+
+def outside(network: Network, options: Mapping[str, str]) -> dict[str, Weight]:
+    """Embedding and head as they are written, by their name in memory."""
+    names, found = Names(network), network.fetch_outside()
+    made: dict[str, Weight] = {}
+    for name, shape in _outside_shapes(network).items():
+        kind = _outside_type(names(name), shape, options)
+        if len(shape) == 2 and kind != "F32":
+            made[name] = Packed(encode(found[name], kind), kind, shape[1])
+    return made
+
+
+def _outside_bytes(network: Network, names: Names, options: Mapping[str, str]) -> dict[str, Tensor]:
+    """All tensors outside of the layers as bytes, by their name in the file."""
+    encoded, found = outside(network, options), network.fetch_outside()
+    bytes_: dict[str, Tensor] = {}
+    for name in _outside_shapes(network):
+        record = encoded.get(name)
+        own = names(name)
+        bytes_[own] = record.data if isinstance(record, Packed) else _plain(found[name], own, names)
+    extra = rope_factors(network.model.config)
+    return bytes_ | {name: t.float().view(torch.uint8) for name, t in extra.items()}
+
+
+def _plain(tensor: Tensor, name: str, names: Names) -> Tensor:
+    """A tensor that is no matrix, in float32; norms as llama.cpp multiplies with them."""
+    shift = names.known.shift if name.endswith("norm.weight") else 0.0
+    return (tensor.float() + shift).contiguous().cpu().view(torch.uint8)
+
+
+def _stored(
+    network: Network,
+    layer: Layer,
+    name: str,
+    tensors: Mapping[str, Tensor],
+    records: Mapping[str, Weight],
+    names: Names,
+) -> Tensor:
+    """The bytes of a tensor of a layer."""
+    own = names(f"{layer.path}.{name}")
+    matrix = next((m for m in layer.matrices if m.parameter == name), None)
+    if matrix is None:
+        return in_pairs(
+            _plain(tensors[name], own, names).reshape(len(tensors[name]), -1), own, network
+        )
+    record = records.get(matrix.key)
+    if isinstance(record, Packed):
+        return in_pairs(record.data, own, network)
+    dense = matrix.view(tensors[name]) if record is None else record.dense()
+    return in_pairs(encode(dense, _float(network.stored.dtype)), own, network)
+
+
+def in_pairs(rows: Tensor, name: str, network: Network, back: bool = False) -> Tensor:
+    """Rows of queries and keys in the order of llama.cpp's rotation; others as they are.
+
+    Of a head's `d` rows, transformers turns row `i` with row `i + d/2`, llama.cpp `2i` with
+    `2i + 1`.
+    """
+    entry, config = known(network), network.model.config
+    if not entry.halves or not any(f".attn_{x}." in name for x in "qk"):
+        return rows.contiguous()
+    split = (-1, 2) if back else (2, -1)
+    heads = rows.reshape(heads_of(config, name), *split, rows.shape[1])  # [heads, 2, d / 2, bytes]
+    return heads.transpose(1, 2).reshape(rows.shape).contiguous()
+
+
+def _float(dtype: torch.dtype) -> str:
+    """The type of a matrix that is kept: the checkpoint's own."""
+    return next((name for name, kind in FLOATS.items() if kind == dtype), "F32")
+
+
+def _type(matrix: Matrix, chain: Sequence[Step], itemsize: int) -> str:
+    """The type that a chain leaves a matrix in."""
+    if not chain:
+        return "F32" if itemsize >= 4 else "F16"  # or BF16, of the same size
+    options = find(chain[-1].method, "weight").options
+    chosen = {k: p.default for k, p in options.items()} | chain[-1].options
+    return fitting(chosen["type"], matrix.shape[1]).name
+
+
+def _nbytes(matrix: Matrix, chain: Sequence[Step], itemsize: int) -> int:
+    return matrix.shape[0] * format_of(_type(matrix, chain, itemsize)).row_bytes(matrix.shape[1])
+
+
+def _refuses(matrix: Matrix, module: nn.Module, chain: Sequence[Step]) -> str | None:
+    if chain and "type" not in find(chain[-1].method, "weight").options:
+        return f"{chain[-1].method}, which has no GGML type; let the chain end in ggml"
+    return None
+
+
+def _rest(network: Network, options: Mapping[str, Any]) -> int:
+    """Bytes of all that is no matrix of a layer: embedding, head, norms, biases."""
+    whole = sum(place.nbytes for place in _places(network, (), Names(network), options))
+    size, layers = network.stored.dtype.itemsize, network.layers()
+    return whole - sum(_nbytes(m, (), size) for layer in layers for m in layer.matrices)
+
+
+def _accepts(network: Network) -> None:
+    """Refuse what the file could not say, before anything is computed."""
+    assert list(_places(network, (), Names(network), {}))
+    hyper_parameters(network, 1)
+
+
+TARGET = Target(
+    "gguf",
+    True,
+    _refuses,
+    _nbytes,
+    fused=False,
+    method="ggml",
+    types=MENU,
+    accepts=_accepts,
+    rest=_rest,
+    outside=outside,
+)

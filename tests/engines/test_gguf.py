@@ -1,0 +1,286 @@
+"""GGUF files in llama.cpp: every architecture of the table, depth, types, tokens, and back."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as t
+from typer.testing import CliRunner
+
+from layerwise.cli import app
+from layerwise.core.errors import LayerwiseError
+from layerwise.core.llama import Llama
+from layerwise.core.open import open_network
+from layerwise.core.plan import DataSpec, Edit, Identity, Plan, Step, read_plan
+from layerwise.export import _gguf_models
+from layerwise.export._gguf_file import FILE, GgufFile
+from layerwise.jobs import engine
+from layerwise.jobs.apply import apply_plan
+from layerwise.jobs.mixes import MIXES, mix_plan, written_bytes
+from layerwise.jobs.plan import Request, make_plan
+from layerwise.jobs.session import Budget
+from layerwise.jobs.verify import Settings, verify
+
+SMALL = DataSpec(samples=4, length=64)
+QUICK = Settings(documents=3, length=64, speed=False, memory=False)
+COMMON: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "initializer_range": 0.1,
+    "intermediate_size": 96,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
+FEW = COMMON | {"num_hidden_layers": 2}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}
+LLAMA3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+YARN |= {"original_max_position_embeddings": 128}
+GRANITE = {"embedding_multiplier": 2.0, "logits_scaling": 1.5, "residual_multiplier": 0.7}
+WINDOWS = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: t.LlamaConfig(**FEW, tie_word_embeddings=True),
+    "llama with biases": lambda: t.LlamaConfig(**FEW, attention_bias=True, mlp_bias=True),
+    "llama with wide heads": lambda: t.LlamaConfig(**FEW, head_dim=32),
+    "llama 3": lambda: t.LlamaConfig(**FEW, rope_parameters=LLAMA3),
+    "llama with yarn": lambda: t.LlamaConfig(**FEW, rope_parameters=YARN),
+    "mistral": lambda: t.MistralConfig(**FEW, sliding_window=None),
+    "qwen2": lambda: t.Qwen2Config(**FEW),
+    "qwen3": lambda: t.Qwen3Config(**FEW, head_dim=16),
+    "gemma": lambda: t.GemmaConfig(**FEW, head_dim=16),
+    "gemma2": lambda: t.Gemma2Config(**FEW, **WINDOWS),
+    "gemma3_text": lambda: t.Gemma3TextConfig(**COMMON, **WINDOWS),
+    "phi3": lambda: t.Phi3Config(**FEW),
+    "gpt2": lambda: t.GPT2Config(
+        n_embd=64, n_layer=2, n_head=4, n_positions=512, **{k: FEW[k] for k in ("vocab_size",)}
+    ),
+    "granite": lambda: t.GraniteConfig(**FEW, **GRANITE, attention_multiplier=0.3),
+    "olmo": lambda: t.OlmoConfig(**FEW),
+    "olmo2": lambda: t.Olmo2Config(**FEW),
+    "smollm3": lambda: t.SmolLM3Config(**COMMON),
+    "starcoder2": lambda: t.Starcoder2Config(**FEW),
+    "stablelm": lambda: t.StableLmConfig(**FEW),
+    "phi": lambda: t.PhiConfig(**FEW),
+    "cohere": lambda: t.CohereConfig(**FEW),
+}
+
+
+@pytest.fixture(scope="module")
+def folder_of(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer_into: Callable[[Path], None]
+) -> Callable[[str], Path]:
+    """A tiny random model, its norms and biases as well."""
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            folder = tmp_path_factory.mktemp("model")
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                model = t.AutoModelForCausalLM.from_config(MODELS[name]())
+                for key, parameter in model.named_parameters():
+                    if "norm" in key or "bias" in key or "ln_" in key:
+                        parameter.data.add_(0.2 * torch.randn_like(parameter))
+            model.save_pretrained(folder)
+            tokenizer_into(folder)
+            made[name] = folder
+        return made[name]
+
+    return make
+
+
+def plan_of(model: str | Path, type_: str = "Q8_0", select: str = "*", **fields: Any) -> Plan:
+    held = open_network(model).checkpoint
+    edits = (Edit(select, (Step("ggml", {"type": type_}),)),) if type_ else ()
+    identity = Identity(held.structure, held.weights)
+    return Plan(identity, target="gguf", data=SMALL, edits=edits, **fields)
+
+
+def test_every_architecture_of_the_table_is_tested() -> None:
+    assert {make().model_type for make in MODELS.values()} == set(_gguf_models.KNOWN)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_llama_cpp_gives_our_logits(
+    name: str, folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """`apply` runs the file, which holds packed and plain matrices, in llama.cpp, or refuses it."""
+    model = folder_of(name)
+    applied = apply_plan(model, plan_of(model, select="*/*/mlp"), tmp_path / "out")
+    file = GgufFile(tmp_path / "out" / FILE)
+    assert applied.nbytes == file.nbytes
+    ids = (torch.arange(32) * 7 % 128)[None]
+    found = t.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with torch.no_grad():
+        wanted = found(ids).logits[0]
+    near = engine.agreement([wanted], engine.run_engine(file.path, [{"input_ids": ids}]))
+    assert near.kl < 5e-3, "eight bits change little: the original's logits are near as well"
+
+
+def test_a_file_that_says_something_else_is_refused(
+    folder_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of queries and keys left in the order of transformers: llama.cpp rotates others."""
+    model = folder_of("llama")
+    wrong = {"llama": _gguf_models.Known("llama", halves=False)}
+    monkeypatch.setattr(_gguf_models, "KNOWN", wrong)
+    with pytest.raises(LayerwiseError, match=r"dequantized model.*not sound"):
+        apply_plan(model, plan_of(model), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("type_", ["Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "IQ3_XXS"])
+def test_types_in_the_engine(type_: str, tmp_path: Path) -> None:
+    plan = plan_of("demo", type_, export={"embedding": "Q8_0"})
+    applied = apply_plan("demo", plan, tmp_path / "out")
+    assert {t_.tensor_type.name for t_ in GgufFile(tmp_path / "out" / FILE).tensors.values()} == {
+        "F32",
+        "Q8_0",
+        type_,
+    }
+    assert not applied.warnings, applied.warnings
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2"])
+def test_dropped_and_repeated_layers(
+    name: str, folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = folder_of(name)
+    order = {"gemma3_text": [0, 1, 2, 3, 4], "llama": [0, 1, 1], "gpt2": [1]}[name]
+    plan = plan_of(model, wiring={"decoder": order})
+    apply_plan(model, plan, tmp_path / "out")
+    reader = GgufFile(tmp_path / "out" / FILE)
+    assert max(int(n.split(".")[1]) for n in reader.tensors if n.startswith("blk.")) + 1 == len(
+        order
+    )
+    found = verify(model, tmp_path / "out", QUICK._replace(naive=False))
+    assert all(check["ok"] for check in found.checks), found.checks
+
+
+def test_a_rhythm_of_windows_that_llama_cpp_does_not_know(
+    folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = folder_of("gemma3_text")
+    plan = plan_of(model, wiring={"decoder": [0, 5, 1, 2]})
+    with pytest.raises(LayerwiseError, match=r"layer_types|same kind"):
+        apply_plan(model, plan, tmp_path / "out")
+
+
+def test_plan_apply_verify_on_the_demo_model(tmp_path: Path) -> None:
+    request = Request("demo", Budget(bits=3.5), target="gguf", score="lim", data=SMALL)
+    planned = make_plan(request)
+    assert planned.bits is not None and 3.3 < planned.bits <= 3.5
+    applied = apply_plan("demo", planned.plan, tmp_path / "out")
+    assert planned.nbytes == applied.nbytes == GgufFile(tmp_path / "out" / FILE).nbytes
+    found = verify("demo", tmp_path / "out", QUICK)
+    assert all(check["ok"] for check in found.checks), found.checks
+    rows = {row["name"]: row for row in found.rows}
+    assert rows["naive"]["bytes"] <= rows["plan"]["bytes"] == applied.nbytes
+    assert abs(rows["llama.cpp"]["kl"][0] - rows["plan"]["kl"][0]) < 5e-3
+
+
+@pytest.mark.parametrize("kind", ["size", "bytes"])
+def test_budgets_count_embedding_and_norms(kind: str) -> None:
+    whole = open_network("demo").checkpoint.nbytes
+    budget = Budget(size=0.3) if kind == "size" else Budget(bytes=int(0.3 * whole))
+    larger = {"gguf": {"embedding": "Q8_0"}}
+    for settings in ({}, larger):
+        request = Request("demo", budget, target="gguf", score="lim", data=SMALL, settings=settings)
+        planned = make_plan(request)
+        assert 0.29 * whole < planned.nbytes <= 0.3 * whole
+        assert planned.plan.export == settings.get("gguf", {})
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_mixtures_of_llama_cpp(name: str, tmp_path: Path) -> None:
+    network = open_network("demo")
+    plan = mix_plan(network, name, SMALL)
+    applied = apply_plan("demo", plan, tmp_path / "out", check=False)
+    file = GgufFile(tmp_path / "out" / FILE)
+    assert applied.nbytes == written_bytes(network, plan) == file.nbytes
+    kinds = {n: t_.tensor_type.name for n, t_ in file.tensors.items()}
+    first = {"Q4_K_M": "Q6_K", "Q3_K_M": "Q5_K", "Q2_K": "Q3_K"}[name]
+    assert kinds["blk.0.attn_v.weight"] == first
+    assert kinds["blk.4.ffn_up.weight"] == name[:4]
+    assert kinds["token_embd.weight"] == "Q6_K"
+
+
+def test_tokens_of_llama_cpp_are_those_of_the_tokenizer(tmp_path: Path) -> None:
+    apply_plan("demo", plan_of("demo", ""), tmp_path / "out", check=False)
+    tokenizer = t.AutoTokenizer.from_pretrained(open_network("demo").checkpoint.folder)
+    text = "def f(x1234):\n    return 'äß€' + x  # 12,345.6  don't\n\n\n"
+    with Llama(tmp_path / "out" / FILE, 8) as loaded:
+        assert loaded.tokenize(text) == tokenizer(text)["input_ids"]
+        with pytest.raises(LayerwiseError, match="at most 8 tokens"):
+            loaded.logits(list(range(9)))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2"])
+def test_a_gguf_file_is_a_model(
+    name: str, folder_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = folder_of(name)
+    apply_plan(model, plan_of(model), tmp_path / "out")
+    file = tmp_path / "out" / FILE
+    opened = open_network(file)
+    assert len(opened.layers()) == 2
+    again = plan_of(file, "Q4_K")
+    apply_plan(file, again, tmp_path / "again")
+    assert open_network(tmp_path / "again").model.config.vocab_size == 128
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF\x03\x00\x00\x00" + b"\xff" * 40])
+def test_a_broken_file_is_one_clear_error(
+    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "broken.gguf"
+    file.write_bytes(content)
+    with pytest.raises(LayerwiseError, match=r"broken\.gguf"):
+        open_network(file)
+
+
+def test_what_gguf_does_not_know_is_refused_at_planning(tiny: Callable[..., Path]) -> None:
+    with pytest.raises(LayerwiseError, match=r"target gguf: allowed.*llama.*found mamba"):
+        make_plan(Request(tiny("mamba"), Budget(bits=4.0), target="gguf", data=SMALL))
+
+
+def test_other_methods_and_types_are_refused(tmp_path: Path) -> None:
+    plan = plan_of("demo")
+    chain = (Step("gptq", {"bits": 4, "group": 32}),)
+    wrong = Plan(plan.model, target="gguf", data=SMALL, edits=(Edit("*", chain),))
+    with pytest.raises(LayerwiseError, match="which has no GGML type"):
+        apply_plan("demo", wrong, tmp_path / "out")
+    with pytest.raises(LayerwiseError, match="did you mean Q4_K"):
+        apply_plan("demo", plan_of("demo", "Q4_k"), tmp_path / "out")
+    with pytest.raises(LayerwiseError, match="embeding"):
+        apply_plan("demo", plan_of("demo", export={"embeding": "Q8_0"}), tmp_path / "out")
+    with pytest.raises(LayerwiseError, match=r"menu\.type"):
+        settings = {"menu": {"type": [4]}}
+        make_plan(Request("demo", Budget(bits=4), target="gguf", data=SMALL, settings=settings))
+
+
+def test_an_importance_matrix_from_the_command_line(tmp_path: Path) -> None:
+    runner, file = CliRunner(), tmp_path / "demo.gguf"
+    words = ["imatrix", "demo", "--out", str(file), "--samples", "4", "--length", "64", "--json"]
+    done = runner.invoke(app, words, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    plan = plan_of("demo", "Q2_K", "*/0/*", export={"imatrix": str(file)})
+    apply_plan("demo", plan, tmp_path / "out", check=False)
+    assert read_plan(tmp_path / "out" / "plan.yaml") == plan
+    alike = plan_of("demo", "Q2_K", "*/0/*", export={"imatrix": ""})
+    measured = apply_plan("demo", alike, tmp_path / "measured", check=False)
+    assert measured.nbytes == GgufFile(tmp_path / "out" / FILE).nbytes
+    with pytest.raises(LayerwiseError, match=r"found no entry|values"):
+        other = tmp_path / "other.dat"
+        other.write_bytes(b"\0" * 12)
+        apply_plan("demo", plan_of("demo", export={"imatrix": str(other)}), tmp_path / "x")
