@@ -71,8 +71,11 @@ class Method:
 
     def costs(self, size: Size, options: Mapping[str, Any]) -> str:
         """What it costs beyond the pass, with some options set; nothing if it costs no more."""
-        values = {key: p.default for key, p in self.options.items()} | dict(options)
-        return f"{self.name} {self.cost(size, values)}" if self.cost else ""
+        return f"{self.name} {self.cost(size, self.values(options))}" if self.cost else ""
+
+    def values(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of all its options, with some of them set."""
+        return {key: p.default for key, p in self.options.items()} | dict(options)
 
     @property
     def summary(self) -> str:

@@ -168,8 +168,7 @@ def _outside_type(name: str, shape: tuple[int, ...], options: Mapping[str, str])
     wanted = {"token_embd.weight": "embedding", "output.weight": "output"}.get(name)
     if wanted is None:
         return "F32"
-    chosen = find("gguf", "export").options[wanted].default
-    return fitting(options.get(wanted, chosen), shape[1]).name
+    return fitting(find("gguf", "export").values(options)[wanted], shape[1]).name
 
 
 def outside(network: Network, options: Mapping[str, str]) -> dict[str, Weight]:
@@ -246,8 +245,7 @@ def _type(matrix: Matrix, chain: Sequence[Step], itemsize: int) -> str:
     """The type that a chain leaves a matrix in."""
     if not chain:
         return "F32" if itemsize >= 4 else "F16"  # or BF16, of the same size
-    options = find(chain[-1].method, "weight").options
-    chosen = {k: p.default for k, p in options.items()} | chain[-1].options
+    chosen = find(chain[-1].method, "weight").values(chain[-1].options)
     return fitting(chosen["type"], matrix.shape[1]).name
 
 

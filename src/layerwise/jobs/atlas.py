@@ -10,6 +10,7 @@ from torch import Tensor
 from layerwise.core.method import methods
 from layerwise.core.network import Network
 from layerwise.core.quality import ratio
+from layerwise.core.spectra import smaller_gram
 from layerwise.core.stack import Layer, Stack
 from layerwise.core.stats import Stats
 from layerwise.core.task import takes_images
@@ -250,8 +251,7 @@ def variances(x: Tensor) -> Tensor:
         tensor([0.8000, 0.2000])
     """
     centred = x - x.mean(0)
-    gram = centred.T @ centred if x.shape[1] < len(x) else centred @ centred.T
-    found = torch.linalg.eigvalsh(gram).clamp_min(0).flip(0)
+    found = torch.linalg.eigvalsh(smaller_gram(centred)).clamp_min(0).flip(0)
     return found / found.sum().clamp_min(1e-300)
 
 

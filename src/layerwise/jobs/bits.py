@@ -151,19 +151,21 @@ def option_errors(
     """
     errors: dict[str, tuple[float, ...]] = {}
     layers = network.layers()
+    inside: dict[str, list[Group]] = {layer.key: [] for layer in layers}
+    for group in groups.values():
+        inside[group.matrices[0].layer].append(group)
     for done, layer in enumerate(layers, 1):
         tensors = network.fetch(layer)
         norms: dict[str, float] = {}
         for matrix in layer.matrices:
             weight = matrix.view(tensors[matrix.parameter]).float()
             norms[matrix.fusion] = norms.get(matrix.fusion, 0.0) + weight.square().sum().item()
-        for key, group in groups.items():
-            if group.matrices[0].layer == layer.key:
-                below = norms[group.matrices[0].fusion]
-                errors[key] = tuple(
-                    _error(group.matrices, tensors, option.chain) / max(below, 1e-300)
-                    for option in menus[key].options
-                )
+        for group in inside[layer.key]:
+            below = norms[group.matrices[0].fusion]
+            errors[group.key] = tuple(
+                _error(group.matrices, tensors, option.chain) / max(below, 1e-300)
+                for option in menus[group.key].options
+            )
         progress("pricing options", done, len(layers))
     return errors
 
