@@ -16,7 +16,7 @@ from layerwise.export import TARGETS
 from layerwise.export._gguf_file import FILE
 from layerwise.jobs.apply import apply_plan
 from layerwise.jobs.bits import plan_bits
-from layerwise.jobs.engine import run_engine
+from layerwise.jobs.engine import in_llama
 from layerwise.jobs.mixes import mix_plan, written_bytes
 from layerwise.jobs.request import Request
 from layerwise.jobs.session import Budget, load_reader, silent
@@ -65,8 +65,9 @@ def measured(model: Model, plan: Plan, batches: Sequence[Any], original: Sequenc
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "out")
         apply_plan(model.folder, plan, out, check=False)
-        found, before = iter(run_engine(out / FILE, batches)), iter(original)
-        return measure_quality(batches, lambda batch: next(found), lambda batch: next(before))
+        before = iter(original)
+        with in_llama(out / FILE, batches) as answers:
+            return measure_quality(batches, lambda batch: next(before), answers)[1]
 
 
 if __name__ == "__main__":

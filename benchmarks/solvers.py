@@ -108,7 +108,7 @@ class Bench:
             solver = solve(network, edits, batches, journal)
             with streamed(self.opened(), self.batches, solver.finished) as answers:
                 before = self.original
-                found = measure_quality(self.batches, answers, lambda b: before[id(b)])
+                _, found = measure_quality(self.batches, lambda b: before[id(b)], answers)
             nbytes = sum(line["report"]["bytes"] for line in journal.lines.values())
         return found, 8 * nbytes / self.sizes
 

@@ -4,7 +4,8 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Annotated, Any
 
@@ -31,14 +32,10 @@ def taking(
 ) -> None:
     """What holds for every command."""
     if trust:
-        from layerwise.core.errors import LayerwiseError
         from layerwise.core.trust import trust as allow
 
-        try:
+        with telling():
             allow(trust.split(","))
-        except LayerwiseError as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(2) from None
 
 
 class Output:
@@ -103,31 +100,38 @@ def _stop(number: int, frame: object) -> None:
     raise Stopped(number)
 
 
+@contextmanager
+def telling() -> Iterator[None]:
+    """Turn an error that a user can mend into one line and exit status 2."""
+    from layerwise.core.errors import LayerwiseError
+    from layerwise.core.machine import told
+
+    try:
+        yield
+    except LayerwiseError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    except (OSError, MemoryError) as error:
+        known = told(error)
+        if known is None:
+            raise
+        typer.echo(f"error: {known}", err=True)
+        raise typer.Exit(2) from None
+    except Stopped as stopped:
+        typer.echo("stopped; the same command goes on where it was", err=True)
+        raise typer.Exit(128 + stopped.args[0]) from None
+
+
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Register a command; an error that a user can mend is one line and exit status 2."""
+    """Register a command that ends as `telling` has it, also when it is stopped."""
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
-        from layerwise.core.errors import LayerwiseError
-        from layerwise.core.machine import told
-
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         signal.signal(signal.SIGTERM, _stop)
         signal.signal(signal.SIGINT, _stop)
-        try:
+        with telling():
             function(*args, **kwargs)
-        except LayerwiseError as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(2) from None
-        except (OSError, MemoryError) as error:
-            known = told(error)
-            if known is None:
-                raise
-            typer.echo(f"error: {known}", err=True)
-            raise typer.Exit(2) from None
-        except Stopped as stopped:
-            typer.echo("stopped; the same command goes on where it was", err=True)
-            raise typer.Exit(128 + stopped.args[0]) from None
 
     return app.command()(run)
 

@@ -121,7 +121,9 @@ def test_llama_cpp_gives_our_logits(
     found = t.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     with torch.no_grad():
         wanted = found(ids).logits[0]
-    near = engine.agreement([wanted], engine.run_engine(file.path, [{"input_ids": ids}]))
+    batches = [{"input_ids": ids}]
+    with engine.in_llama(file.path, batches) as answers:
+        near = engine.agreement([wanted], map(answers, batches))
     assert near.kl < 5e-3, "eight bits change little: the original's logits are near as well"
 
 

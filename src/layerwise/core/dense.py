@@ -26,6 +26,7 @@ from layerwise.core.errors import LayerwiseError, refusing
 from layerwise.core.hollow import build_meta
 from layerwise.core.index import PICKLES, read_json
 from layerwise.core.llama import Llama
+from layerwise.core.quality import divergence
 from layerwise.core.trust import trusted
 
 #: the file in a folder of target gguf
@@ -170,7 +171,7 @@ def _same(model: PreTrainedModel, engine: Llama) -> None:
     with torch.no_grad():
         ours = model(input_ids=torch.tensor([tokens])).logits[0].double().log_softmax(-1)
     theirs = engine.logits(tokens).double().log_softmax(-1)
-    kl = (ours.exp() * (ours - theirs)).sum(-1).mean().item()
+    kl = divergence(ours, theirs).mean().item()
     if not kl < _MOST_KL:
         raise ValueError(f"decoded, it is another model: KL {kl:.2g} to llama.cpp with the file")
 

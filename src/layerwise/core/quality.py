@@ -54,6 +54,19 @@ def ratio(above: np.ndarray, below: np.ndarray, draws: int = 2000) -> Estimate:
     return Estimate(float(above.sum() / max(below.sum(), 1e-300)), float(low), float(high))
 
 
+def divergence(
+    logp: Float[Tensor, "*rows classes"], logq: Float[Tensor, "*rows classes"]
+) -> Float[Tensor, "*rows"]:
+    """`KL(p || q) = sum_c p(c) (log p(c) - log q(c))` of every row, in nats.
+
+    Example:
+        >>> p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.25, 0.75])
+        >>> divergence(p.log(), q.log())
+        tensor(0.1438)
+    """
+    return (logp.exp() * (logp - logq)).sum(-1)
+
+
 def compare(
     original: Float[Tensor, "rows classes"] | None,
     edited: Float[Tensor, "rows classes"],
@@ -61,33 +74,35 @@ def compare(
 ) -> Float[Tensor, "rows 4"]:
     """Count, loss, KL(original || edited) and agreement of every row of an answer.
 
-    `KL = sum_c p(c) (log p(c) - log q(c))`, in float32. Where nobody knows the labels, they are
-    what the original answers.
+    In float32. Where nobody knows the labels, they are what the original answers.
     """
     q = edited.float().log_softmax(-1)
     p = q if original is None else original.float().log_softmax(-1)
     wanted = p.argmax(-1) if labels is None else labels.to(q.device)
     loss = -q.gather(-1, wanted[:, None])[:, 0]
-    kl = (p.exp() * (p - q)).sum(-1) if original is not None else torch.zeros_like(loss)
+    kl = divergence(p, q)
     agree = (p.argmax(-1) == q.argmax(-1)).to(loss)
     return torch.stack([torch.ones_like(loss), loss, kl, agree], 1).double().cpu()
 
 
 def measure_quality(
-    batches: Sequence[Any],
-    edited: Callable[[Any], Tensor],
-    original: Callable[[Any], Tensor] | None = None,
-) -> Quality:
-    """Run both models on every document, batch -> answer, and gather the sums.
+    batches: Sequence[Any], original: Callable[[Any], Tensor], *edited: Callable[[Any], Tensor]
+) -> tuple[Quality, ...]:
+    """Run all models side by side on every document, batch -> answer, and gather the sums.
 
-    A batch is one document, but where its inputs get one answer each, they are.
+    The first one is the original, whose own quality comes first. A batch is one document, but
+    where its inputs get one answer each, they are.
     """
-    rows = []
+    sums: list[list[Tensor]] = [[] for _ in (original, *edited)]
     with torch.no_grad():
         for batch in batches:
-            before = None if original is None else original(batch)
-            found = compare(before, edited(batch), labels_of(batch))
+            before, labels = original(batch), labels_of(batch)
             inputs = len(next(iter(batch.values())))
-            rows.extend(found if len(found) == inputs else [found.sum(0)])
-    tokens, loss, kl, agree = torch.stack(rows).numpy().T
-    return Quality(tokens, loss, np.maximum(kl, 0.0), agree)
+            for rows, model in zip(sums, (None, *edited), strict=True):
+                if model is None:
+                    found = compare(None, before, labels)
+                else:
+                    found = compare(before, model(batch), labels)
+                rows.extend(found if len(found) == inputs else [found.sum(0)])
+    gathered = (torch.stack(rows).numpy().T for rows in sums)
+    return tuple(Quality(n, loss, np.maximum(kl, 0.0), agree) for n, loss, kl, agree in gathered)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -26,7 +26,8 @@ class Target(NamedTuple):
     matrices where nobody names another one. `types` are what a menu offers in place of bits and
     groups. `outside` gives, of a network and the plan's options of the export, what is written of
     tensors that belong to no layer, by their name in memory, and `rest` the bytes of all that is
-    no matrix of a layer; `accepts` refuses networks that the format does not know.
+    no matrix of a layer; `accepts` refuses networks that the format does not know. `engine` runs
+    what was written: transformers or llama.cpp.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Target(NamedTuple):
     fused: bool = True
     method: str = "gptq"
     types: tuple[str, ...] = ()
+    engine: Literal["transformers", "llama.cpp"] = "transformers"
     accepts: Callable[[Network], None] = lambda network: None
     rest: Callable[[Network, Mapping[str, Any]], int] | None = None
     outside: Callable[[Network, Mapping[str, Any]], dict[str, Weight]] = lambda network, options: {}

@@ -9,6 +9,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from layerwise.core.method import Size, method
+from layerwise.core.quality import divergence
 from layerwise.core.stack import Stack
 from layerwise.core.stats import Figures, Stats
 from layerwise.describe.geometry import local_map
@@ -207,7 +208,7 @@ def fit_effect(
             error = ((y - fitted).norm(dim=1) / size).view(clean.logits.shape[:2])
             changed = rerun(number, {key: lambda _, out, new=fitted: new.view_as(out).to(out)})
             logp, logq = (r.logits.double().log_softmax(-1) for r in (clean, changed))
-            kl = (logp.exp() * (logp - logq)).sum(-1)
+            kl = divergence(logp, logq)
             pairs[key].append(torch.stack([error[:, 1:].flatten(), kl[:, 1:].flatten()]).cpu())
     for key, parts in pairs.items():
         error, kl = torch.cat(parts, 1)

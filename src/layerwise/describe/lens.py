@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from layerwise.core.method import Size, method
+from layerwise.core.quality import divergence
 from layerwise.core.stack import Stack
 from layerwise.core.stats import Figures, Stats
 from layerwise.core.tokens import Sample
@@ -153,7 +154,7 @@ def _forward_kl(tail: Tail, x: Tensor, last: Tensor) -> Tensor:
     logq = tail(x).float().log_softmax(-1)
     with torch.no_grad():
         logp = tail(last).float().log_softmax(-1)
-    return (logp.exp() * (logp - logq)).sum(-1).mean()
+    return divergence(logp, logq).mean()
 
 
 def translator(

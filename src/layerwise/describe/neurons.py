@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from layerwise.core.method import Size, method
+from layerwise.core.quality import divergence
 from layerwise.core.sites import At, Intervention
 from layerwise.core.stack import Stack
 from layerwise.core.stats import Figures, Stats
@@ -169,7 +170,7 @@ def _answer(rerun: Any, document: int, edits: list[Intervention]) -> Tensor:
 
 
 def _change(plain: Tensor, changed: Tensor) -> float:
-    return (plain.exp() * (plain - changed)).sum(-1).mean().item()
+    return divergence(plain, changed).mean().item()
 
 
 def advantage(

@@ -137,8 +137,7 @@ def _grid(chain: Sequence[Step]) -> tuple[int, int, bool] | None:
     kinds = [get_type_hints(find(s.method, "weight").function)["return"] for s in chain]
     if not chain or kinds[-1] is not Quantized or any(kind in get_args(Frame) for kind in kinds):
         return None
-    options = find(chain[-1].method, "weight").options
-    chosen = {k: p.default for k, p in options.items()} | chain[-1].options
+    chosen = find(chain[-1].method, "weight").values(chain[-1].options)
     return chosen["bits"], chosen["group"], chosen["symmetric"]
 
 

@@ -37,6 +37,7 @@ def gguf(
     *,
     network: Network,
     layers: Iterable[Finished],
+    outside: Mapping[str, Weight],
     embedding: str = "Q6_K",
     output: str = "Q6_K",
     imatrix: str = "",
@@ -49,6 +50,7 @@ def gguf(
         path: the folder to write `model.gguf` into.
         network: given; the network whose weights are written.
         layers: given; every layer once, with what the edits made of its matrices.
+        outside: given; embedding and head as they are written, by their name in memory.
         embedding: GGML type of the token embedding, which is the head too where they are tied.
         output: GGML type of the head.
         imatrix: a file of importances that matrices were encoded with, in place of measuring them;
@@ -66,10 +68,10 @@ def gguf(
     places = list(_places(network, plan.edits, names, options))
     facts = {"quantize.imatrix.file": Path(imatrix).name} if imatrix else {}
     writer = _opened(network, path / FILE, places, facts)
-    outside = _outside_bytes(network, names, options)
-    for place in places[: len(outside)]:
-        writer.write_tensor_data(outside[place.name].numpy())
-    written = sum(t.nbytes for t in outside.values())
+    ends = _outside_bytes(network, names, outside)
+    for place in places[: len(ends)]:
+        writer.write_tensor_data(ends[place.name].numpy())
+    written = sum(t.nbytes for t in ends.values())
     for layer, tensors, records in layers:
         for name in layer.module.state_dict():
             data = _stored(network, layer, name, tensors, records, names)
@@ -171,7 +173,7 @@ def _outside_type(name: str, shape: tuple[int, ...], options: Mapping[str, str])
     return fitting(find("gguf", "export").values(options)[wanted], shape[1]).name
 
 
-def outside(network: Network, options: Mapping[str, str]) -> dict[str, Weight]:
+def _outside(network: Network, options: Mapping[str, str]) -> dict[str, Weight]:
     """Embedding and head as they are written, by their name in memory."""
     names, found = Names(network), network.fetch_outside()
     made: dict[str, Weight] = {}
@@ -182,9 +184,11 @@ def outside(network: Network, options: Mapping[str, str]) -> dict[str, Weight]:
     return made
 
 
-def _outside_bytes(network: Network, names: Names, options: Mapping[str, str]) -> dict[str, Tensor]:
+def _outside_bytes(
+    network: Network, names: Names, encoded: Mapping[str, Weight]
+) -> dict[str, Tensor]:
     """All tensors outside of the layers as bytes, by their name in the file."""
-    encoded, found = outside(network, options), network.fetch_outside()
+    found = network.fetch_outside()
     bytes_: dict[str, Tensor] = {}
     for name in _outside_shapes(network):
         record = encoded.get(name)
@@ -282,5 +286,6 @@ TARGET = Target(
     types=MENU,
     accepts=_accepts,
     rest=_rest,
-    outside=outside,
+    outside=_outside,
+    engine="llama.cpp",
 )

@@ -29,7 +29,7 @@ from layerwise.core.task import answer, example_inputs
 from layerwise.core.weight import Dense, Weight
 from layerwise.export import TARGETS
 from layerwise.export._writer import Finished
-from layerwise.jobs.checks import CHECK, CHECKED, must_be_sound
+from layerwise.jobs.checks import CHECK, CHECKED, must_be_sound, too_large
 from layerwise.jobs.engine import must_run
 from layerwise.jobs.forecast import disk_to_apply, memory_to_solve
 from layerwise.jobs.imatrix import given_by
@@ -98,15 +98,18 @@ def apply_plan(
             shutil.rmtree(part)
         records = solver.finished if target.by_bits else stored_dense(solver)
         layers = passing(network, records, batch, part / CHECK, progress, outside)
-        export = find(plan.target, "export").bind(plan.export, network=network, layers=layers)
+        export = find(plan.target, "export").bind(
+            plan.export, network=network, layers=layers, outside=outside
+        )
         nbytes = export(network.stack, plan, part)
         plan.save(part / "plan.yaml")
         reports = {key: line["report"] for key, line in journal.lines.items()}
         rows = [layer_row(network, la, plan, reports.get(la.key, {})) for la in network.layers()]
         unseen = [key for report in reports.values() for key in report["unseen"]]
         warnings = [without_data(unseen)] if unseen else []
-        sound = must_run if plan.target == "gguf" else must_be_sound
-        warnings += sound(part, network, batch) if check else []
+        if check:
+            sound = must_run if target.engine == "llama.cpp" else must_be_sound
+            warnings += too_large(network) or sound(part, network, batch)
         os.replace(part, out)
         journal.remove()
     return Applied(out, nbytes, rows, warnings)

@@ -4,31 +4,35 @@ from pathlib import Path
 
 from layerwise.core.machine import write_whole
 from layerwise.core.plan import Plan, describe
+from layerwise.export import TARGETS
 from layerwise.jobs.verify import Verified
 from layerwise.report.terminal import show, show_bytes
 
-_LOAD = """```python
+_HOW = {
+    "transformers": """```python
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("{}")
-```"""
-_RUN = """```sh
+```""",
+    "llama.cpp": """```sh
 llama-cli -m {}/model.gguf
-```"""
+```""",
+}
 
 
 def write_card(folder: Path, model: str, plan: Plan, verified: Verified | None = None) -> None:
     """Say what the folder is, how to load it, and, once verified, what it cost."""
+    engine = TARGETS[plan.target].engine
     budget = ", ".join(f"--{key} {value:g}" for key, value in plan.budget.items())
     lines = [
         "---",
-        f"library_name: {'llama.cpp' if plan.target == 'gguf' else 'transformers'}",
+        f"library_name: {engine}",
         "tags: [layerwise]",
         "---",
         f"# {folder.name}",
         "",
         f"Made from `{model}` with layerwise, {budget or 'by hand'}: {describe(plan)}.",
         "",
-        *(_RUN if plan.target == "gguf" else _LOAD).format(folder.name).splitlines(),
+        *_HOW[engine].format(folder.name).splitlines(),
     ]
     if verified is None:
         lines += ["", "Not verified yet: `layerwise verify`."]

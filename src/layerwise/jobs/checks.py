@@ -25,6 +25,22 @@ CHECK = "layerwise.check"
 CHECKED = "layerwise.answer"
 
 
+def too_large(network: Network) -> list[str]:
+    """Why a written folder is not run as a check: two models in float32 do not fit in memory."""
+    wide = 4 * sum(p.numel() for p in network.model.parameters())
+    room = available_memory()
+    if not room or 2 * wide <= room:
+        return []
+    return [f"not reloaded as a check: that takes {amount(2 * wide)} and {amount(room)} are free"]
+
+
+def asked(folder: Path) -> tuple[dict[str, Any], torch.Tensor]:
+    """The input that a folder was asked while it was written, and the answer it gave."""
+    held = {name: read_tensor(info) for name, info in read_header(folder / CHECK).items()}
+    wanted = held.pop(CHECKED)
+    return held, wanted
+
+
 def must_be_sound(folder: Path, network: Network, batch: Any) -> list[str]:
     """Reload a written folder by stock transformers and refuse it if it computes anything else.
 
@@ -32,17 +48,11 @@ def must_be_sound(folder: Path, network: Network, batch: Any) -> list[str]:
     with a cache must give the tokens of decoding without, where it does in the original.
 
     Returns:
-        What could not be checked, and why.
+        Checks that fail in the original too.
 
     Raises:
         LayerwiseError: a check failed.
     """
-    wide = 4 * sum(p.numel() for p in network.model.parameters())
-    room = available_memory()
-    if room and 2 * wide > room:
-        return [
-            f"not reloaded as a check: that takes {amount(2 * wide)} and {amount(room)} are free"
-        ]
     edited = load_stock(folder, "float32", network.device)
     failed = [c for c in reload_checks(folder, edited) if not c["ok"]]
     decoding = [c for c in decode_checks(edited, [batch]) if not c["ok"]]
@@ -63,12 +73,10 @@ def must_be_sound(folder: Path, network: Network, batch: Any) -> list[str]:
 
 def reload_checks(folder: Path, edited: nn.Module) -> list[dict[str, Any]]:
     """The reloaded model against the logits that were computed while it was written."""
-    path = folder / CHECK
-    if not path.exists():
+    if not (folder / CHECK).exists():
         return []
-    held = {name: read_tensor(info) for name, info in read_header(path).items()}
+    held, wanted = asked(folder)
     with torch.no_grad():
-        wanted = held.pop(CHECKED)
         got = answers_of(edited)(held).cpu().float()
     off = (got - wanted).abs().max().item() / max(wanted.abs().max().item(), 1e-30)
     packed = "quantization_config" in json.loads((folder / "config.json").read_text())

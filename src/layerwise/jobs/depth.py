@@ -147,7 +147,7 @@ def assemble_depth(
         data=request.data,
         wiring=wiring_without(network, gone),
         fixed=request.keep,
-        export=request.options(request.target) if request.target == "gguf" else {},
+        export=request.options(request.target),
     )
     nbytes = network.checkpoint.nbytes - sum(sizes[key] for key in gone)
     target = TARGETS[request.target]

@@ -1,6 +1,7 @@
 """A GGUF file run by llama.cpp, against our own dequantized model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -8,14 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from layerwise.core.checkpoint import read_header, read_tensor
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.llama import Llama
-from layerwise.core.machine import amount, available_memory
 from layerwise.core.network import Network
+from layerwise.core.quality import divergence
 from layerwise.core.task import answer
 from layerwise.export._gguf_file import FILE, GgufFile
-from layerwise.jobs.checks import CHECK, CHECKED
+from layerwise.jobs.checks import asked
 
 #: mean KL in nats per token, and share of positions whose likeliest token must agree
 MOST_KL, LEAST_AGREE = 1e-3, 0.99
@@ -34,27 +34,33 @@ class Agreement(NamedTuple):
         )
 
 
-def agreement(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Agreement:
+def agreement(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> Agreement:
     """Mean KL(ours ‖ theirs) and top-1 agreement over the rows of some logits."""
     kl = same = count = 0.0
     for mine, other in zip(ours, theirs, strict=True):
         p, q = mine.double().log_softmax(-1), other.double().log_softmax(-1)
-        kl += (p.exp() * (p - q)).sum().item()
+        kl += divergence(p, q).sum().item()
         same += (mine.argmax(-1) == other.argmax(-1)).sum().item()
         count += len(mine)
     return Agreement(kl / count, same / count, int(count))
 
 
-def run_engine(file: Path, batches: Sequence[Any]) -> list[Tensor]:
-    """Logits of a GGUF file for batches of one row, as `answer` gives them."""
+@contextmanager
+def in_llama(file: Path, batches: Sequence[Any]) -> Iterator[Callable[[Any], Tensor]]:
+    """Batch -> logits of a GGUF file as llama.cpp runs it, as `answer` gives them."""
     length = max(batch["input_ids"].shape[1] for batch in batches)
     with Llama(file, length) as engine:
-        return [_answered(batch, engine.logits) for batch in batches]
+        yield lambda batch: _answered(batch, engine.logits)
 
 
 def _answered(batch: Any, logits: Callable[[list[int]], Tensor]) -> Tensor:
     rows = [logits(row.tolist()) for row in batch["input_ids"]]
     return answer(torch.stack(rows), batch)
+
+
+def _in_llama(file: Path, batches: Sequence[Any], ours: Sequence[Tensor]) -> Agreement:
+    with in_llama(file, batches) as answers:
+        return agreement(ours, map(answers, batches))
 
 
 def engine_checks(
@@ -69,8 +75,8 @@ def engine_checks(
     with TemporaryDirectory(dir=file.parent) as folder:
         wide = Path(folder, FILE)
         GgufFile(file).unpack(wide)
-        exact = agreement(ours, run_engine(wide, batches))
-    packed = agreement(ours, run_engine(file, batches))
+        exact = _in_llama(wide, batches, ours)
+    packed = _in_llama(file, batches, ours)
     limits = f"allowed {MOST_KL:.0e} and {least:.0%}"
     return [
         {
@@ -90,17 +96,12 @@ def must_run(folder: Path, network: Network, batch: Any) -> list[str]:
     """Run a written file in llama.cpp and refuse it if it computes anything else.
 
     Returns:
-        What could not be checked, and why.
+        What llama.cpp itself does to the packed weights beyond the tolerance, or nothing.
 
     Raises:
         LayerwiseError: its logits are not those that were computed while it was written.
     """
-    wide = 4 * sum(p.numel() for p in network.model.parameters())
-    room = available_memory()
-    if room and 2 * wide > room:
-        return [f"not run in llama.cpp as a check: that takes {amount(2 * wide)}"]
-    held = {name: read_tensor(info) for name, info in read_header(folder / CHECK).items()}
-    wanted = held.pop(CHECKED)
+    held, wanted = asked(folder)
     # of a few tokens, one that leads by a hair decides nothing: what is wrong shows in the KL
     exact, packed = engine_checks(folder / FILE, [held], [wanted], least=0.0)
     if not exact["ok"]:

@@ -42,15 +42,16 @@ class Contest(NamedTuple):
         """The original, or what a wiring makes of it, to compute with."""
         return open_network(self.model, wiring=wiring, device=self.device, dtype=self.dtype)
 
-    def quality(
+    def qualities(
         self, edited: Network, records: Callable[[Layer], Mapping[str, Weight]] = lambda layer: {}
-    ) -> Quality:
-        """A candidate against the original, with one layer of each in memory."""
+    ) -> tuple[Quality, Quality]:
+        """The original and a candidate, with one layer of each in memory."""
         with (
             streamed(self.opened(), self.batches) as original,
             streamed(edited, self.batches, records) as answers,
         ):
-            return measure_quality(self.batches, answers, original)
+            before, after = measure_quality(self.batches, original, answers)
+            return before, after
 
     def solved(self, plan: Plan, progress: Progress = silent) -> Quality:
         """The original with the edits of another plan, solved on that plan's data."""
@@ -62,7 +63,7 @@ class Contest(NamedTuple):
         batches = windows(reader, texts_of(plan.data), "calibrate") if reader else []
         with tempfile.TemporaryDirectory() as folder, Journal(Path(folder), {}) as journal:
             solver = solve(network, plan.edits, batches, journal, progress)
-            return self.quality(edited, solver.finished)
+            return self.qualities(edited, solver.finished)[1]
 
 
 class Naive(NamedTuple):
@@ -110,7 +111,7 @@ def naive_depth(contest: Contest) -> Naive | None:
     def quality(gone: list[str]) -> Quality:
         edited, target = contest.opened(wiring_without(network, gone)), contest.plan.target
         put_outside(edited, TARGETS[target].outside(edited, contest.plan.export))
-        return contest.quality(edited)
+        return contest.qualities(edited)[1]
 
     random = sorted((quality(gone) for gone in chosen), key=lambda q: q.estimate("loss").value)
     found = [(f"{count} at random dropped, median of 5", random[len(random) // 2])]
@@ -135,7 +136,7 @@ def naive_bits(contest: Contest, progress: Progress) -> Naive | None:
     if planned is not None:
         quality = contest.solved(planned.plan, progress)
         found.append(Naive(f"uniform: {describe(planned.plan)}", quality, planned.nbytes))
-    for name in MIXES if contest.plan.target == "gguf" else ():
+    for name in MIXES if TARGETS[contest.plan.target].engine == "llama.cpp" else ():
         plan = mix_plan(network, name, contest.plan.data)
         nbytes = written_bytes(network, plan)
         if nbytes <= contest.nbytes:

@@ -7,6 +7,7 @@ from typing import Any
 
 from layerwise.core.machine import write_whole
 from layerwise.core.plan import read_plan
+from layerwise.export import TARGETS
 from layerwise.jobs.verify import Verified
 
 
@@ -15,7 +16,8 @@ def plan_section(folder: Path, found: Verified, title: str = "") -> dict[str, An
     plan = read_plan(folder / "plan.yaml")
     budget = ", ".join(f"--{key} {value:g}" for key, value in plan.budget.items())
     rows = [dict(row) for row in found.rows]
-    package = "xllamacpp" if plan.target == "gguf" else "transformers"
+    engine = TARGETS[plan.target].engine
+    package = "xllamacpp" if engine == "llama.cpp" else engine
     rows[1]["loads"] = f"{package} {version(package)}"
     return {
         "kind": "plan",

@@ -137,7 +137,8 @@ class Trials:
             with standing_in(self.layers, standing):
                 return self.answer(batch, edits)
 
-        return measure_quality(self.batches, edited, lambda b: self._original[numbers[id(b)]])
+        original = lambda batch: self._original[numbers[id(batch)]]  # noqa: E731
+        return measure_quality(self.batches, original, edited)[1]
 
     def chains(self, chains: Mapping[str, tuple[Step, ...]]) -> tuple[float, float]:
         """KL and relative squared error of trial chains, by fusion group."""

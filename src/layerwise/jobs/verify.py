@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.data import Texts
@@ -21,7 +22,7 @@ from layerwise.export._gguf_file import FILE, GgufFile
 from layerwise.export.compressed_tensors import unpack
 from layerwise.jobs.checks import decode_checks, rebuild_check, reload_checks
 from layerwise.jobs.depth import layer_bytes
-from layerwise.jobs.engine import engine_checks, run_engine
+from layerwise.jobs.engine import engine_checks, in_llama
 from layerwise.jobs.forecast import memory_of_models
 from layerwise.jobs.measure import peak_memory, speeds
 from layerwise.jobs.naive import Contest, build_naive
@@ -99,14 +100,14 @@ def verify(
         LayerwiseError: the folder holds no plan, or stock transformers cannot load it.
     """
     plan, network = read_plan(folder / "plan.yaml"), open_network(model)
-    one = plan.target == "gguf"
-    held = GgufFile(folder / FILE) if one else Checkpoint(folder)
+    packed = TARGETS[plan.target].engine == "llama.cpp"
+    held = GgufFile(folder / FILE) if packed else Checkpoint(folder)
     texts = Texts(settings.data or plan.data.source, plan.data.seed, 0, settings.length)
     batches = samples_of(load_reader(network), texts, "evaluate", settings.documents)
     case = Case(model, folder, plan, network, batches, settings, network.checkpoint, held)
     room, needed = available_memory(), sum(memory_of_models(network, 2).values())
     measured = _streamed if settings.streamed or 0 < room < needed else _resident
-    measured = _in_llama if one else measured
+    measured = _in_llama if packed else measured
     progress("evaluating", 0, 2)
     rows, qualities, checks, warnings = measured(case)
     progress("evaluating", 1, 2)
@@ -132,8 +133,7 @@ def _resident(case: Case) -> Measured:
     settings, device = case.settings, choose_device(case.settings.device)
     folders = case.before.folder, case.folder
     original, edited = (load_stock(folder, settings.dtype, device) for folder in folders)
-    before = measure_quality(case.batches, answers_of(original))
-    after = measure_quality(case.batches, answers_of(edited), answers_of(original))
+    before, after = measure_quality(case.batches, answers_of(original), answers_of(edited))
     rows = _both(case, before, after)
     checks = [*reload_checks(case.folder, edited), *decode_checks(edited, case.batches)]
     if case.plan.wiring:
@@ -154,17 +154,23 @@ def _in_llama(case: Case) -> Measured:
     """Our dequantized model, with a layer in memory, and the file itself run by llama.cpp."""
     contest, held, batches = case.contest, case.after, case.batches
     assert isinstance(held, GgufFile)
-    with streamed(contest.opened(), batches) as answers:
-        before = measure_quality(batches, answers)
     edited = contest.opened(case.plan.wiring)
+    ours: list[Tensor] = []
     put_outside(edited, held.outside(edited))
-    after = contest.quality(edited, partial(held.records, edited))
-    with streamed(edited, batches[:CHECKED], partial(held.records, edited)) as answers:
-        ours = [answers(batch) for batch in batches[:CHECKED]]
+    with (
+        streamed(contest.opened(), batches) as original,
+        streamed(edited, batches, partial(held.records, edited)) as answers,
+        in_llama(held.path, batches) as theirs,
+    ):
+
+        def kept(batch: Any) -> Tensor:
+            found = answers(batch)
+            if len(ours) < CHECKED:
+                ours.append(found)
+            return found
+
+        before, after, there = measure_quality(batches, original, kept, theirs)
     checks = engine_checks(held.path, batches[:CHECKED], ours)
-    found = iter(run_engine(held.path, batches))
-    with streamed(contest.opened(), batches) as answers:
-        there = measure_quality(batches, lambda batch: next(found), answers)
     rows = _both(case, before, after)
     rows.append(quality_row("llama.cpp", there, before, held.nbytes, "the plan, in llama.cpp"))
     said = ["decoding speed and memory were not measured: they are llama.cpp's"]
@@ -178,10 +184,9 @@ def _streamed(case: Case) -> Measured:
     assert isinstance(held, Checkpoint)
     packed = any(name.endswith(".weight_packed") for name in held.tensors)
     records = partial(unpack, held, edits=case.plan.edits) if packed else lambda layer: {}
-    with streamed(contest.opened(), case.batches) as answers:
-        before = measure_quality(case.batches, answers)
     own = contest._replace(model=case.folder)
-    after = contest.quality(contest.opened(case.plan.wiring) if packed else own.opened(), records)
+    edited = contest.opened(case.plan.wiring) if packed else own.opened()
+    before, after = contest.qualities(edited, records)
     said = "streamed: speed, memory, decoding and the stock reload were not measured"
     return _both(case, before, after), (before, after), [], [said]
 
