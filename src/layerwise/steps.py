@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,7 @@ def run_inspect(
     """Measure every layer, show the table, and write the page if one is wanted."""
     from layerwise.core.open import open_network
     from layerwise.jobs.against import inspect_models
+    from layerwise.jobs.atlas import write_atlas
     from layerwise.jobs.session import check_out
     from layerwise.report.terminal import progress_bar
 
@@ -203,6 +205,7 @@ def run_inspect(
         reads = read_for_page(network, prompts, texts, out, progress, tell)
         options = {"device": device, "dtype": dtype, "progress": progress, "say": tell}
         found = inspect_models(network, against, texts, wanted, **options)
+        found = replace(found, model=output.model)
     stacks = ", ".join(stack.container for stack in found.network.stacks)
     output.table(f"{output.model}: {stacks}", found.rows, "layer", "bytes", *found.columns)
     for line in found.lines():
@@ -210,7 +213,8 @@ def run_inspect(
     output.warnings += found.warnings
     output.more = dict(found.more)
     if out:
-        write_atlas(output, found, texts, reads, out)
+        write_atlas(found, Path(out), reads)
+        output.files.append(out)
     return found
 
 
@@ -237,18 +241,3 @@ def read_for_page(
         return []
     say(announced(network, prompts))
     return read_prompts(network, prompts, texts, progress)
-
-
-def write_atlas(output: Output, found: Any, texts: Any, reads: Any, out: str) -> None:
-    """Write the page of an inspected model."""
-    from layerwise.core.task import takes_images
-    from layerwise.jobs.atlas import atlas_sections
-    from layerwise.jobs.pages import write_page
-
-    unit = "images" if takes_images(found.network.module) else f"windows of {texts.length} tokens"
-    named = "the standard library's source" if texts.source == "stdlib" else texts.source
-    data = f"at most {texts.samples} {unit} of {named}"
-    name = "/".join(Path(output.model).parts[-2:])
-    sections = atlas_sections(output.model, found, data, reads)
-    write_page(Path(out), f"{name}, layer by layer", sections)
-    output.files.append(out)

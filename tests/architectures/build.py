@@ -45,6 +45,8 @@ SMALL: tuple[tuple[str, Any], ...] = (
         r"(num_|n_)?((encoder|decoder|attention|attn|self_attention|q|query)_)*heads?(_num)?|num_heads|n_head",
         4,
     ),
+    (r"linear_num_key_heads", 2),
+    (r"linear_num_value_heads|index_n_heads", 4),
     (
         r"(num_|n_)(key_value|kv|key_value_attention|multi_query)_(heads?|groups)|num_kv_heads|num_key_value_heads|n_kv_head",
         2,
@@ -100,6 +102,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "esm": {"pad_token_id": 1, "mask_token_id": 2},
     "dots1": {"first_k_dense_replace": 1, "n_routed_experts": 4, "n_shared_experts": 1},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}},
+    "perceiver": {"num_self_attends_per_block": 4, "num_latents": 32, "d_latents": 64},
+    "vibevoice_acoustic_tokenizer_encoder": {"downsampling_ratios": [2, 2], "depths": [2, 2, 2]},
+    "textnet": {"image_size": [64, 64]},
+    "hiera": {"image_size": [64, 64]},
+    "regnet": {"depths": [2, 3, 4, 2], "hidden_sizes": [32, 48, 64, 96], "groups_width": 16},
+    "cvt": {"depth": [1, 2, 4], "embed_dim": [16, 32, 64], "num_heads": [1, 2, 4]},
     "levit": {
         "key_dim": (16, 16, 16),
         "hidden_sizes": (64, 96, 128),

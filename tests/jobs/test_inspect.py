@@ -14,7 +14,8 @@ from layerwise.core.data import Texts
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.reader import windows
 from layerwise.jobs.against import beside, inspect_models
-from layerwise.jobs.inspect import Inspected, inspect_model
+from layerwise.jobs.inspect import inspect_model
+from layerwise.jobs.inspected import Inspected
 from layerwise.jobs.session import load_reader
 from layerwise.jobs.wanted import Wanted, announced
 
@@ -158,7 +159,7 @@ def test_models_of_other_depth_and_kind_stand_side_by_side(tiny, texts: Texts) -
     assert beside([{"layer": "a"}], [{"layer": "x"}, {"layer": "y"}])[0]["layer (B)"] == "x"
 
 
-def test_notebook_views(tiny) -> None:
+def test_notebook_views(tiny, tmp_path: Path) -> None:
     found = inspect_model(tiny("llama"), BATCHES)
     assert isinstance(found, Inspected)
     assert found._repr_html_().count("<iframe") == 1 and "decoder/3" in found._repr_html_()
@@ -166,6 +167,8 @@ def test_notebook_views(tiny) -> None:
     assert frame.loc["decoder/2", "lens.kl"] == found.rows[2]["lens.kl"]
     drawing = found.plot("lens.kl", "spread.rank")._repr_html_()
     assert drawing.count("<svg") == 2 and drawing.count("<circle") == 8
+    found.save(tmp_path / "atlas.html")
+    assert "batches that were given" in (tmp_path / "atlas.html").read_text()
 
 
 def test_layers_left_out_and_standing_in(tiny, texts: Texts) -> None:

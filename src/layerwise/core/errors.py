@@ -97,6 +97,7 @@ def nearest(word: str, known: Iterable[str], otherwise: str) -> str:
         'list them'
     """
     near = difflib.get_close_matches(word, list(known), n=3)
+    near = difflib.get_close_matches(word, near, n=1, cutoff=0.85) or near
     return f"did you mean {' or '.join(near)}?" if near else otherwise
 
 

@@ -8,6 +8,7 @@ def spectral_entropy(values: Float[Tensor, " count"], alpha: float = 1.0) -> Flo
     """Renyi entropy in nats of eigenvalues over their sum; `alpha` 1 is Shannon's.
 
     Example:
+        >>> import torch
         >>> round(spectral_entropy(torch.tensor([1.0, 1.0, 1.0, 0.0])).exp().item(), 4)
         3.0
     """
@@ -22,6 +23,7 @@ def smaller_gram(rows: Float[Tensor, "rows dim"]) -> Float[Tensor, "side side"]:
     """`x x^T` or `x^T x`, whichever is smaller: both have the same eigenvalues but for zeros.
 
     Example:
+        >>> import torch
         >>> smaller_gram(torch.ones(5, 2))
         tensor([[5., 5.],
                 [5., 5.]])

@@ -13,7 +13,8 @@ from layerwise.core.stats import Stats
 from layerwise.core.stops import Batch
 from layerwise.core.tokens import Sample
 from layerwise.describe.similarity import boundaries, cka_map, match_map
-from layerwise.jobs.inspect import Inspected, inspect_model
+from layerwise.jobs.inspect import inspect_model
+from layerwise.jobs.inspected import Inspected
 from layerwise.jobs.session import Progress, silent
 from layerwise.jobs.wanted import MEASURES, Wanted
 

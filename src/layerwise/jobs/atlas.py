@@ -1,6 +1,7 @@
 """What the atlas shows of an inspected model, beyond its rows."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,8 @@ from layerwise.core.spectra import smaller_gram
 from layerwise.core.stack import Layer, Stack
 from layerwise.core.stats import Stats
 from layerwise.core.task import takes_images
-from layerwise.jobs.inspect import Inspected
+from layerwise.jobs.inspected import Inspected
+from layerwise.jobs.pages import write_page
 from layerwise.jobs.reading import Read
 from layerwise.report.figures import size
 from layerwise.report.shapes import Spectrum
@@ -37,15 +39,18 @@ class Ends(NamedTuple):
     after_bytes: int
 
 
-def atlas_sections(
-    model: str, found: Inspected, data: str, reads: Sequence[Read] = ()
-) -> list[dict[str, Any]]:
+def write_atlas(found: Inspected, path: Path, reads: Sequence[Read] = ()) -> None:
+    """Write the page of an inspected model, with prompts that were read layer by layer."""
+    name = "/".join(Path(found.model).parts[-2:])
+    sections = atlas_sections(found, reads)
+    write_page(path, f"{name}, layer by layer", sections)
+
+
+def atlas_sections(found: Inspected, reads: Sequence[Read] = ()) -> list[dict[str, Any]]:
     """The sections of the page: stack, what stands out, figures, readings, likeness, spectra.
 
     Args:
-        model: its name, as the user gave it.
         found: what `inspect` found.
-        data: where the documents came from, in words.
         reads: prompts, read layer by layer.
 
     Returns:
@@ -56,7 +61,7 @@ def atlas_sections(
     inside = by_matrix(found)
     keys = [row["layer"] for row in rows]
     maps = relations(found)
-    findings = stand_out(str(model), rows, maps)
+    findings = stand_out(found.model, rows, maps)
     maps += beside(found)
     stack = {
         "kind": "stack",
@@ -68,7 +73,7 @@ def atlas_sections(
         "ends": outside(found.network)._asdict(),
         "findings": findings,
         "facts": facts_of(found.network),
-        "note": note_of(found, data, bool(certain)),
+        "note": note_of(found, bool(certain)),
     }
     sections = [
         stack,
@@ -198,9 +203,9 @@ def counted(count: int, name: str) -> str:
     return f"{count} {name}{'s' * (count != 1)}"
 
 
-def note_of(found: Inspected, data: str, certain: bool) -> str:
+def note_of(found: Inspected, certain: bool) -> str:
     """What the figures are computed on, and how sure they are."""
-    said = f"Measured in one pass over {data}, the network unchanged"
+    said = f"Measured in one pass over {found.data}, the network unchanged"
     samples = list(found.stats.values.get("token_sample", {}).values())
     if samples:
         where = samples[-1].where

@@ -36,7 +36,7 @@ def run_demo(out: Path, output: Any, progress: Progress) -> None:
     inspected = inspect_model("demo", texts, progress=progress)
     columns = ("layer", "bytes", *inspected.columns)
     output.table("every layer, one pass", inspected.rows, *columns)
-    sections = atlas_sections("demo", inspected, "the standard library's source")[:3]
+    sections = atlas_sections(inspected)[:3]
     rows: list[dict[str, Any]] = []
     for name, title, request in (
         ("3-bits", "3 bits per weight", Request("demo", Budget(bits=3.0), data=DATA)),

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from layerwise.jobs.documents import (
     responses,
     views,
 )
+from layerwise.jobs.inspected import Inspected
 from layerwise.jobs.rerun import Rerun
 from layerwise.jobs.session import Progress, load_reader, silent
 from layerwise.jobs.tail import Tail, network_end
@@ -37,54 +37,6 @@ from layerwise.jobs.wanted import VIEWS, Wanted, announced, chosen, kind_of
 PROMPTS = 8
 #: what the table for people shows at most, beside the layer, its parts and its bytes
 SHOWN = 6
-
-
-@dataclass(frozen=True)
-class Inspected:
-    """A row per layer, and the figures and statistics behind them.
-
-    In a notebook it shows itself as the page's table; `to_pandas()` and `plot()` are for more.
-    """
-
-    model: str
-    rows: list[dict[str, Any]]
-    figures: Mapping[str, Figures]
-    stats: Stats
-    network: Network
-    columns: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
-    more: Mapping[str, Any] = field(default_factory=dict)
-
-    def shown(self) -> list[dict[str, Any]]:
-        """The rows with the columns of the table for people."""
-        kept = ("layer", "parts", "bytes", *self.columns)
-        return [{k: row[k] for k in kept if k in row} for row in self.rows]
-
-    def lines(self) -> list[str]:
-        """What a sample was, and figures of whole stacks, a line per description."""
-        found = []
-        for name, table in self.figures.items():
-            stacks = [(k, v) for k, v in table.values.items() if "/" not in k]
-            said = [f"{k}: " + ", ".join(f"{n} {x:.3g}" for n, x in v.items()) for k, v in stacks]
-            found.append("; ".join([f"{name}: {table.note}", *said]))
-        return found
-
-    def _repr_html_(self) -> str:
-        from layerwise.report.notebook import framed
-
-        return framed(self.model, self.shown())
-
-    def to_pandas(self) -> Any:
-        """Every figure of every layer as a data frame; needs pandas."""
-        import pandas
-
-        return pandas.DataFrame(self.rows).set_index("layer")
-
-    def plot(self, *columns: str) -> Any:
-        """Columns over the layers, drawn for a notebook; those of the table without arguments."""
-        from layerwise.report.notebook import Drawing, curves
-
-        return Drawing(curves(self.rows, columns or self.columns))
 
 
 def inspect_model(
@@ -132,6 +84,7 @@ def inspect_model(
         figures,
         stats,
         network,
+        texts,
         columns_of(rows, picked),
         tuple(warnings),
         _more(figures),

@@ -47,6 +47,8 @@ def load_reader(network: Network) -> Reader:
             )
         else:
             processor = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted("code"))
+            if not processor("a word", add_special_tokens=False)["input_ids"]:
+                raise FileNotFoundError("a tokenizer without tokens")
     start = config_value(config, "decoder_start_token_id")
     start = config_value(config, "bos_token_id") if start is None else start
     classes = {str(name): int(number) for name, number in (config.label2id or {}).items()}
