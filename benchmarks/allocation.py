@@ -1,5 +1,7 @@
 """What each score and allocator reaches with the same solver at the same bytes, on both models."""
 
+import sys
+
 from benchmarks.models import Model, models
 from benchmarks.timing import table
 from layerwise.core.data import Texts
@@ -12,27 +14,32 @@ from layerwise.jobs.naive import Contest
 from layerwise.jobs.request import Request, identity
 from layerwise.jobs.session import Budget, load_reader, silent
 
-BUDGETS = (2.5, 3.0, 4.0)
+BUDGETS = (2.25, 3.0, 3.5, 4.0)
+#: allocator, score, solver; the first one is what all others are compared with
 WAYS = (
-    ("uniform", ""),
-    ("knapsack", "sensitivity"),
-    ("knapsack", "linearity"),
-    ("knapsack", "interactions"),
-    ("knapsack", "fisher"),
-    ("knapsack", "trial_error"),
-    ("waterfill", "trial_error"),
-    ("waterfill", "sensitivity"),
-    ("knapsack", "lim"),
-    ("knapsack", "zd"),
-    ("threshold", "lim"),
-    ("threshold", "zd"),
+    ("uniform", "", "gptq on full ranges"),
+    ("uniform", "", "gptq"),
+    ("uniform", "", "qep+gptq"),
+    ("knapsack", "sensitivity", "qep+gptq"),
+    ("knapsack", "sensitivity", "gptq"),
+    ("knapsack", "linearity", "gptq"),
+    ("knapsack", "interactions", "gptq"),
+    ("knapsack", "fisher", "gptq"),
+    ("knapsack", "trial_error", "gptq"),
+    ("waterfill", "trial_error", "gptq"),
+    ("waterfill", "sensitivity", "gptq"),
+    ("knapsack", "lim", "gptq"),
+    ("knapsack", "zd", "gptq"),
+    ("threshold", "lim", "gptq"),
+    ("threshold", "zd", "gptq"),
 )
 
 
 def main() -> None:
-    """Print a table per model."""
+    """Print a table per model, or of the one that is named."""
     for model in models():
-        compare(model)
+        if model.name in sys.argv[1:] or not sys.argv[1:]:
+            compare(model)
 
 
 def compare(model: Model, documents: int = 48, length: int = 256) -> None:
@@ -45,15 +52,23 @@ def compare(model: Model, documents: int = 48, length: int = 256) -> None:
     rows = []
     for bits in BUDGETS:
         base = None
-        for allocator, score in WAYS:
+        for allocator, score, method in WAYS:
+            full = {"gptq": {"shrink": False}} if method.endswith("full ranges") else {}
             request = Request(
-                model.folder, Budget(bits=bits), allocator=allocator, score=score, data=data
+                model.folder,
+                Budget(bits=bits),
+                method=method.partition(" ")[0],
+                allocator=allocator,
+                score=score,
+                data=data,
+                settings=full,
             )
             planned = plan_bits(request, network, PACKED, silent)
             found = contest.solved(planned.plan)
             base = found if base is None else base
             ratio = found.against(base, "kl")
             way = f"{allocator}, {score}" if score else allocator
-            rows.append((bits, way, f"{planned.nbytes:,}", found.estimate("kl"), ratio))
-    header = ("bits", "allocator, score", "bytes", "KL (nats/token)", "over uniform")
-    table(f"Allocators, {model.name} model, GPTQ", header, rows)
+            rows.append((bits, way, method, f"{planned.nbytes:,}", found.estimate("kl"), ratio))
+            print(*rows[-1], file=sys.stderr)
+    header = ("bits", "allocator, score", "solver", "bytes", "KL (nats/token)", "over the first")
+    table(f"Allocators, {model.name} model", header, rows)

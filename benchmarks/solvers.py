@@ -36,14 +36,15 @@ class Way(NamedTuple):
 
 
 def ways(bits: int) -> list[Way]:
-    """GPTQ first: all others are compared with it."""
+    """GPTQ on full ranges first, as it was published: all others are compared with it."""
     grid: dict[str, Any] = {"bits": bits, "group": 128}
-    gptq, rtn = Step("gptq", grid), Step("rtn", grid)
+    gptq, rtn = Step("gptq", grid | {"shrink": False}), Step("rtn", grid)
     levels, rotate = 2**bits, Step("rotate")
     qep = (Step("qep"), gptq)
     found = [
         Way("gptq", (gptq,)),
-        Way("gptq, smaller ranges", (Step("gptq", grid | {"shrink": True}),)),
+        Way("gptq, ranges searched", (Step("gptq", grid),)),
+        Way("qep (down too), gptq, ranges searched", (Step("qep"), Step("gptq", grid))),
         Way("rtn", (rtn,)),
         Way("qep, gptq", qep, "*/*/mlp.down"),
         Way("qep (down too), gptq", qep),
@@ -65,7 +66,7 @@ def ways(bits: int) -> list[Way]:
     ]
     if bits == 3:
         found += [
-            Way("gptq, groups of 32", (Step("gptq", {"bits": 3, "group": 32}),)),
+            Way("gptq, groups of 32", (Step("gptq", {"bits": 3, "group": 32, "shrink": False}),)),
             Way("trit planes", (Step("trit_planes"),)),
             Way("trit planes, refined", (Step("trit_planes"), _feedback())),
         ]

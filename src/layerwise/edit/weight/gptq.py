@@ -23,7 +23,7 @@ def gptq(
     group: int = 128,
     symmetric: bool = True,
     order: bool = True,
-    shrink: bool = False,
+    shrink: bool = True,
     damping: float = 0.01,
 ) -> Quantized:
     r"""Minimise `|| (W - Q) X ||_F^2` greedily, one column at a time.
@@ -39,7 +39,8 @@ def gptq(
         symmetric: no zero points.
         order: columns with large inputs first, on grids fitted beforehand; else in order, the
             grid of a group being fitted when it is reached.
-        shrink: search a smaller range per group for the least error.
+        shrink: search a smaller range per group for the least error, as the reference code can;
+            without it the range spans all weights of the group.
         damping: `d` as a share of the mean of the diagonal.
 
     Returns:
@@ -51,7 +52,8 @@ def gptq(
     Example:
         >>> w, h = torch.tensor([[0.6, 0.6, 3.0, -4.0]]), torch.eye(4)
         >>> h[0, 1] = h[1, 0] = 0.5
-        >>> q = gptq(w, {"second_moment": h}, bits=3, symmetric=False, order=False, damping=0.0)
+        >>> q = gptq(w, {"second_moment": h}, bits=3, symmetric=False, order=False,
+        ...          shrink=False, damping=0.0)
         >>> q.dense()
         tensor([[ 1.,  0.,  3., -4.]])
 
