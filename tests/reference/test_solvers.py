@@ -93,7 +93,8 @@ def test_descent_improves_on_gptq() -> None:
     for step in (("comq", grid), ("refine", {})):
         both = chain(weight, stats, ("gptq", grid), step)
         assert objective(both.dense() - weight, moment) < objective(first.dense() - weight, moment)
-    again = chain(weight, stats, ("rtn", grid), ("refine", {"by": "feedback"}))
+    searched = ("rtn", grid | {"shrink": True})
+    again = chain(weight, stats, searched, ("refine", {"by": "feedback"}))
     assert torch.equal(again.codes, first.codes)
     assert isinstance(chain(weight, {}), Dense)
 

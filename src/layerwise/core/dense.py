@@ -224,9 +224,15 @@ def _load_dense(kind: type[PreTrainedModel], folder: Path, method: Any) -> PreTr
 
 def _load_packed(kind: type[PreTrainedModel], folder: Path, method: Any) -> PreTrainedModel:
     # dequantize=True in transformers 5.23 reads every group with the bits of the first one
-    found = _load(kind, folder)
-    found.hf_quantizer.compressor.decompress_model(found)
-    return found
+    return unpacked(_load(kind, folder))
+
+
+def unpacked(model: PreTrainedModel) -> PreTrainedModel:
+    """A model whose compressed-tensors weights are dense now, not in its first forward."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and hasattr(quantizer, "compressor"):
+        quantizer.compressor.decompress_model(model)
+    return model
 
 
 def _plain(

@@ -197,7 +197,7 @@ class Codebook:
     """
 
     codes: Int[Tensor, "out vectors"]
-    scale: Float[Tensor, "out groups"]
+    scale: Shaped[Tensor, "out groups"]  # of any floating-point dtype, powers of two as well
     book: Float[Tensor, "levels dim"]
     group: int
     columns: int

@@ -1,34 +1,41 @@
 """Packed weights in the compressed-tensors format, with bits that differ from group to group."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from layerwise.core.checkpoint import Checkpoint
-from layerwise.core.method import find, method
+from layerwise.core.method import method
 from layerwise.core.network import Network
 from layerwise.core.plan import Edit, Plan, Step, chain_for
 from layerwise.core.stack import Layer, Matrix, Stack
 from layerwise.core.target import Target
-from layerwise.core.weight import Frame, Quantized, Weight, packed_bytes
+from layerwise.core.weight import Weight
+from layerwise.export._packed import (
+    Scheme,
+    config_groups,
+    pack,
+    scheme_after,
+    scheme_of,
+    unpack,
+)
 from layerwise.export._writer import Finished, dense_tensors, write_folder
 
-#: (bits, group, symmetric) -> the modules that are packed so
-Schemes = dict[tuple[int, int, bool], list[str]]
-#: `weight_shape`, two int64
-_SHAPE_BYTES = 16
+#: what the modules have in common -> those that are packed so
+Schemes = dict[Scheme, list[str]]
 
 
 @method("export", name="compressed-tensors")
 def compressed_tensors(
     stack: Stack, plan: Plan, path: Path, *, network: Network, layers: Iterable[Finished]
 ) -> int:
-    """Write `pack-quantized` weights: dense int32 words, a scale and zero per group of columns.
+    """Write packed weights: integers of 2 to 8 bits in words of 32, 8-bit or microscaled floats.
 
-    Every distinct (bits, group, symmetric) becomes one config group that names its modules.
+    Every distinct grid becomes one config group that names its modules.
 
     Args:
         stack: the layers.
@@ -43,8 +50,7 @@ def compressed_tensors(
     schemes: Schemes = {}
 
     def convert(layer: Layer, tensors: dict[str, Tensor], records: Mapping[str, Weight]) -> Any:
-        for matrix, record in _packed(layer, records):
-            scheme = (record.bits, record.group, record.zero is None)
+        for matrix, scheme in _schemes(layer, records):
             schemes.setdefault(scheme, []).append(_module(layer, matrix))
         return _convert(layer, tensors, records)
 
@@ -54,9 +60,10 @@ def compressed_tensors(
     return write_folder(network, path, layers, convert, extra)
 
 
-def _packed(layer: Layer, records: Mapping[str, Weight]) -> list[tuple[Matrix, Quantized]]:
-    found = ((m, records.get(m.key)) for m in layer.matrices)
-    return [(m, r) for m, r in found if isinstance(r, Quantized)]
+def _schemes(layer: Layer, records: Mapping[str, Weight]) -> list[tuple[Matrix, Scheme]]:
+    """The matrices of a layer that are packed, and how."""
+    found = ((m, scheme_of(records.get(m.key))) for m in layer.matrices)
+    return [(matrix, scheme) for matrix, scheme in found if scheme is not None]
 
 
 def _module(layer: Layer, matrix: Matrix) -> str:
@@ -66,101 +73,65 @@ def _module(layer: Layer, matrix: Matrix) -> str:
 def _convert(
     layer: Layer, tensors: dict[str, Tensor], records: Mapping[str, Weight]
 ) -> dict[str, Tensor]:
-    packed = _packed(layer, records)
-    kept = {k: r for k, r in records.items() if not isinstance(r, Quantized)}
-    result = dense_tensors(layer, tensors, kept)
-    for matrix, record in packed:
-        module = _module(layer, matrix)
+    packed = [matrix for matrix, _ in _schemes(layer, records)]
+    keys = {matrix.key for matrix in packed}
+    result = dense_tensors(layer, tensors, {k: r for k, r in records.items() if k not in keys})
+    for matrix in packed:
+        module, record = _module(layer, matrix), records[matrix.key]
         del result[f"{module}.weight"]
         result |= {f"{module}.{name}": t for name, t in pack(record).items()}
     return result
 
 
-def pack(record: Quantized) -> dict[str, Tensor]:
-    """The tensors that the format stores for one matrix."""
-    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-
-    tensors = {
-        "weight_packed": pack_to_int32(record.codes.to(torch.int8), record.bits),
-        "weight_scale": record.scale,
-        "weight_shape": torch.tensor(record.codes.shape, dtype=torch.int64),
-    }
-    if record.zero is not None:
-        zero = record.zero.to(torch.int8)
-        tensors["weight_zero_point"] = pack_to_int32(zero, record.bits, packed_dim=0).contiguous()
-    return tensors
-
-
-def unpack(folder: Checkpoint, layer: Layer, edits: Sequence[Edit]) -> dict[str, Weight]:
+def packed_records(folder: Checkpoint, layer: Layer, edits: Sequence[Edit]) -> dict[str, Weight]:
     """The records of a layer that lie packed in a folder, by the edits that packed them."""
-    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-
     records: dict[str, Weight] = {}
     for matrix in layer.matrices:
-        grid, module = _grid(chain_for(edits, matrix)), _module(layer, matrix)
-        names = [f"{module}.weight_packed", f"{module}.weight_scale"]
-        if grid is not None and names[0] in folder.tensors:
-            packed, scale = folder.read(names).values()
-            codes = unpack_from_int32(packed, grid[0], torch.Size(matrix.shape))
-            records[matrix.key] = Quantized(codes, scale, None, grid[0], grid[1])
+        scheme, module = scheme_after(chain_for(edits, matrix)), _module(layer, matrix)
+        if scheme is not None and f"{module}.weight_scale" in folder.tensors:
+            read = partial(_read, folder, module)
+            records[matrix.key] = unpack(scheme, matrix.shape, read)
     return records
+
+
+def _read(folder: Checkpoint, module: str, name: str) -> Tensor:
+    return folder.read([f"{module}.{name}"])[f"{module}.{name}"]
 
 
 def _config(schemes: Schemes, network: nn.Module) -> dict[str, Any]:
     packed = {name for names in schemes.values() for name in names}
     linears = [name for name, m in network.named_modules() if isinstance(m, nn.Linear)]
-    groups = {}
-    for number, ((bits, group, symmetric), names) in enumerate(sorted(schemes.items())):
-        weights = {
-            "num_bits": bits,
-            "type": "int",
-            "symmetric": symmetric,
-            "strategy": "group" if group else "channel",
-            "group_size": group or None,
-            "dynamic": False,
-        }
-        groups[f"group_{number}"] = {"targets": names, "weights": weights}
+    format_, groups = config_groups(schemes)
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": format_,
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": [name for name in linears if name not in packed],
     }
 
 
-def _grid(chain: Sequence[Step]) -> tuple[int, int, bool] | None:
-    """Bits, group and symmetry that the last step of a chain leaves the matrix in.
-
-    None where it leaves no integers, or integers inside a frame: those are stored dense.
-    """
-    kinds = [get_type_hints(find(s.method, "weight").function)["return"] for s in chain]
-    if not chain or kinds[-1] is not Quantized or any(kind in get_args(Frame) for kind in kinds):
-        return None
-    chosen = find(chain[-1].method, "weight").values(chain[-1].options)
-    return chosen["bits"], chosen["group"], chosen["symmetric"]
-
-
 def _nbytes(matrix: Matrix, chain: Sequence[Step], itemsize: int) -> int:
-    grid = _grid(chain)
-    if grid is None:
+    scheme = scheme_after(chain)
+    if scheme is None:
         return matrix.size * itemsize
-    bits, group, symmetric = grid
-    scale = torch.float32 if itemsize == 4 else torch.bfloat16
-    return packed_bytes(matrix.shape, bits, group, not symmetric, scale) + _SHAPE_BYTES
+    return scheme.nbytes(matrix.shape, torch.float32 if itemsize == 4 else torch.bfloat16)
 
 
 def _refuses(matrix: Matrix, module: nn.Module, chain: Sequence[Step]) -> str | None:
-    grid = _grid(chain)
-    if grid is None:
-        return "the format holds plain integers, which this chain does not leave" if chain else None
+    scheme = scheme_after(chain)
+    if scheme is None:
+        found = "the format holds integers and small floats, which this chain does not leave"
+        return found if chain else None
     if matrix.expert is not None or not isinstance(module, nn.Linear):
         return f"{type(module).__name__} modules cannot be packed, only nn.Linear"
-    if not grid[2]:
+    if not scheme.symmetric:
         # compressed-tensors 0.20 makes room for unpacked zero points and then finds packed ones.
         return "stock transformers cannot load packed zero points; use symmetric grids"
-    if grid[1] and matrix.shape[1] % grid[1]:
-        return f"{matrix.shape[1]} columns are no multiple of the group of {grid[1]}"
+    if scheme.format.startswith("mx") and module.weight.dtype != torch.bfloat16:
+        return f"stock transformers unpacks {scheme.format} in bfloat16, not {module.weight.dtype}"
+    if scheme.group and matrix.shape[1] % scheme.group:
+        return f"{matrix.shape[1]} columns are no multiple of the group of {scheme.group}"
     return None
 
 

@@ -1,7 +1,7 @@
 """Plans of bits: a chain of methods per fusion group, exact bytes within the budget."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
@@ -64,16 +64,14 @@ def make_menus(request: Request, network: Network, target: Target) -> dict[str, 
     options = request.options("menu")
     bits = options.get("bits", [2, 3, 4, 5, 6, 8])
     widths = options.get("group", [32, 128])
-    method = request.method or target.method
     chains: list[tuple[Step, ...]] = [()]
-    if target.types:
-        types = options.get("type", list(target.types))
-        named = types if isinstance(types, list) else [types]
-        chains += [chain_of(request, method, {"type": name}) for name in named]
-    else:
-        for b in bits if isinstance(bits, list) else [bits]:
-            for g in widths if isinstance(widths, list) else [widths]:
-                chains.append(chain_of(request, method, {"bits": b, "group": g}))
+    for method in (request.method or target.method).split(","):
+        named = types_of(method, target)
+        if named:
+            axes: list[dict[str, Any]] = [{"type": t} for t in listed(options.get("type", named))]
+        else:
+            axes = [{"bits": b, "group": g} for b in listed(bits) for g in listed(widths)]
+        chains += [chain_of(request, method, axis) for axis in axes]
     itemsize = network.stored.dtype.itemsize
     refuses = refusals(target, network)
     menus = {}
@@ -86,6 +84,20 @@ def make_menus(request: Request, network: Network, target: Target) -> dict[str, 
         ordered = sorted(priced, key=lambda o: (bool(o.chain), -o.bytes))
         menus[group.key] = Menu(group.key, tuple(ordered))
     return menus
+
+
+def types_of(method: str, target: Target) -> list[str]:
+    """The types that a chain can round to; none where it is chosen by bits and groups."""
+    for name in method.split("+"):
+        option = find(name, "weight").options.get("type")
+        if option is not None:
+            return list(target.types or get_args(option.annotation))
+    return []
+
+
+def listed(value: Any) -> list[Any]:
+    """A value, or several, as a list."""
+    return value if isinstance(value, list) else [value]
 
 
 def chain_of(request: Request, method: str, grid: Mapping[str, Any]) -> tuple[Step, ...]:

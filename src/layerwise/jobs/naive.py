@@ -156,17 +156,18 @@ def plan_uniform(contest: Contest, network: Network) -> Planned | None:
     steps = [edit.chain[-1] for edit in plan.edits if edit.chain]
     if not all({"bits", "type"} & find(step.method, "weight").options.keys() for step in steps):
         return None  # a grid that is not chosen by bits has no uniform plan of another size
-    rest = {k: v for k, v in steps[0].options.items() if k not in ("bits", "group", "type")}
+    grid = ("bits", "group", "type")
+    rest = {s.method: {k: v for k, v in s.options.items() if k not in grid} for s in steps}
     widths = sorted({s.options.get("group", 128) for s in steps})
     request = Request(
         model,
         Budget(bytes=contest.nbytes if target is not PACKED else packed_size(contest)),
         target=plan.target,
-        method=steps[0].method,
+        method=",".join(rest),
         allocator="uniform",
         data=plan.data,
         keep=plan.fixed,
-        settings={steps[0].method: rest, "menu": {"group": widths}, plan.target: plan.export},
+        settings={**rest, "menu": {"group": widths}, plan.target: plan.export},
         device=contest.device,
     )
     try:

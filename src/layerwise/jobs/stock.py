@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from layerwise.core.calls import tensors_in
 from layerwise.core.config import model_class, read_config
+from layerwise.core.dense import unpacked
 from layerwise.core.errors import refusing
 from layerwise.core.instead import instead, swapped
 from layerwise.core.lockstep import walk
@@ -34,7 +35,8 @@ def load_stock(folder: Path, dtype: str, device: torch.device) -> nn.Module:
         f"{folder} in stock transformers", allowed=f"a folder that {kind.__name__} loads", fix=DENSE
     ):
         module = kind.from_pretrained(folder, dtype=getattr(torch, dtype))
-    return nn.Module.to(module, device).eval()
+    # some formats unpack to bfloat16, whatever was asked for
+    return nn.Module.to(unpacked(module), device, getattr(torch, dtype)).eval()
 
 
 def standing_in(

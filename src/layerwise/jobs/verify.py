@@ -19,7 +19,7 @@ from layerwise.core.quality import Estimate, Quality, measure_quality
 from layerwise.core.reader import samples_of
 from layerwise.export import TARGETS
 from layerwise.export._gguf_file import FILE, GgufFile
-from layerwise.export.compressed_tensors import unpack
+from layerwise.export.compressed_tensors import packed_records
 from layerwise.jobs.checks import decode_checks, rebuild_check, reload_checks
 from layerwise.jobs.depth import layer_bytes
 from layerwise.jobs.engine import engine_checks, in_llama
@@ -182,8 +182,8 @@ def _streamed(case: Case) -> Measured:
     """Quality alone, with a layer of each model in memory."""
     contest, held = case.contest, case.after
     assert isinstance(held, Checkpoint)
-    packed = any(name.endswith(".weight_packed") for name in held.tensors)
-    records = partial(unpack, held, edits=case.plan.edits) if packed else lambda layer: {}
+    packed = any(name.endswith(".weight_scale") for name in held.tensors)
+    records = partial(packed_records, held, edits=case.plan.edits) if packed else lambda layer: {}
     own = contest._replace(model=case.folder)
     edited = contest.opened(case.plan.wiring) if packed else own.opened()
     before, after = contest.qualities(edited, records)

@@ -3,6 +3,7 @@
 from layerwise.edit.weight.before import qep, rotate, scale_channels, token_importance
 from layerwise.edit.weight.codes import gaussian, trit_planes
 from layerwise.edit.weight.comq import comq, refine
+from layerwise.edit.weight.floats import minifloat
 from layerwise.edit.weight.ggml import ggml
 from layerwise.edit.weight.gptq import gptq
 from layerwise.edit.weight.learn import learned_rounding
@@ -14,6 +15,7 @@ __all__ = [
     "ggml",
     "gptq",
     "learned_rounding",
+    "minifloat",
     "qep",
     "refine",
     "rotate",

@@ -1,0 +1,151 @@
+"""How compressed-tensors stores one matrix: packed integers, 8-bit floats, microscaled floats."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+
+from layerwise.core.floats import FLOAT_TYPES
+from layerwise.core.method import find
+from layerwise.core.plan import Step
+from layerwise.core.weight import Codebook, Frame, Quantized, Weight, packed_bytes
+
+#: `weight_shape` of packed integers, two int64
+_SHAPE_BYTES = 16
+#: the format of integers, and of each type of small floats
+INTEGERS = "pack-quantized"
+FORMATS = {
+    "fp8": "float-quantized",
+    "mxfp8": "mxfp8-quantized",
+    "mxfp4": "mxfp4-pack-quantized",
+}
+
+
+class Scheme(NamedTuple):
+    """What all matrices of a config group have in common; a `group` of 0 is the whole row."""
+
+    format: str
+    bits: int
+    group: int
+    symmetric: bool = True
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The weights' entry of the config group."""
+        power = self.format.startswith("mx")
+        return {
+            "num_bits": self.bits,
+            "type": "int" if self.format == INTEGERS else "float",
+            "symmetric": self.symmetric,
+            "strategy": "group" if self.group else "channel",
+            "group_size": self.group or None,
+            "dynamic": False,
+            **({"scale_dtype": "torch.uint8"} if power else {}),
+        }
+
+    def nbytes(self, shape: tuple[int, int], scale: torch.dtype) -> int:
+        """Exact bytes of a matrix."""
+        if self.format == INTEGERS:
+            packed = packed_bytes(shape, self.bits, self.group, not self.symmetric, scale)
+            return packed + _SHAPE_BYTES
+        groups = shape[1] // self.group if self.group else 1
+        each = 1 if self.group else scale.itemsize
+        return shape[0] * (shape[1] * self.bits // 8 + groups * each)
+
+
+def _floats(name: str) -> Scheme:
+    return Scheme(FORMATS[name], FLOAT_TYPES[name].bits, FLOAT_TYPES[name].group)
+
+
+def scheme_of(record: Weight | None) -> Scheme | None:
+    """How a record is stored, or None where it is stored dense."""
+    if isinstance(record, Quantized):
+        return Scheme(INTEGERS, record.bits, record.group, record.zero is None)
+    if isinstance(record, Codebook):
+        for name, kind in FLOAT_TYPES.items():
+            same = record.group == kind.group and len(record.book) == len(kind.values)
+            if same and torch.equal(record.book[:, 0], kind.values.to(record.book.device)):
+                return _floats(name)
+    return None
+
+
+def scheme_after(chain: Sequence[Step]) -> Scheme | None:
+    """How a chain leaves a matrix: by its last step that does not keep what it was given.
+
+    None where it leaves no such grid, or one inside a frame: those are stored dense.
+    """
+    methods = [find(step.method, "weight") for step in chain]
+    kinds = [get_type_hints(found.function)["return"] for found in methods]
+    if any(kind in get_args(Frame) for kind in kinds):
+        return None
+    made = [i for i, kind in enumerate(kinds) if kind is not Weight]
+    if not made:
+        return None
+    chosen = methods[made[-1]].values(chain[made[-1]].options)
+    if kinds[made[-1]] is Quantized:
+        return Scheme(INTEGERS, chosen["bits"], chosen["group"], chosen["symmetric"])
+    return _floats(chosen["type"]) if chosen.get("type") in FORMATS else None
+
+
+def pack(record: Weight) -> dict[str, Tensor]:
+    """The tensors that the format stores for a matrix that has a scheme."""
+    if isinstance(record, Quantized):
+        return _integers(record)
+    assert isinstance(record, Codebook)
+    return _small_floats(record)
+
+
+def _integers(record: Quantized) -> dict[str, Tensor]:
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    tensors = {
+        "weight_packed": pack_to_int32(record.codes.to(torch.int8), record.bits),
+        "weight_scale": record.scale,
+        "weight_shape": torch.tensor(record.codes.shape, dtype=torch.int64),
+    }
+    if record.zero is not None:
+        zero = record.zero.to(torch.int8)
+        tensors["weight_zero_point"] = pack_to_int32(zero, record.bits, packed_dim=0).contiguous()
+    return tensors
+
+
+def _small_floats(record: Codebook) -> dict[str, Tensor]:
+    from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8
+
+    values = record.book[:, 0][record.codes.long()]  # [out, in]
+    scale = record.scale.view(torch.uint8) if record.group else record.scale
+    if len(record.book) > 16:
+        return {"weight": values.to(torch.float8_e4m3fn), "weight_scale": scale}
+    return {"weight_packed": pack_fp4_to_uint8(values), "weight_scale": scale}
+
+
+def unpack(scheme: Scheme, shape: tuple[int, int], read: Callable[[str], Tensor]) -> Weight:
+    """The record that `pack` stored; `read` gives a tensor by its name in the module."""
+    from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    scale = read("weight_scale")
+    if scheme.format == INTEGERS:
+        codes = unpack_from_int32(read("weight_packed"), scheme.bits, torch.Size(shape))
+        return Quantized(codes, scale, None, scheme.bits, scheme.group)
+    name = next(name for name, held in FORMATS.items() if held == scheme.format)
+    values = FLOAT_TYPES[name].values
+    if scheme.bits == 4:
+        dense = unpack_fp4_from_uint8(read("weight_packed"), *shape, dtype=torch.float32)
+    else:
+        dense = read("weight").float()
+    codes = torch.searchsorted(values, dense.contiguous()).to(torch.int16)
+    scale = scale.view(torch.float8_e8m0fnu) if scheme.group else scale
+    return Codebook(codes, scale, values[:, None], scheme.group, shape[1])
+
+
+def config_groups(schemes: Mapping[Scheme, Sequence[str]]) -> tuple[str, dict[str, Any]]:
+    """The format of a folder, and a config group for each scheme, naming its modules."""
+    formats = {scheme.format for scheme in schemes}
+    groups: dict[str, Any] = {}
+    for number, (scheme, names) in enumerate(sorted(schemes.items())):
+        groups[f"group_{number}"] = {"targets": list(names), "weights": scheme.arguments}
+        if len(formats) > 1:
+            groups[f"group_{number}"]["format"] = scheme.format
+    return formats.pop() if len(formats) == 1 else "mixed-precision", groups
