@@ -56,6 +56,7 @@ def request_of(given: dict[str, Any]) -> Any:
         device=given["device"],
         dtype=given["dtype"],
         engine=engine_of(given["engine"], given["workers"]),
+        rewrite=given["rewrite"],
     )
 
 

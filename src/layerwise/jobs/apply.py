@@ -13,12 +13,13 @@ from torch import Tensor
 
 from layerwise.core.errors import LayerwiseError, first_few
 from layerwise.core.fan import Engine
+from layerwise.core.fold import save_folds
 from layerwise.core.journal import Journal
 from layerwise.core.lockstep import walk
 from layerwise.core.machine import check_disk, check_memory
 from layerwise.core.method import find
 from layerwise.core.network import Network
-from layerwise.core.open import open_network, widened
+from layerwise.core.open import open_network, refolded, widened
 from layerwise.core.plan import Plan, chain_for, check_model, check_selectors, label
 from layerwise.core.reader import windows
 from layerwise.core.shards import write_safetensors
@@ -33,17 +34,22 @@ from layerwise.jobs.checks import CHECK, CHECKED, must_be_sound, too_large
 from layerwise.jobs.engine import must_run
 from layerwise.jobs.forecast import disk_to_apply, memory_to_solve
 from layerwise.jobs.imatrix import given_by
+from layerwise.jobs.rewrite import rewrite
 from layerwise.jobs.session import Progress, check_new, load_reader, silent, texts_of
 from layerwise.jobs.solve import Solver, needs_of, put_outside, solve, try_chains
 
 
 class Applied(NamedTuple):
-    """What came of applying a plan: the folder, its bytes, a row per layer, and any warnings."""
+    """What came of applying a plan: the folder, its bytes, a row per layer, and any warnings.
+
+    `rewrites` says of every layer what was folded into it, and what could not be.
+    """
 
     folder: Path
     nbytes: int
     rows: list[dict[str, Any]]
     warnings: list[str]
+    rewrites: Sequence[dict[str, Any]] = ()
 
 
 def apply_plan(
@@ -82,17 +88,20 @@ def apply_plan(
     check_new(out)
     network = open_network(model, wiring=plan.wiring, device=device, dtype=dtype)
     target = check_plan(network, plan, other_weights)
-    outside = target.outside(network, plan.export)
-    put_outside(network, outside)
     given = given_by(network, plan.export.get("imatrix", ""))
     needs = [] if given else needs_of(plan.edits)
-    batches = windows(load_reader(network), texts_of(plan.data), "calibrate") if needs else []
+    read = needs or plan.rewrites
+    batches = windows(load_reader(network), texts_of(plan.data), "calibrate") if read else []
     part, journal_folder = beside(out, "part"), beside(out, "journal")
     check_memory(memory_to_solve(network, batches, needs))
     if not journal_folder.exists():
         check_disk(out.parent, disk_to_apply(network, plan))
     batch = own_batch(network, plan)
     with Journal(journal_folder, job_of(network, plan, batches, given)) as journal:
+        done = rewrite(network, plan, batches, journal, progress)
+        network = refolded(network, done.folds) if done.folds else network
+        outside = target.outside(network, plan.export)
+        put_outside(network, outside)
         solver = solve(network, plan.edits, batches, journal, progress, engine, given)
         if part.exists():
             shutil.rmtree(part)
@@ -103,6 +112,8 @@ def apply_plan(
         )
         nbytes = export(network.stack, plan, part)
         plan.save(part / "plan.yaml")
+        if done.folds:
+            save_folds(part, done.folds)
         reports = {key: line["report"] for key, line in journal.lines.items()}
         rows = [layer_row(network, la, plan, reports.get(la.key, {})) for la in network.layers()]
         unseen = [key for report in reports.values() for key in report["unseen"]]
@@ -112,7 +123,7 @@ def apply_plan(
             warnings += too_large(network) or sound(part, network, batch)
         os.replace(part, out)
         journal.remove()
-    return Applied(out, nbytes, rows, warnings)
+    return Applied(out, nbytes, rows, warnings, done.rows)
 
 
 def job_of(
@@ -237,6 +248,13 @@ def check_plan(network: Network, plan: Plan, other_weights: bool) -> Target:
     find(plan.target, "export").bind(plan.export)
     check_target(network, plan, target)
     try_chains(plan.edits)
+    if plan.rewrites and plan.export.get("imatrix"):
+        raise LayerwiseError(
+            "plan, rewrites",
+            allowed="importances that are measured",
+            found=f"those of {plan.export['imatrix']}, of inputs before they are rewritten",
+            fix="leave out the rewrites, or imatrix",
+        )
     return target
 
 

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from msgspec import structs
 
 from layerwise.core.errors import LayerwiseError
+from layerwise.core.fold import Fold, Folds
 from layerwise.core.journal import Journal
 from layerwise.core.method import find
 from layerwise.core.network import Network
-from layerwise.core.open import open_network
+from layerwise.core.open import open_network, refolded
 from layerwise.core.plan import Plan, chain_for, describe
 from layerwise.core.quality import Quality, measure_quality
 from layerwise.core.reader import windows
@@ -37,10 +39,14 @@ class Contest(NamedTuple):
     batches: Sequence[Any]
     dtype: str = "float32"
     device: str = "auto"
+    folds: Mapping[str, tuple[Fold, ...]] = {}
 
-    def opened(self, wiring: Mapping[str, Sequence[Any]] | None = None) -> Network:
-        """The original, or what a wiring makes of it, to compute with."""
-        return open_network(self.model, wiring=wiring, device=self.device, dtype=self.dtype)
+    def opened(
+        self, wiring: Mapping[str, Sequence[Any]] | None = None, folds: Folds = {}
+    ) -> Network:
+        """The original, or what a wiring and folds make of it, to compute with."""
+        found = open_network(self.model, wiring=wiring, device=self.device, dtype=self.dtype)
+        return refolded(found, folds) if folds else found
 
     def qualities(
         self, edited: Network, records: Callable[[Layer], Mapping[str, Weight]] = lambda layer: {}
@@ -56,7 +62,12 @@ class Contest(NamedTuple):
     def solved(self, plan: Plan, progress: Progress = silent) -> Quality:
         """The original with the edits of another plan, solved on that plan's data."""
         network, needs = open_network(self.model, device=self.device), needs_of(plan.edits)
-        edited, outside = self.opened(), TARGETS[plan.target].outside(network, plan.export)
+        folds = self.folds if plan.rewrites else {}
+        network = refolded(network, folds) if folds else network
+        edited, outside = (
+            self.opened(folds=folds),
+            TARGETS[plan.target].outside(network, plan.export),
+        )
         put_outside(network, outside)
         put_outside(edited, outside)
         reader = load_reader(network) if needs else None
@@ -170,9 +181,10 @@ def plan_uniform(contest: Contest, network: Network) -> Planned | None:
         device=contest.device,
     )
     try:
-        return plan_bits(request, network, target, silent)
+        planned = plan_bits(request, network, target, silent)
     except LayerwiseError:
         return None
+    return planned._replace(plan=structs.replace(planned.plan, rewrites=plan.rewrites))
 
 
 def packed_size(contest: Contest) -> int:

@@ -3,7 +3,7 @@
 from layerwise.core.errors import LayerwiseError, nearest
 from layerwise.core.method import find
 from layerwise.core.open import open_network
-from layerwise.core.plan import check_selector
+from layerwise.core.select import check_selector
 from layerwise.export import TARGETS
 from layerwise.jobs.bits import plan_bits
 from layerwise.jobs.depth import plan_depth

@@ -5,6 +5,8 @@ from layerwise.measure.importance import attention_received
 from layerwise.measure.moments import (
     attended_moment,
     cross_moment,
+    largest_magnitude,
+    mean_magnitude,
     second_moment,
     second_moment_diagonal,
 )
@@ -32,8 +34,10 @@ __all__ = [
     "document_geometry",
     "first_states",
     "head_patterns",
+    "largest_magnitude",
     "largest_states",
     "last_states",
+    "mean_magnitude",
     "neuron_means",
     "output_error",
     "place_states",

@@ -149,7 +149,7 @@ def rotate(
     return Rotated(Dense(rotated(weight, signs, block).to(weight.dtype)), signs, block)
 
 
-@method("weight", paper="arXiv:2306.00978", aliases=("awq",), needs=("second_moment",))
+@method("weight", paper="arXiv:2306.00978", needs=("second_moment",))
 def scale_channels(
     weight: Float[Tensor, "out in"],
     stats: Mapping[str, Any],

@@ -1,0 +1,5 @@
+"""Edits that keep the function: they are folded into the weights before anything is solved."""
+
+from layerwise.edit.rewrite.scale import awq, smoothquant
+
+__all__ = ["awq", "smoothquant"]
