@@ -31,7 +31,7 @@ Method = Annotated[
     str, typer.Option(help="How matrices are edited: gptq, rtn, comq, qep+gptq; ggml for gguf.")
 ]
 Rewrite = Annotated[
-    str, typer.Option(help="Folded in before: awq, smoothquant, rotation, rotation+awq.")
+    str, typer.Option(help="Folded in before: awq, smoothquant, rotate_stream, rotate_stream+awq.")
 ]
 Score = Annotated[str, typer.Option(help="sensitivity, lim, zd; greedy, shortgpt ... for depth.")]
 EngineName = Annotated[

@@ -60,20 +60,26 @@ def joined(*several: Folds) -> dict[str, tuple[Fold, ...]]:
 
 
 def to_tensors(folds: Folds) -> dict[str, Tensor]:
-    """Folds as matrices under names that say where they belong."""
-    return {
-        f"{name}|{number}|{axis}|{shift:g}": value if value.ndim == 2 else value[None]
-        for name, changes in folds.items()
-        for number, (axis, value, shift) in enumerate(changes)
-    }
+    """Folds as matrices under names that say where they belong; a value that is shared, once."""
+    values: dict[int, str] = {}
+    found: dict[str, Tensor] = {}
+    for name, changes in folds.items():
+        for number, (axis, value, shift) in enumerate(changes):
+            key = f"{name}|{number}|{axis}|{shift:g}"
+            first = values.setdefault(id(value), key)
+            rows = value if value.ndim == 2 else value[None]
+            whole = {key: rows} if first is key else {f"{key}|{first}": rows[:0, :0]}
+            found |= whole
+    return found
 
 
 def from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Fold, ...]]:
     """The folds that `to_tensors` named."""
     found: dict[str, dict[int, Fold]] = {}
     for key, value in tensors.items():
-        name, number, axis, shift = key.rsplit("|", 3)
-        plain = value[0] if len(value) == 1 else value
+        name, number, axis, shift, *first = key.split("|", 4)
+        rows = tensors[first[0]] if first else value
+        plain = rows[0] if len(rows) == 1 else rows
         found.setdefault(name, {})[int(number)] = Fold(int(axis), plain, float(shift))
     return {name: tuple(own[i] for i in sorted(own)) for name, own in found.items()}
 

@@ -133,7 +133,10 @@ def refolded(network: Network, folds: Folds, exact: bool = False) -> Network:
 
 
 def _rebuilt(network: Network, kind: torch.dtype, source: Source) -> Network:
-    module = build_hollow(type(network.model), network.model.config, kind, source.is_stored)
+    shape = copy.deepcopy(network.model.config)
+    if (source.model.all_tied_weights_keys or {}).keys() & source.folds.keys():
+        shape.tie_word_embeddings = False
+    module = build_hollow(type(network.model), shape, kind, source.is_stored)
     stacks, task = _examine(module, containers=[stack.container for stack in network.stacks])
     found = replace(network, module=module, stacks=stacks, dtype=kind, task=task, source=source)
     _bring_outside(found)

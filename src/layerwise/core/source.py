@@ -119,6 +119,13 @@ class Source:
         found.folds, found.exact, found._last = folds, exact, ("", {})
         return found
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, with those that folds untie."""
+        shapes = self.model.state_dict()
+        untied = [shapes[n] for n in self.folds if n in (self.model.all_tied_weights_keys or {})]
+        return self.checkpoint.nbytes + sum(t.numel() * self.dtype.itemsize for t in untied)
+
     def load(self, prefix: str) -> dict[str, Tensor]:
         """Tensors in memory whose name starts with `prefix`; the last ones are kept at hand."""
         if self._last[0] != prefix:
@@ -168,6 +175,10 @@ class Source:
         wanted = {
             n: t for n, t in taken.items() if n.startswith(prefix) and not n.startswith(apart)
         }
+        tied = self.model.all_tied_weights_keys or {}
+        for name in self.folds:  # what has folds of its own is no longer tied
+            if tied.get(name) in wanted and name.startswith(prefix):
+                wanted[name] = wanted[tied[name]]
         changed = {n: folded(t, self.folds.get(n, ())) for n, t in wanted.items()}
         return {n: t if self.exact else t.to(wanted[n].dtype) for n, t in changed.items()}
 

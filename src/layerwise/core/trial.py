@@ -13,7 +13,9 @@ from torch.utils._pytree import tree_map
 from layerwise.core.calls import snapshot, tensors_in
 from layerwise.core.fold import Fold, Folds
 from layerwise.core.hollow import CONVOLUTIONS, operands
+from layerwise.core.instead import swapped
 from layerwise.core.stack import Layer, Matrix
+from layerwise.core.stops import hidden
 
 
 class Run(NamedTuple):
@@ -50,14 +52,23 @@ class Trial:
         """The axis of a matrix along its inputs, or along its outputs."""
         return -1 if self.matrices[parameter].transposed != inputs else -2
 
-    def run(self, folds: Folds) -> Run:
-        """The layer with some tensors changed."""
+    def run(
+        self, folds: Folds, mix: Tensor | None = None, add: Mapping[str, Tensor] | None = None
+    ) -> Run:
+        """The layer with some tensors changed.
+
+        With `mix` on a stream that is multiplied by it; `add` goes to the outputs of matrices.
+        """
         tensors = dict(self.tensors)
         for name, changes in folds.items():
             for fold in changes:
                 tensors[name] = fold.of(tensors[name])
         args, kwargs = tree_map(_fresh, snapshot(self.call))
-        with torch.no_grad(), _Inputs({n: tensors[n] for n in self.matrices}) as seen:
+        if mix is not None:
+            x = hidden((args, kwargs))
+            args, kwargs = swapped((args, kwargs), x, x @ mix.to(x))
+        own = {n: tensors[n] for n in self.matrices}
+        with torch.no_grad(), _Inputs(own, add or {}) as seen:
             output = functional_call(self.module, tensors, args, kwargs, strict=False)
         given = [t for t in tensors_in(output) if t.is_floating_point()]
         return Run(given, {name: torch.cat(rows) for name, rows in seen.rows.items()})
@@ -68,21 +79,24 @@ class Trial:
 
 
 class _Inputs(TorchFunctionMode):
-    """Keeps what some tensors are multiplied with while it is open."""
+    """Keeps what some tensors are multiplied with while it is open, and adds to what comes out."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], add: Mapping[str, Tensor]) -> None:
         super().__init__()
+        self._add = add
         self._names = {t.untyped_storage().data_ptr(): name for name, t in tensors.items()}
         self.rows: dict[str, list[Tensor]] = {}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        name = None
         found = None if func in CONVOLUTIONS else operands(func, args, kwargs)
         if found is not None:
             name = self._names.get(found[1].untyped_storage().data_ptr())
             if name is not None:
                 self.rows.setdefault(name, []).append(found[0].flatten(0, -2).clone())
-        return func(*args, **kwargs)
+        output = func(*args, **kwargs)
+        return output + self._add[name] if name in self._add else output
 
 
 def wide(value: Any) -> Any:

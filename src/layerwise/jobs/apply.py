@@ -34,7 +34,7 @@ from layerwise.jobs.checks import CHECK, CHECKED, must_be_sound, too_large
 from layerwise.jobs.engine import must_run
 from layerwise.jobs.forecast import disk_to_apply, memory_to_solve
 from layerwise.jobs.imatrix import given_by
-from layerwise.jobs.rewrite import rewrite
+from layerwise.jobs.rewrite import as_rewritten, rewrite
 from layerwise.jobs.session import Progress, check_new, load_reader, silent, texts_of
 from layerwise.jobs.solve import Solver, needs_of, put_outside, solve, try_chains
 
@@ -95,7 +95,7 @@ def apply_plan(
     part, journal_folder = beside(out, "part"), beside(out, "journal")
     check_memory(memory_to_solve(network, batches, needs))
     if not journal_folder.exists():
-        check_disk(out.parent, disk_to_apply(network, plan))
+        check_disk(out.parent, disk_to_apply(as_rewritten(network, plan.rewrites), plan))
     batch = own_batch(network, plan)
     with Journal(journal_folder, job_of(network, plan, batches, given)) as journal:
         done = rewrite(network, plan, batches, journal, progress)

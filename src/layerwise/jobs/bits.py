@@ -57,7 +57,7 @@ def outside_of(request: Request, network: Network, target: Target) -> int:
         return target.rest(network, request.options(target.name))
     matrices = (m for stack in network.stacks for m in stack.matrices())
     size = network.stored.dtype.itemsize
-    return network.checkpoint.nbytes - sum(target.nbytes(m, (), size) for m in matrices)
+    return network.stored.nbytes - sum(target.nbytes(m, (), size) for m in matrices)
 
 
 def make_menus(request: Request, network: Network, target: Target) -> dict[str, Menu]:

@@ -38,7 +38,7 @@ def memory_of_models(network: Network, count: int) -> dict[str, int]:
 def disk_to_apply(network: Network, plan: Plan) -> dict[str, int]:
     """The result, and the journal beside it: a code of a byte and its scales per weight."""
     target, itemsize = TARGETS[plan.target], network.stored.dtype.itemsize
-    result, journal = network.checkpoint.nbytes, 0
+    result, journal = network.stored.nbytes, 0
     for layer in network.layers():
         for matrix in layer.matrices:
             chain = chain_for(plan.edits, matrix)

@@ -25,6 +25,7 @@ from layerwise.jobs.bits import plan_bits
 from layerwise.jobs.depth import able_to_go, assemble_depth, layers_to_drop, wiring_without
 from layerwise.jobs.mixes import MIXES, mix_plan, written_bytes
 from layerwise.jobs.request import Planned, Request
+from layerwise.jobs.rewrite import as_rewritten
 from layerwise.jobs.session import Budget, Progress, load_reader, silent, texts_of
 from layerwise.jobs.solve import needs_of, put_outside, solve
 from layerwise.jobs.stock import streamed
@@ -143,7 +144,7 @@ def naive_bits(contest: Contest, progress: Progress) -> Naive | None:
     """The same solver, one option everywhere; for GGUF llama.cpp's own mixture, if it is better."""
     network = open_network(contest.model, device=contest.device)
     found = []
-    planned = plan_uniform(contest, network)
+    planned = plan_uniform(contest, as_rewritten(network, contest.plan.rewrites))
     if planned is not None:
         quality = contest.solved(planned.plan, progress)
         found.append(Naive(f"uniform: {describe(planned.plan)}", quality, planned.nbytes))

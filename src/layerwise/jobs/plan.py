@@ -8,6 +8,7 @@ from layerwise.export import TARGETS
 from layerwise.jobs.bits import plan_bits
 from layerwise.jobs.depth import plan_depth
 from layerwise.jobs.request import Planned, Request
+from layerwise.jobs.rewrite import as_rewritten
 from layerwise.jobs.session import Progress, silent
 from layerwise.report.terminal import show_bytes
 
@@ -51,7 +52,15 @@ def make_plan(request: Request, progress: Progress = silent) -> Planned:
     for pattern in request.keep:
         check_selector(pattern, [m for s in network.stacks for m in s.matrices()], "--keep")
     if request.budget.depth is not None or not target.by_bits:
+        if request.rewrites:
+            raise LayerwiseError(
+                f"--rewrite {request.rewrite}",
+                allowed="a plan that rounds matrices",
+                found="one that leaves layers out",
+                fix="leave it out, or use a target and a budget by bits",
+            )
         return plan_depth(request, network, progress)
+    network = as_rewritten(network, request.rewrites)
     planned = plan_bits(request, network, target, progress)
     if all(len(menu.options) == 1 for menu in planned.menus.values()):
         raise LayerwiseError(

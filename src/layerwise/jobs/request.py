@@ -32,7 +32,7 @@ class Request(NamedTuple):
 
     @property
     def rewrites(self) -> tuple[Step, ...]:
-        """The steps of `rewrite`, such as `rotation+awq`, with what was set of each."""
+        """The steps of `rewrite`, such as `rotate_stream+awq`, with what was set of each."""
         names = [name for name in self.rewrite.split("+") if name]
         found = [find(name, "rewrite").name for name in names]
         return tuple(Step(name, self.options(name)) for name in found)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 from torch import Tensor
 
@@ -12,21 +12,27 @@ from layerwise.core.fold import Folds, from_tensors, joined, to_tensors
 from layerwise.core.journal import Journal
 from layerwise.core.lockstep import walk
 from layerwise.core.method import Method, find
+from layerwise.core.mixing import Stream
 from layerwise.core.network import Network
 from layerwise.core.open import refolded, widened
 from layerwise.core.plan import Edit, Plan, Step, chain_for
 from layerwise.core.seam import Place, Seam, find_seams
 from layerwise.core.stack import Layer
-from layerwise.core.stats import Gathering
+from layerwise.core.stats import Gathering, observe
 from layerwise.core.stops import Batch
 from layerwise.core.trial import Trial
 from layerwise.core.weight import Dense
 from layerwise.jobs.session import Progress, silent
 from layerwise.jobs.solve import nearest, run_chain
 from layerwise.jobs.stock import streamed
+from layerwise.jobs.turning import turned, untied
 
 #: of the largest logit: what a rewrite may change, computed in float32
 ALLOWED = 1e-3
+
+
+#: what a line of the journal says of matrices, where none is solved
+NOTHING = {"errors": {}, "bytes": 0, "unseen": []}
 
 
 class Rewritten(NamedTuple):
@@ -59,17 +65,60 @@ def rewrite(
     rows: list[dict[str, Any]] = []
     for number, step in enumerate(plan.rewrites):
         now = refolded(network, folds) if folds else network
-        turn = _Turn(now, step, f"{step.method}{number}", plan.edits, batches, journal)
-        turn.walk(partial(progress, f"rewriting layers ({step.method})"))
-        folds = joined(folds, turn.folds)
-        rows += turn.rows
+        tell, name = (
+            partial(progress, f"rewriting layers ({step.method})"),
+            f"{step.method}{number}",
+        )
+        if turns_stream(step):
+            found, told = _turn(now, step, name, batches, journal, tell)
+        else:
+            each = _EachLayer(now, step, name, plan.edits, batches, journal)
+            found, told = each.walk(tell)
+        folds, rows = joined(folds, found), rows + told
     if folds:
         must_keep(network, folds, batches[0])
     return Rewritten(folds, rows)
 
 
-class _Turn:
-    """One rewrite on its way through the layers."""
+def turns_stream(step: Step) -> bool:
+    """Whether a rewrite is one of the whole stream, and not of the channels in a layer."""
+    return get_type_hints(find(step.method, "rewrite").function)["seam"] is Stream
+
+
+def as_rewritten(network: Network, steps: Sequence[Step]) -> Network:
+    """A network with the tensors that it has after some rewrites, to count their bytes."""
+    alone = untied(network) if any(turns_stream(step) for step in steps) else {}
+    return refolded(network, alone) if alone else network
+
+
+def _turn(
+    network: Network,
+    step: Step,
+    name: str,
+    batches: Sequence[Batch],
+    journal: Journal,
+    progress: Callable[[int, int], None],
+) -> tuple[Folds, list[dict[str, Any]]]:
+    """Rotate the stream; one entry of the journal, for it is one matrix."""
+    method, key = find(step.method, "rewrite"), f"{name}/stream"
+    if key not in journal:
+        began = monotonic()
+        probes = {n: find(n, "measure").bind()() for n in method.needs}
+        stats = observe(network, batches, probes, progress).values if probes else {}
+        rotation = method.bind(step.options)
+        folds = turned(
+            network, batches[0], lambda size: rotation(Stream(size), stats), step.method, progress
+        )
+        records = {name: Dense(value.cpu()) for name, value in to_tensors(folds).items()}
+        report = {"seams": ["stream"], "refused": {}, "seconds": monotonic() - began}
+        journal.write(key, records, NOTHING | report)
+    held = {name: record.dense() for name, record in journal.read(key).items()}
+    row = {k: journal.lines[key]["report"][k] for k in ("seams", "refused", "seconds")}
+    return from_tensors(held), [{"rewrite": name, "layer": "all", **row}]
+
+
+class _EachLayer:
+    """A rewrite of channels on its way through the layers."""
 
     def __init__(
         self,
@@ -91,7 +140,7 @@ class _Turn:
         self._began = 0.0
         self._read_paths: set[str] = set()
 
-    def walk(self, progress: Callable[[int, int], None]) -> None:
+    def walk(self, progress: Callable[[int, int], None]) -> tuple[Folds, list[dict[str, Any]]]:
         """Every layer once; those that the journal holds are taken from it."""
         layers = self.network.layers()
         missing = {layer.key for layer in layers if self._key(layer) not in self.journal}
@@ -115,6 +164,7 @@ class _Turn:
                     progress(len(layers) - len(missing), len(layers))
         for layer in layers:
             self._read(layer)
+        return self.folds, self.rows
 
     def _key(self, layer: Layer) -> str:
         return f"{self.name}/{layer.key}"
@@ -146,9 +196,7 @@ class _Turn:
         records = {key: Dense(value.cpu()) for key, value in to_tensors(found).items()}
         unused = {n: why for n, why in self._refused.items() if n in names or n in tensors}
         report = {"seams": scaled, "refused": unused, "seconds": monotonic() - self._began}
-        self.journal.write(
-            self._key(layer), records, {"errors": {}, "bytes": 0, "unseen": [], **report}
-        )
+        self.journal.write(self._key(layer), records, NOTHING | report)
 
     def _read(self, layer: Layer) -> None:
         """Take up what the journal holds of a layer, under the names of the checkpoint."""

@@ -9,6 +9,7 @@ from layerwise.measure.moments import (
     mean_magnitude,
     second_moment,
     second_moment_diagonal,
+    stream_moment,
 )
 from layerwise.measure.residual import (
     depth_use,
@@ -46,6 +47,7 @@ __all__ = [
     "residual_cosine",
     "second_moment",
     "second_moment_diagonal",
+    "stream_moment",
     "stream_moments",
     "token_sample",
     "update_norm",

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from layerwise.core.method import method
 from layerwise.core.stats import Probe, Seen
+from layerwise.core.tokens import by_token
 
 State = tuple[Tensor | None, int]
 
@@ -183,3 +184,32 @@ def second_moment_diagonal() -> Probe:
         return state[0] / max(state[1], 1)
 
     return Probe("input", lambda key: (None, 0), update, finish)
+
+
+@method("measure", paper="arXiv:2401.15024")
+def stream_moment() -> Probe:
+    """Second moment of the stream before a layer: `(1/n) sum_t x_t x_t^T`, `[dim, dim]`.
+
+    Returns:
+        A probe whose value per layer is the moment over all tokens that are no padding.
+
+    Example:
+        >>> probe = stream_moment()
+        >>> x = torch.tensor([[[1.0, 2.0], [3.0, 0.0]]])
+        >>> probe.finish(probe.update(probe.init(""), Seen(x, x, None, None, {}, None)))
+        tensor([[5., 1.],
+                [1., 2.]])
+
+    Reference: Ashkboos et al., 2024, arXiv:2401.15024.
+    """
+
+    def update(state: State, seen: Seen) -> State:
+        x = by_token(seen.inputs)
+        rows = x.flatten(0, 1) if seen.mask is None else x[seen.mask.bool()]
+        return add_rows(state, rows)
+
+    def finish(state: State) -> Tensor:
+        assert state[0] is not None
+        return state[0] / max(state[1], 1)
+
+    return Probe("layer", lambda key: (None, 0), update, finish)
