@@ -247,7 +247,7 @@ def channels_of(
     at = torch.searchsorted((values[1:] + values[:-1]) / 2, ratio)
     nearest, step = order[at], (values[-1] / values[0]).log() / max(len(values) - 1, 1)
     off = (ratio / wanted[nearest] - 1).abs()
-    return nearest if live.all() and (off < step / 4).all() else None
+    return nearest if live.all() and (off < min(step / 4, KEPT)).all() else None
 
 
 def factors(size: int, seed: int = 0) -> Float[Tensor, " size"]:

@@ -98,7 +98,12 @@ def apply_plan(
         check_disk(out.parent, disk_to_apply(as_rewritten(network, plan.rewrites), plan))
     batch = own_batch(network, plan)
     with Journal(journal_folder, job_of(network, plan, batches, given)) as journal:
-        done = rewrite(network, plan, batches, journal, progress)
+        try:
+            done = rewrite(network, plan, batches, journal, progress)
+        except LayerwiseError:
+            if not journal.lines:  # refused before anything was done
+                journal.remove()
+            raise
         network = refolded(network, done.folds) if done.folds else network
         outside = target.outside(network, plan.export)
         put_outside(network, outside)

@@ -1,6 +1,6 @@
 """Rewrites: what a plan folds into the weights before anything is solved, layer by layer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from time import monotonic
 from typing import Any, NamedTuple, get_type_hints
@@ -78,6 +78,19 @@ def rewrite(
     if folds:
         must_keep(network, folds, batches[0])
     return Rewritten(folds, rows)
+
+
+def told(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What rewrites came to, in words."""
+    for name in dict.fromkeys(row["rewrite"] for row in rows):
+        own = [row for row in rows if row["rewrite"] == name]
+        seams = dict.fromkeys(seam for row in own for seam in row["seams"])
+        yield f"{name.rstrip('0123456789')}: {', '.join(seams) or 'nothing that is rounded reads'}"
+        refused: dict[str, list[str]] = {}
+        for parameter, why in {k: w for row in own for k, w in row["refused"].items()}.items():
+            refused.setdefault(why, []).append(parameter)
+        for why, parameters in refused.items():
+            yield f"  no seam at {', '.join(parameters)}: {why}"
 
 
 def turns_stream(step: Step) -> bool:

@@ -44,7 +44,7 @@ def rotate_stream(
     whole = seam.size & -seam.size
     rest = torch.randn(seam.size // whole, seam.size // whole, generator=generator)
     signs = torch.randint(0, 2, (seam.size, 1), generator=generator) * 2.0 - 1
-    return signs * torch.kron(hadamard(whole), torch.linalg.qr(rest)[0])
+    return signs * torch.kron(hadamard(whole), torch.linalg.qr(rest)[0].contiguous())
 
 
 @method("rewrite", paper="arXiv:2401.15024", aliases=("slicegpt",), needs=("stream_moment",))

@@ -52,10 +52,10 @@ def awq(
         >>> w, h = torch.tensor([[0.3, -1.0, 0.8, 0.1]]), torch.diag(torch.tensor([81.0, 1, 1, 1]))
         >>> place = Place(4, True, {"up": w}, {"up": torch.arange(4)})
         >>> stats = {"up": {"mean_magnitude": h.diagonal().sqrt(), "second_moment": h}}
-        >>> coarse = lambda w: (w / w.abs().amax(1, keepdim=True) * 3).round() / 3 * w.abs().max()
+        >>> coarse = lambda w: (w / w.abs().max() * 3).round() * w.abs().max() / 3
         >>> scale = awq(place, stats, rounded={"up": coarse})
-        >>> (scale[0] / scale[1]).round(decimals=3)
-        tensor(3.)
+        >>> scale[0] / scale[1]
+        tensor(3.3484)
 
     Reference: Lin et al., 2023, arXiv:2306.00978. Theirs measures the error of the module that
     reads the channels, ours that of the matrices in it, on at most 512 rows of each; theirs leaves
