@@ -85,8 +85,9 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Fold, ...]]:
 
 
 def save_folds(folder: Path, folds: Folds) -> None:
-    """Keep folds beside the weights that they were made for."""
-    write_safetensors(folder / FILE, to_tensors(folds))
+    """Keep folds, if there are any, beside the weights that they were made for."""
+    if folds:
+        write_safetensors(folder / FILE, to_tensors(folds))
 
 
 def load_folds(folder: Path) -> dict[str, tuple[Fold, ...]]:

@@ -96,7 +96,7 @@ class _Inputs(TorchFunctionMode):
             if name is not None:
                 self.rows.setdefault(name, []).append(found[0].flatten(0, -2).clone())
         output = func(*args, **kwargs)
-        return output + self._add[name] if name in self._add else output
+        return output + self._add[name] if name is not None and name in self._add else output
 
 
 def wide(value: Any) -> Any:

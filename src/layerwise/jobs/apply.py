@@ -19,7 +19,7 @@ from layerwise.core.lockstep import walk
 from layerwise.core.machine import check_disk, check_memory
 from layerwise.core.method import find
 from layerwise.core.network import Network
-from layerwise.core.open import open_network, refolded, widened
+from layerwise.core.open import open_network, widened
 from layerwise.core.plan import Plan, chain_for, check_model, check_selectors, label
 from layerwise.core.reader import windows
 from layerwise.core.shards import write_safetensors
@@ -98,13 +98,8 @@ def apply_plan(
         check_disk(out.parent, disk_to_apply(as_rewritten(network, plan.rewrites), plan))
     batch = own_batch(network, plan)
     with Journal(journal_folder, job_of(network, plan, batches, given)) as journal:
-        try:
-            done = rewrite(network, plan, batches, journal, progress)
-        except LayerwiseError:
-            if not journal.lines:  # refused before anything was done
-                journal.remove()
-            raise
-        network = refolded(network, done.folds) if done.folds else network
+        done = rewrite(network, plan, batches, journal, progress)
+        network = done.network
         outside = target.outside(network, plan.export)
         put_outside(network, outside)
         solver = solve(network, plan.edits, batches, journal, progress, engine, given)
@@ -117,8 +112,7 @@ def apply_plan(
         )
         nbytes = export(network.stack, plan, part)
         plan.save(part / "plan.yaml")
-        if done.folds:
-            save_folds(part, done.folds)
+        save_folds(part, done.folds)
         reports = {key: line["report"] for key, line in journal.lines.items()}
         rows = [layer_row(network, la, plan, reports.get(la.key, {})) for la in network.layers()]
         unseen = [key for report in reports.values() for key in report["unseen"]]
@@ -249,7 +243,7 @@ def check_plan(network: Network, plan: Plan, other_weights: bool) -> Target:
     check_model(plan, network.checkpoint.structure, network.checkpoint.weights, other_weights)
     check_selectors(plan, [m for stack in network.stacks for m in stack.matrices()])
     target = TARGETS[plan.target] if plan.target in TARGETS else _no_target(plan)
-    target.accepts(network)
+    target.accepts(as_rewritten(network, plan.rewrites))
     find(plan.target, "export").bind(plan.export)
     check_target(network, plan, target)
     try_chains(plan.edits)

@@ -61,6 +61,7 @@ def make_plan(request: Request, progress: Progress = silent) -> Planned:
             )
         return plan_depth(request, network, progress)
     network = as_rewritten(network, request.rewrites)
+    target.accepts(network)
     planned = plan_bits(request, network, target, progress)
     if all(len(menu.options) == 1 for menu in planned.menus.values()):
         raise LayerwiseError(

@@ -36,10 +36,14 @@ NOTHING = {"errors": {}, "bytes": 0, "unseen": []}
 
 
 class Rewritten(NamedTuple):
-    """What the rewrites of a plan came to: changes of tensors, and a row per layer and step."""
+    """What the rewrites of a plan came to.
+
+    Changes of tensors, a row per layer and step, and the network with these changes.
+    """
 
     folds: Folds
     rows: list[dict[str, Any]]
+    network: Network
 
 
 def rewrite(
@@ -69,15 +73,21 @@ def rewrite(
             partial(progress, f"rewriting layers ({step.method})"),
             f"{step.method}{number}",
         )
-        if turns_stream(step):
-            found, told = _turn(now, step, name, batches, journal, tell)
-        else:
-            each = _EachLayer(now, step, name, plan.edits, batches, journal)
-            found, told = each.walk(tell)
-        folds, rows = joined(folds, found), rows + told
-    if folds:
-        must_keep(network, folds, batches[0])
-    return Rewritten(folds, rows)
+        try:
+            if turns_stream(step):
+                found, own = _turn(now, step, name, batches, journal, tell)
+            else:
+                each = _EachLayer(now, step, name, plan.edits, batches, journal)
+                found, own = each.walk(tell)
+        except LayerwiseError:
+            if not journal.lines:  # refused before anything was done: nothing to go on from
+                journal.remove()
+            raise
+        folds, rows = joined(folds, found), rows + own
+    if not folds:
+        return Rewritten(folds, rows, network)
+    must_keep(network, folds, batches[0])
+    return Rewritten(folds, rows, refolded(network, folds))
 
 
 def told(rows: Sequence[dict[str, Any]]) -> Iterator[str]:

@@ -78,15 +78,23 @@ def awq(
     for step in range(points):
         power = step / points
         scale = evened(size, power, above if weigh else None) if step or weigh else best.to(size)
-        error = 0.0
-        for key, weight in some.items():
-            own = scale[seam.channels[key]]
-            off = rounded[key](weight * own) / own - weight
-            share = len(seam.weights[key]) / len(weight)
-            error += share * ((off @ stats[key]["second_moment"]) * off).sum().item()
+        error = sum(
+            len(seam.weights[key])
+            / len(weight)
+            * _error(weight, scale[seam.channels[key]], rounded[key], stats[key]["second_moment"])
+            for key, weight in some.items()
+        )
         if least is None or error < least:
             best, least = scale, error
     return best
+
+
+def _error(
+    weight: Tensor, scale: Tensor, rounded: Callable[[Tensor], Tensor], moment: Tensor
+) -> float:
+    """`tr(E H E^T)` when a matrix is rounded with its columns scaled."""
+    off = rounded(weight * scale) / scale - weight
+    return ((off @ moment) * off).sum().item()
 
 
 @method("rewrite", paper="arXiv:2211.10438", needs=("largest_magnitude",))
