@@ -92,7 +92,7 @@ def _rotated(trial: Trial, run: Run, mix: Tensor) -> bool:
 
 def _whole(seam: Seam) -> bool:
     own = torch.arange(seam.size)
-    return all(torch.equal(ch.cpu(), own) for ch in seam.readers.values())
+    return all(torch.equal(ch, own) for ch in seam.readers.values())
 
 
 def _shifted(seam: Seam, trial: Trial) -> bool:
@@ -110,7 +110,7 @@ def _writers(trial: Trial, readers: set[str], size: int) -> dict[str, int]:
         axis = trial.axis(name, inputs=False)
         if name in readers or trial.tensors[name].shape[axis] != size:
             continue
-        added = factors(size).log2()
+        added = factors(size).log2().to(quiet.output[0].device)
         change = (trial.run(silent, add={name: added}).output[0] - quiet.output[0]).double()
         along = change @ added.double() / added.double().square().sum()
         rest = change - along[..., None] * added.double()

@@ -81,9 +81,9 @@ class Place(NamedTuple):
 
     def largest(self, values: Mapping[str, Float[Tensor, " in"]]) -> Float[Tensor, " size"]:
         """The largest value of every channel, out of values of the columns that read it."""
-        found = torch.zeros(self.size, device=next(iter(self.channels.values())).device)
+        found = torch.zeros(self.size)
         for key, value in values.items():
-            found = found.scatter_reduce(0, self.channels[key], value.float(), "amax")
+            found = found.scatter_reduce(0, self.channels[key], value.float().cpu(), "amax")
         return found
 
 
@@ -239,8 +239,8 @@ def channels_of(
     ratio = (x * y).sum(0) / torch.where(live, energy, torch.ones_like(energy))
     if change <= 1e-5 * x.norm() or (y - x * ratio)[:, live].norm() > KEPT * change:
         return None
-    wanted = scale.double()
-    own = torch.arange(len(ratio), device=scale.device)
+    wanted, ratio, live = scale.double(), ratio.cpu(), live.cpu()
+    own = torch.arange(len(ratio))
     if len(own) == len(wanted) and ((ratio / wanted - 1)[live].abs() < KEPT).all():
         return own
     values, order = wanted.sort()

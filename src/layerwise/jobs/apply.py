@@ -32,7 +32,7 @@ from layerwise.export import TARGETS
 from layerwise.export._writer import Finished
 from layerwise.jobs.checks import CHECK, CHECKED, must_be_sound, too_large
 from layerwise.jobs.engine import must_run
-from layerwise.jobs.forecast import disk_to_apply, memory_to_solve
+from layerwise.jobs.forecast import disk_to_apply, memory_to_rewrite, memory_to_solve
 from layerwise.jobs.imatrix import given_by
 from layerwise.jobs.rewrite import as_rewritten, rewrite
 from layerwise.jobs.session import Progress, check_new, load_reader, silent, texts_of
@@ -93,7 +93,8 @@ def apply_plan(
     read = needs or plan.rewrites
     batches = windows(load_reader(network), texts_of(plan.data), "calibrate") if read else []
     part, journal_folder = beside(out, "part"), beside(out, "journal")
-    check_memory(memory_to_solve(network, batches, needs))
+    rewriting = memory_to_rewrite(network, plan.rewrites)
+    check_memory(memory_to_solve(network, batches, needs) | rewriting)
     if not journal_folder.exists():
         check_disk(out.parent, disk_to_apply(as_rewritten(network, plan.rewrites), plan))
     batch = own_batch(network, plan)

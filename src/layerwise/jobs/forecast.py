@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
+from layerwise.core.method import find
 from layerwise.core.network import Network
-from layerwise.core.plan import Plan, chain_for
+from layerwise.core.plan import Plan, Step, chain_for
 from layerwise.core.stops import Batch
 from layerwise.export import TARGETS
 
@@ -27,6 +28,15 @@ def memory_to_solve(
         "hidden states": HELD * tokens * width * network.dtype.itemsize,
         "moments": 8 * inner**2 if needs else 0,
     }
+
+
+def memory_to_rewrite(network: Network, steps: Sequence[Step]) -> dict[str, int]:
+    """What is known of the inputs of a layer, all of it at once."""
+    if not any(find(step.method, "rewrite").needs for step in steps):
+        return {}
+    widths = [{m.inputs: m.shape[1] for m in layer.matrices} for layer in network.layers()]
+    sizes = (sum(width**2 for width in own.values()) for own in widths)
+    return {"moments of a layer": 4 * max(sizes, default=0)}
 
 
 def memory_of_models(network: Network, count: int) -> dict[str, int]:

@@ -93,7 +93,8 @@ def _error(
     weight: Tensor, scale: Tensor, rounded: Callable[[Tensor], Tensor], moment: Tensor
 ) -> float:
     """`tr(E H E^T)` when a matrix is rounded with its columns scaled."""
-    off = rounded(weight * scale) / scale - weight
+    own = scale.to(weight)
+    off = rounded(weight * own) / own - weight
     return ((off @ moment) * off).sum().item()
 
 
