@@ -117,6 +117,7 @@ def _writers(trial: Trial, readers: set[str], size: int) -> dict[str, int]:
         if change.norm() > 0 and rest.norm() <= KEPT * change.norm():
             module = name.rpartition(".")[0]
             beside = [n for n in trial.tensors if n.rpartition(".")[0] == module]
-            vectors = [n for n in beside if trial.tensors[n].shape == (size,)]
+            beside = [n for n in beside if n not in trial.matrices]
+            vectors = [n for n in beside if trial.tensors[n].shape[-1:] == (size,)]
             found |= {name: axis, **dict.fromkeys(vectors, -1)}
     return found
