@@ -1,6 +1,6 @@
 """Rewrites: what a plan folds into the weights before anything is solved, layer by layer."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from time import monotonic
 from typing import Any, NamedTuple, get_type_hints
@@ -208,10 +208,12 @@ class _EachLayer:
                 {m.key: m.view(tensors[m.parameter].detach()) for m in mine},
                 {m.key: seam.readers[m.parameter] for m in mine},
             )
+            if any(w.shape[1] != len(place.channels[k]) for k, w in place.weights.items()):
+                continue  # seen by the operation as another shape than that of the matrix
             chains = {m.key: chain_for(self.edits, m) for m in mine}
             rounded = {key: partial(_rounded, chain) for key, chain in chains.items() if chain}
             bound = self.method.bind(self.options, rounded=rounded)
-            scale = bound(place, {m.key: stats[m.inputs] for m in mine})
+            scale = bound(place, {m.key: _of_width(stats[m.inputs], m.shape[1]) for m in mine})
             if (scale == 1).all():
                 continue
             found = joined(found, seam.folds(scale.float(), tensors))
@@ -234,6 +236,11 @@ class _EachLayer:
             {"rewrite": self.name, "layer": layer.key}
             | {name: report[name] for name in ("seams", "refused", "seconds")}
         )
+
+
+def _of_width(stats: Mapping[str, Tensor], columns: int) -> Mapping[str, Tensor]:
+    """Statistics of a matrix's inputs, if that is what they are."""
+    return stats if all(value.shape[-1] == columns for value in stats.values()) else {}
 
 
 def _rounded(chain: Sequence[Step], weight: Tensor) -> Tensor:
