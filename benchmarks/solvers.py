@@ -3,6 +3,7 @@
 python -m benchmarks.solvers            all rows
 python -m benchmarks.solvers --few      less text and fewer documents
 python -m benchmarks.solvers demo 3     one of the two models, one number of bits
+python -m benchmarks.solvers demo 3 awq smoothquant     the ways with one of these words
 """
 
 import sys
@@ -15,10 +16,12 @@ from benchmarks.models import Model, models
 from benchmarks.timing import table
 from layerwise.core.data import Texts
 from layerwise.core.journal import Journal
-from layerwise.core.open import open_network
-from layerwise.core.plan import DataSpec, Edit, Step
+from layerwise.core.open import open_network, refolded
+from layerwise.core.plan import DataSpec, Edit, Plan, Step
 from layerwise.core.quality import Quality, measure_quality
 from layerwise.core.reader import samples_of, windows
+from layerwise.jobs.request import identity
+from layerwise.jobs.rewrite import rewrite
 from layerwise.jobs.session import load_reader, texts_of
 from layerwise.jobs.solve import needs_of, solve
 from layerwise.jobs.stock import streamed
@@ -31,6 +34,8 @@ class Way(NamedTuple):
 
     name: str
     chain: tuple[Step, ...]
+    #: folded into the weights before
+    rewrites: tuple[Step, ...] = ()
     #: leaves out what writes into the stream from the MLP, as the authors of QEP do
     spare: str = ""
 
@@ -46,7 +51,7 @@ def ways(bits: int) -> list[Way]:
         Way("gptq, ranges searched", (Step("gptq", grid),)),
         Way("qep (down too), gptq, ranges searched", (Step("qep"), Step("gptq", grid))),
         Way("rtn", (rtn,)),
-        Way("qep, gptq", qep, "*/*/mlp.down"),
+        Way("qep, gptq", qep, spare="*/*/mlp.down"),
         Way("qep (down too), gptq", qep),
         Way("rotate, gptq", (rotate, gptq)),
         Way("token importance, gptq", (Step("token_importance"), gptq)),
@@ -64,6 +69,7 @@ def ways(bits: int) -> list[Way]:
         Way("learned divisors (FlexRound)", (_learned(grid, "divisor"),)),
         Way("learned free offsets (AdaQuant)", (_learned(grid, "free"),)),
     ]
+    found += folded(gptq, rtn, grid)
     if bits == 3:
         found += [
             Way("gptq, groups of 32", (Step("gptq", {"bits": 3, "group": 32, "shrink": False}),)),
@@ -71,6 +77,24 @@ def ways(bits: int) -> list[Way]:
             Way("trit planes, refined", (Step("trit_planes"), _feedback())),
         ]
     return found
+
+
+def folded(gptq: Step, rtn: Step, grid: dict[str, Any]) -> list[Way]:
+    """The rewrites, before rounding and before GPTQ."""
+    awq, smooth, turn = Step("awq"), Step("smoothquant"), Step("rotate_stream")
+    norms, cut = Step("awq", {"inside": False}), Step("clip", grid)
+    return [
+        Way("folded awq, rtn", (rtn,), (awq,)),
+        Way("folded awq behind norms only, rtn", (rtn,), (norms,)),
+        Way("clip, rtn", (cut, rtn)),
+        Way("folded awq, clip, rtn (as in AWQ's code)", (cut, rtn), (awq,)),
+        Way("folded awq, gptq", (gptq,), (awq,)),
+        Way("folded smoothquant, rtn", (rtn,), (smooth,)),
+        Way("folded smoothquant, gptq", (gptq,), (smooth,)),
+        Way("folded rotate_stream, rtn", (rtn,), (turn,)),
+        Way("folded rotate_stream, gptq", (gptq,), (turn,)),
+        Way("folded principal_axes, gptq", (gptq,), (Step("principal_axes"),)),
+    ]
 
 
 def _learned(grid: dict[str, Any], form: str) -> Step:
@@ -106,8 +130,11 @@ class Bench:
         batches: Sequence[Any] = self.calibration if needs_of(edits) else []
         network = open_network(self.model.folder)
         with tempfile.TemporaryDirectory() as folder, Journal(Path(folder), {}) as journal:
-            solver = solve(network, edits, batches, journal)
-            with streamed(self.opened(), self.batches, solver.finished) as answers:
+            plan = Plan(identity(network), rewrites=way.rewrites, edits=tuple(edits))
+            folds = rewrite(network, plan, self.calibration, journal).folds
+            solver = solve(refolded(network, folds), edits, batches, journal)
+            wide = refolded(self.opened(), folds)
+            with streamed(wide, self.batches, solver.finished) as answers:
                 before = self.original
                 _, found = measure_quality(self.batches, lambda b: before[id(b)], answers)
             nbytes = sum(line["report"]["bytes"] for line in journal.lines.values())
@@ -115,7 +142,8 @@ class Bench:
 
 
 def main(few: bool = False, only: Sequence[str] = ()) -> None:
-    """Print a table per model; `only` names models and numbers of bits."""
+    """Print a table per model; `only` names models, numbers of bits, and words of ways."""
+    words = [w for w in only if w not in ("demo", "second", *map(str, BITS)) and w[0] != "-"]
     for model in models():
         if {"demo", "second"} & {*only} and model.name not in only:
             continue
@@ -124,6 +152,8 @@ def main(few: bool = False, only: Sequence[str] = ()) -> None:
         for bits in [b for b in BITS if str(b) in only] or BITS:
             base = None
             for way in ways(bits):
+                if base is not None and words and not any(word in way.name for word in words):
+                    continue
                 found, size = bench.run(way)
                 base = found if base is None else base
                 rows.append((bits, way.name, f"{size:.3f}", *_figures(found, base)))

@@ -30,6 +30,9 @@ Target = Annotated[str, typer.Option(help="hf, compressed-tensors or gguf.")]
 Method = Annotated[
     str, typer.Option(help="How matrices are edited: gptq, rtn, comq, qep+gptq; ggml for gguf.")
 ]
+Rewrite = Annotated[
+    str, typer.Option(help="Folded in before: awq, smoothquant, rotate_stream, rotate_stream+awq.")
+]
 Score = Annotated[str, typer.Option(help="sensitivity, lim, zd; greedy, shortgpt ... for depth.")]
 EngineName = Annotated[
     str, typer.Option("--engine", help="Where trials and solves run: threads, processes or ray.")

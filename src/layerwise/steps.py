@@ -57,6 +57,7 @@ def request_of(given: dict[str, Any]) -> Any:
         device=given["device"],
         dtype=given["dtype"],
         engine=engine_of(given["engine"], given["workers"]),
+        rewrite=given["rewrite"],
     )
 
 
@@ -109,6 +110,7 @@ def run_apply(
     from layerwise.core.plan import read_plan
     from layerwise.jobs.apply import apply_plan, preview
     from layerwise.jobs.card import write_card
+    from layerwise.jobs.rewrite import told
     from layerwise.report.terminal import progress_bar
 
     read = read_plan(Path(plan))
@@ -119,9 +121,13 @@ def run_apply(
     with progress_bar(output.as_json) as progress:
         applied = apply_plan(model, read, Path(out), progress=progress, **options)
     output.table("applied", applied.rows, "layer", "from", "options", "bytes", "error", "seconds")
+    for line in told(applied.rewrites):
+        output.say(line)
     output.files.append(out)
     output.warnings += applied.warnings
     output.more["bytes"] = applied.nbytes
+    if applied.rewrites:
+        output.more["rewrites"] = list(applied.rewrites)
     write_card(Path(out), model, read)
     report = Path(out) / "report.json"
     write_whole(report, json.dumps(output.as_dict(), indent=1))

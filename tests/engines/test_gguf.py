@@ -127,6 +127,44 @@ def test_llama_cpp_gives_our_logits(
     assert near.kl < 5e-3, "eight bits change little: the original's logits are near as well"
 
 
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        ("llama", ("rotate_stream", "awq")),
+        ("granite", ("rotate_stream", "smoothquant")),
+        ("gemma", ("awq",)),
+        ("gemma2", ("awq",)),
+        ("gpt2", ("smoothquant",)),
+        ("phi3", ("awq",)),
+        ("cohere", ("awq",)),
+    ],
+)
+def test_rewritten_weights_are_the_original_in_llama_cpp(
+    name: str, steps: tuple[str, ...], folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Norms that add 1 to their weight, tied heads, shared norms, biases and fused rows."""
+    model = folder_of(name)
+    plan = plan_of(model, select="*/*/mlp", rewrites=tuple(Step(step) for step in steps))
+    apply_plan(model, plan, tmp_path / "out")
+    ids = (torch.arange(32) * 7 % 128)[None]
+    found = t.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with torch.no_grad():
+        wanted = found(ids).logits[0]
+    batches = [{"input_ids": ids}]
+    with engine.in_llama(tmp_path / "out" / FILE, batches) as answers:
+        near = engine.agreement([wanted], map(answers, batches))
+    assert near.kl < 5e-3
+
+
+def test_a_head_that_the_format_ties_cannot_be_untied(
+    folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    plan = plan_of(folder_of("gemma"), rewrites=(Step("rotate_stream"),))
+    with pytest.raises(LayerwiseError, match=r"architecture gemma: .*found lm_head.weight"):
+        apply_plan(folder_of("gemma"), plan, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_that_says_something_else_is_refused(
     folder_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "describe": ("stack", "stats"),
     "allocate": ("damage", "menus", "budget"),
     "search": ("space", "evaluate", "limit"),
-    "rewrite": ("stack", "stats"),
+    "rewrite": ("seam", "stats"),
     "weight": ("weight", "stats"),
     "layer": ("layer", "stats", "calls"),
     "activation": ("layer", "stats"),

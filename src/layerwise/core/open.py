@@ -13,6 +13,7 @@ from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.config import model_class, read_config
 from layerwise.core.errors import LayerwiseError, nearest, refusing
 from layerwise.core.find import find_stacks
+from layerwise.core.fold import Folds
 from layerwise.core.folder import find_folder
 from layerwise.core.hollow import build_hollow, hollow_parameter
 from layerwise.core.network import Network, fill
@@ -122,12 +123,24 @@ def open_network(
 
 def widened(network: Network) -> Network:
     """The same network computing in float32."""
-    kind, source = torch.float32, network.stored
-    module = build_hollow(type(network.model), network.model.config, kind, source.is_stored)
+    return _rebuilt(network, torch.float32, network.stored)
+
+
+def refolded(network: Network, folds: Folds, exact: bool = False) -> Network:
+    """The same network with other folds in its weights; if `exact`, in float32 and not rounded."""
+    kind = torch.float32 if exact else network.dtype
+    return _rebuilt(network, kind, network.stored.with_folds(folds, exact))
+
+
+def _rebuilt(network: Network, kind: torch.dtype, source: Source) -> Network:
+    shape = copy.deepcopy(network.model.config)
+    if (source.model.all_tied_weights_keys or {}).keys() & source.folds.keys():
+        shape.tie_word_embeddings = False
+    module = build_hollow(type(network.model), shape, kind, source.is_stored)
     stacks, task = _examine(module, containers=[stack.container for stack in network.stacks])
-    wide = replace(network, module=module, stacks=stacks, dtype=kind, task=task)
-    _bring_outside(wide)
-    return wide
+    found = replace(network, module=module, stacks=stacks, dtype=kind, task=task, source=source)
+    _bring_outside(found)
+    return found
 
 
 def rewired(network: Network, wiring: Mapping[str, Sequence[Any]]) -> Network:

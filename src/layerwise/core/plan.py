@@ -11,6 +11,7 @@ import yaml
 from layerwise.core.errors import LayerwiseError, first_line, nearest
 from layerwise.core.machine import write_whole
 from layerwise.core.method import find
+from layerwise.core.select import check_selector, selects
 from layerwise.core.stack import Matrix
 
 
@@ -61,6 +62,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
     budget: dict[str, float] = {}
     data: DataSpec = DataSpec()
     wiring: dict[str, list[Any]] = {}
+    rewrites: tuple[Step, ...] = ()
     edits: tuple[Edit, ...] = ()
     fixed: tuple[str, ...] = ()
     export: dict[str, Any] = {}
@@ -152,49 +154,6 @@ def _mend(found: str) -> str:
     return otherwise
 
 
-def _field(pattern: str, values: Iterable[str]) -> bool:
-    regex = ".*".join(re.escape(piece) for piece in pattern.split("*"))
-    return any(re.fullmatch(regex, value) for value in values)
-
-
-def _range(pattern: str, index: int, where: str) -> bool:
-    found = re.fullmatch(r"(?:\*|(\d+)(?:-(\d+))?)(?:/([1-9]\d*))?", pattern)
-    if not found:
-        raise LayerwiseError(
-            f"selector {where!r}",
-            allowed="stack/layers/part.matrix with layers such as 4, 3-7, 0-8/2 or *",
-            found=pattern,
-            fix="correct the middle field",
-        )
-    low, high = int(found[1] or 0), int(found[2] or found[1] or index)
-    return low <= index <= high and (index - low) % int(found[3] or 1) == 0
-
-
-def selects(pattern: str, matrix: Matrix) -> bool:
-    """Whether a selector names a matrix: by role or by its own name, `*` in any field.
-
-    Layers are a number, a range or `*`, with or without a step: `decoder/0-8/2/mlp`.
-
-    Example:
-        >>> m = Matrix("decoder/3", "mlp", "down", "mlp.down_proj.weight", None, (2, 2), False,
-        ...            "", "")
-        >>> selects("decoder/3-7/mlp.down", m), selects("*/0-2/*", m), selects("*/*/mlp", m)
-        (True, False, True)
-    """
-    stack, layers, inner = [*pattern.split("/", 2), "*", "*"][:3]
-    step, slash, rest = inner.partition("/")
-    if step.isdecimal():
-        layers, inner = f"{layers}/{step}", rest if slash else "*"
-    name, _, number = matrix.layer.partition("/")
-    if not _field(stack, [name]) or not _range(layers, int(number), pattern):
-        return False
-    own = matrix.parameter.removesuffix(".weight").rpartition(".")[2]
-    part, dot, role = inner.partition(".")
-    expert = "" if matrix.expert is None else f"[{matrix.expert}]"
-    roles = (matrix.role, matrix.role + expert, own, own + expert)
-    return _field(part, [matrix.part]) and (not dot or _field(role, roles))
-
-
 def chain_for(edits: Iterable[Edit], matrix: Matrix) -> tuple[Step, ...]:
     """The chain of the last edit whose selector names the matrix; empty where none does."""
     chain: tuple[Step, ...] = ()
@@ -210,30 +169,12 @@ def check_selectors(plan: Plan, matrices: list[Matrix]) -> None:
     Raises:
         LayerwiseError: one does not; the nearest names are shown.
     """
+    for step in plan.rewrites:
+        find(step.method, "rewrite").bind(step.options)
     for edit in plan.edits:
         for step in edit.chain:
             find(step.method, "weight").bind(step.options)
         check_selector(edit.select, matrices, "plan, selector")
-
-
-def check_selector(pattern: str, matrices: Iterable[Matrix], where: str) -> None:
-    """A selector must name something.
-
-    Raises:
-        LayerwiseError: it names nothing; the nearest names are shown.
-    """
-    found = list(matrices)
-    if not any(selects(pattern, m) for m in found):
-        names = sorted({f"{m.part}.{m.role}" for m in found})
-        stacks = sorted({m.layer.partition("/")[0] for m in found})
-        wanted = pattern.rpartition("/")[2]
-        raise LayerwiseError(
-            f"{where} {pattern!r}",
-            allowed=f"stack/layers/part.matrix with stack {' or '.join(stacks)}, layers that are "
-            f"there, and one of {', '.join(names)}",
-            found="nothing of that name",
-            fix=nearest(wanted, set(names) - {wanted}, "correct the selector"),
-        )
 
 
 def check_model(plan: Plan, structure: str, weights: str, other_weights: bool = False) -> None:
@@ -297,4 +238,6 @@ def describe(plan: Plan) -> str:
     counts: dict[str, int] = {}
     for edit in plan.edits:
         counts[label(edit.chain)] = counts.get(label(edit.chain), 0) + 1
-    return ", ".join(f"{n}x {what}" for what, n in sorted(counts.items(), key=lambda i: -i[1]))
+    found = ", ".join(f"{n}x {what}" for what, n in sorted(counts.items(), key=lambda i: -i[1]))
+    names = ", ".join(step.method for step in plan.rewrites)
+    return f"{names}, then {found}" if names else found

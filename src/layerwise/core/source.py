@@ -1,5 +1,6 @@
 """Stored weights under the names that a model has in memory, read through transformers' mapping."""
 
+import copy
 import ctypes
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.errors import LayerwiseError, first_few, notice, refusing
+from layerwise.core.fold import Folds, folded
 from layerwise.core.hollow import build_meta
 
 #: calls of torch that building a model may take for each of its stored tensors
@@ -47,6 +49,8 @@ class Source:
         self._held = self._names_held()
         self._freed = 0
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
+        self.folds: Folds = {}
+        self.exact = False
 
     def _name_in_memory(self, name: str, known: dict[str, Tensor]) -> str:
         renamings = [m for m in self.mapping if isinstance(m, WeightRenaming)]
@@ -109,6 +113,19 @@ class Source:
     def _one(self, name: str) -> Tensor:
         return self.checkpoint.read([name])[name]
 
+    def with_folds(self, folds: Folds, exact: bool = False) -> "Source":
+        """The same weights, some changed as they are read; not rounded again if `exact`."""
+        found = copy.copy(self)
+        found.folds, found.exact, found._last = folds, exact, ("", {})
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, with those that folds untie."""
+        shapes = self.model.state_dict()
+        untied = [shapes[n] for n in self.folds if n in (self.model.all_tied_weights_keys or {})]
+        return self.checkpoint.nbytes + sum(t.numel() * self.dtype.itemsize for t in untied)
+
     def load(self, prefix: str) -> dict[str, Tensor]:
         """Tensors in memory whose name starts with `prefix`; the last ones are kept at hand."""
         if self._last[0] != prefix:
@@ -155,7 +172,15 @@ class Source:
                         module._parameters[name] = nn.Parameter(empty, requires_grad=False)
                     else:
                         module._buffers[name] = empty
-        return {n: t for n, t in taken.items() if n.startswith(prefix) and not n.startswith(apart)}
+        wanted = {
+            n: t for n, t in taken.items() if n.startswith(prefix) and not n.startswith(apart)
+        }
+        tied = self.model.all_tied_weights_keys or {}
+        for name in self.folds:  # what has folds of its own is no longer tied
+            if tied.get(name) in wanted and name.startswith(prefix):
+                wanted[name] = wanted[tied[name]]
+        changed = {n: folded(t, self.folds.get(n, ())) for n, t in wanted.items()}
+        return {n: t if self.exact else t.to(wanted[n].dtype) for n, t in changed.items()}
 
 
 def give_back() -> None:

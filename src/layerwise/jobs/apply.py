@@ -13,6 +13,7 @@ from torch import Tensor
 
 from layerwise.core.errors import LayerwiseError, first_few
 from layerwise.core.fan import Engine
+from layerwise.core.fold import save_folds
 from layerwise.core.journal import Journal
 from layerwise.core.lockstep import walk
 from layerwise.core.machine import check_disk, check_memory
@@ -31,19 +32,24 @@ from layerwise.export import TARGETS
 from layerwise.export._writer import Finished
 from layerwise.jobs.checks import CHECK, CHECKED, must_be_sound, too_large
 from layerwise.jobs.engine import must_run
-from layerwise.jobs.forecast import disk_to_apply, memory_to_solve
+from layerwise.jobs.forecast import disk_to_apply, memory_to_rewrite, memory_to_solve
 from layerwise.jobs.imatrix import given_by
+from layerwise.jobs.rewrite import as_rewritten, rewrite
 from layerwise.jobs.session import Progress, check_new, load_reader, silent, texts_of
 from layerwise.jobs.solve import Solver, needs_of, put_outside, solve, try_chains
 
 
 class Applied(NamedTuple):
-    """What came of applying a plan: the folder, its bytes, a row per layer, and any warnings."""
+    """What came of applying a plan: the folder, its bytes, a row per layer, and any warnings.
+
+    `rewrites` says of every layer what was folded into it, and what could not be.
+    """
 
     folder: Path
     nbytes: int
     rows: list[dict[str, Any]]
     warnings: list[str]
+    rewrites: Sequence[dict[str, Any]] = ()
 
 
 def apply_plan(
@@ -82,17 +88,21 @@ def apply_plan(
     check_new(out)
     network = open_network(model, wiring=plan.wiring, device=device, dtype=dtype)
     target = check_plan(network, plan, other_weights)
-    outside = target.outside(network, plan.export)
-    put_outside(network, outside)
     given = given_by(network, plan.export.get("imatrix", ""))
     needs = [] if given else needs_of(plan.edits)
-    batches = windows(load_reader(network), texts_of(plan.data), "calibrate") if needs else []
+    read = needs or plan.rewrites
+    batches = windows(load_reader(network), texts_of(plan.data), "calibrate") if read else []
     part, journal_folder = beside(out, "part"), beside(out, "journal")
-    check_memory(memory_to_solve(network, batches, needs))
+    rewriting = memory_to_rewrite(network, plan.rewrites)
+    check_memory(memory_to_solve(network, batches, needs) | rewriting)
     if not journal_folder.exists():
-        check_disk(out.parent, disk_to_apply(network, plan))
+        check_disk(out.parent, disk_to_apply(as_rewritten(network, plan.rewrites), plan))
     batch = own_batch(network, plan)
     with Journal(journal_folder, job_of(network, plan, batches, given)) as journal:
+        done = rewrite(network, plan, batches, journal, progress)
+        network = done.network
+        outside = target.outside(network, plan.export)
+        put_outside(network, outside)
         solver = solve(network, plan.edits, batches, journal, progress, engine, given)
         if part.exists():
             shutil.rmtree(part)
@@ -103,6 +113,7 @@ def apply_plan(
         )
         nbytes = export(network.stack, plan, part)
         plan.save(part / "plan.yaml")
+        save_folds(part, done.folds)
         reports = {key: line["report"] for key, line in journal.lines.items()}
         rows = [layer_row(network, la, plan, reports.get(la.key, {})) for la in network.layers()]
         unseen = [key for report in reports.values() for key in report["unseen"]]
@@ -112,7 +123,7 @@ def apply_plan(
             warnings += too_large(network) or sound(part, network, batch)
         os.replace(part, out)
         journal.remove()
-    return Applied(out, nbytes, rows, warnings)
+    return Applied(out, nbytes, rows, warnings, done.rows)
 
 
 def job_of(
@@ -233,10 +244,17 @@ def check_plan(network: Network, plan: Plan, other_weights: bool) -> Target:
     check_model(plan, network.checkpoint.structure, network.checkpoint.weights, other_weights)
     check_selectors(plan, [m for stack in network.stacks for m in stack.matrices()])
     target = TARGETS[plan.target] if plan.target in TARGETS else _no_target(plan)
-    target.accepts(network)
+    target.accepts(as_rewritten(network, plan.rewrites))
     find(plan.target, "export").bind(plan.export)
     check_target(network, plan, target)
     try_chains(plan.edits)
+    if plan.rewrites and plan.export.get("imatrix"):
+        raise LayerwiseError(
+            "plan, rewrites",
+            allowed="importances that are measured",
+            found=f"those of {plan.export['imatrix']}, of inputs before they are rewritten",
+            fix="leave out the rewrites, or imatrix",
+        )
     return target
 
 

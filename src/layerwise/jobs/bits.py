@@ -9,14 +9,15 @@ from layerwise.core.damage import Choice, Damage, Menu, Option, cost, predict_da
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.method import find
 from layerwise.core.network import Network
-from layerwise.core.plan import Edit, Plan, Step, label, selects
+from layerwise.core.plan import Edit, Plan, Step, label
+from layerwise.core.select import selects
 from layerwise.core.stack import Group, Matrix
 from layerwise.core.stats import Scores
 from layerwise.core.target import Refuses, Target, refusals
 from layerwise.jobs.request import Planned, Request, identity
 from layerwise.jobs.scoring import make_scores
 from layerwise.jobs.session import Progress
-from layerwise.jobs.solve import run_chain
+from layerwise.jobs.solve import nearest, run_chain
 
 #: weights of a matrix on which an encoder is priced that searches for its scales
 PRICED = 1 << 17
@@ -56,7 +57,7 @@ def outside_of(request: Request, network: Network, target: Target) -> int:
         return target.rest(network, request.options(target.name))
     matrices = (m for stack in network.stacks for m in stack.matrices())
     size = network.stored.dtype.itemsize
-    return network.checkpoint.nbytes - sum(target.nbytes(m, (), size) for m in matrices)
+    return network.stored.nbytes - sum(target.nbytes(m, (), size) for m in matrices)
 
 
 def make_menus(request: Request, network: Network, target: Target) -> dict[str, Menu]:
@@ -187,19 +188,12 @@ def _error(
 ) -> float:
     if not chain:
         return 0.0
-    found = find(chain[-1].method, "weight")
-    nearest = chain
-    if "bits" in found.options:  # the steps before the solver round nothing
-        known = find("rtn").options
-        nearest = tuple(
-            Step("rtn", {k: v for k, v in step.options.items() if k in known})
-            for step in chain[-1:]
-        )
+    plain = nearest(chain)
     above = 0.0
     for matrix in matrices:
         weight = matrix.view(tensors[matrix.parameter])
-        some = weight if nearest is not chain else weight[:: max(1, matrix.size // PRICED)]
-        error = run_chain(some, {}, nearest).dense().float() - some.float()
+        some = weight if plain != chain else weight[:: max(1, matrix.size // PRICED)]
+        error = run_chain(some, {}, plain).dense().float() - some.float()
         above += error.square().sum().item() * len(weight) / len(some)
     return above
 
@@ -239,6 +233,7 @@ def assemble(
         target=request.target,  # type: ignore[arg-type]
         budget=request.budget.as_dict(),
         data=request.data,
+        rewrites=request.rewrites,
         edits=tuple(edits),
         fixed=request.keep,
         export=request.options(target.name) if target.types else {},

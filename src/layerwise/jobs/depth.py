@@ -10,8 +10,9 @@ from layerwise.core.fan import fan_out
 from layerwise.core.method import find
 from layerwise.core.network import Network
 from layerwise.core.open import rewired
-from layerwise.core.plan import Plan, selects
+from layerwise.core.plan import Plan
 from layerwise.core.search import Space
+from layerwise.core.select import selects
 from layerwise.core.stack import Layer
 from layerwise.core.stats import Scores
 from layerwise.export import TARGETS

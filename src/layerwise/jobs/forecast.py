@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
+from layerwise.core.method import find
 from layerwise.core.network import Network
-from layerwise.core.plan import Plan, chain_for
+from layerwise.core.plan import Plan, Step, chain_for
 from layerwise.core.stops import Batch
 from layerwise.export import TARGETS
 
@@ -29,6 +30,15 @@ def memory_to_solve(
     }
 
 
+def memory_to_rewrite(network: Network, steps: Sequence[Step]) -> dict[str, int]:
+    """What is known of the inputs of a layer, all of it at once."""
+    if not any(find(step.method, "rewrite").needs for step in steps):
+        return {}
+    widths = [{m.inputs: m.shape[1] for m in layer.matrices} for layer in network.layers()]
+    sizes = (sum(width**2 for width in own.values()) for own in widths)
+    return {"moments of a layer": 4 * max(sizes, default=0)}
+
+
 def memory_of_models(network: Network, count: int) -> dict[str, int]:
     """Whole models in float32, and room for what they compute."""
     parameters = sum(p.numel() for p in network.module.parameters())
@@ -38,7 +48,7 @@ def memory_of_models(network: Network, count: int) -> dict[str, int]:
 def disk_to_apply(network: Network, plan: Plan) -> dict[str, int]:
     """The result, and the journal beside it: a code of a byte and its scales per weight."""
     target, itemsize = TARGETS[plan.target], network.stored.dtype.itemsize
-    result, journal = network.checkpoint.nbytes, 0
+    result, journal = network.stored.nbytes, 0
     for layer in network.layers():
         for matrix in layer.matrices:
             chain = chain_for(plan.edits, matrix)

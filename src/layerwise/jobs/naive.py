@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from msgspec import structs
 
 from layerwise.core.errors import LayerwiseError
+from layerwise.core.fold import Fold, Folds
 from layerwise.core.journal import Journal
 from layerwise.core.method import find
 from layerwise.core.network import Network
-from layerwise.core.open import open_network
+from layerwise.core.open import open_network, refolded
 from layerwise.core.plan import Plan, chain_for, describe
 from layerwise.core.quality import Quality, measure_quality
 from layerwise.core.reader import windows
@@ -23,6 +25,7 @@ from layerwise.jobs.bits import plan_bits
 from layerwise.jobs.depth import able_to_go, assemble_depth, layers_to_drop, wiring_without
 from layerwise.jobs.mixes import MIXES, mix_plan, written_bytes
 from layerwise.jobs.request import Planned, Request
+from layerwise.jobs.rewrite import as_rewritten
 from layerwise.jobs.session import Budget, Progress, load_reader, silent, texts_of
 from layerwise.jobs.solve import needs_of, put_outside, solve
 from layerwise.jobs.stock import streamed
@@ -37,10 +40,14 @@ class Contest(NamedTuple):
     batches: Sequence[Any]
     dtype: str = "float32"
     device: str = "auto"
+    folds: Mapping[str, tuple[Fold, ...]] = {}
 
-    def opened(self, wiring: Mapping[str, Sequence[Any]] | None = None) -> Network:
-        """The original, or what a wiring makes of it, to compute with."""
-        return open_network(self.model, wiring=wiring, device=self.device, dtype=self.dtype)
+    def opened(
+        self, wiring: Mapping[str, Sequence[Any]] | None = None, folds: Folds = {}
+    ) -> Network:
+        """The original, or what a wiring and folds make of it, to compute with."""
+        found = open_network(self.model, wiring=wiring, device=self.device, dtype=self.dtype)
+        return refolded(found, folds) if folds else found
 
     def qualities(
         self, edited: Network, records: Callable[[Layer], Mapping[str, Weight]] = lambda layer: {}
@@ -56,7 +63,12 @@ class Contest(NamedTuple):
     def solved(self, plan: Plan, progress: Progress = silent) -> Quality:
         """The original with the edits of another plan, solved on that plan's data."""
         network, needs = open_network(self.model, device=self.device), needs_of(plan.edits)
-        edited, outside = self.opened(), TARGETS[plan.target].outside(network, plan.export)
+        folds = self.folds if plan.rewrites else {}
+        network = refolded(network, folds) if folds else network
+        edited, outside = (
+            self.opened(folds=folds),
+            TARGETS[plan.target].outside(network, plan.export),
+        )
         put_outside(network, outside)
         put_outside(edited, outside)
         reader = load_reader(network) if needs else None
@@ -132,7 +144,7 @@ def naive_bits(contest: Contest, progress: Progress) -> Naive | None:
     """The same solver, one option everywhere; for GGUF llama.cpp's own mixture, if it is better."""
     network = open_network(contest.model, device=contest.device)
     found = []
-    planned = plan_uniform(contest, network)
+    planned = plan_uniform(contest, as_rewritten(network, contest.plan.rewrites))
     if planned is not None:
         quality = contest.solved(planned.plan, progress)
         found.append(Naive(f"uniform: {describe(planned.plan)}", quality, planned.nbytes))
@@ -171,9 +183,10 @@ def plan_uniform(contest: Contest, network: Network) -> Planned | None:
         device=contest.device,
     )
     try:
-        return plan_bits(request, network, target, silent)
+        planned = plan_bits(request, network, target, silent)
     except LayerwiseError:
         return None
+    return planned._replace(plan=structs.replace(planned.plan, rewrites=plan.rewrites))
 
 
 def packed_size(contest: Contest) -> int:

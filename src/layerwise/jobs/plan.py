@@ -3,11 +3,12 @@
 from layerwise.core.errors import LayerwiseError, nearest
 from layerwise.core.method import find
 from layerwise.core.open import open_network
-from layerwise.core.plan import check_selector
+from layerwise.core.select import check_selector
 from layerwise.export import TARGETS
 from layerwise.jobs.bits import plan_bits
 from layerwise.jobs.depth import plan_depth
 from layerwise.jobs.request import Planned, Request
+from layerwise.jobs.rewrite import as_rewritten
 from layerwise.jobs.session import Progress, silent
 from layerwise.report.terminal import show_bytes
 
@@ -51,7 +52,16 @@ def make_plan(request: Request, progress: Progress = silent) -> Planned:
     for pattern in request.keep:
         check_selector(pattern, [m for s in network.stacks for m in s.matrices()], "--keep")
     if request.budget.depth is not None or not target.by_bits:
+        if request.rewrites:
+            raise LayerwiseError(
+                f"--rewrite {request.rewrite}",
+                allowed="a plan that rounds matrices",
+                found="one that leaves layers out",
+                fix="leave it out, or use a target and a budget by bits",
+            )
         return plan_depth(request, network, progress)
+    network = as_rewritten(network, request.rewrites)
+    target.accepts(network)
     planned = plan_bits(request, network, target, progress)
     if all(len(menu.options) == 1 for menu in planned.menus.values()):
         raise LayerwiseError(

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 from layerwise.core.damage import Damage, Menu
 from layerwise.core.fan import Engine
+from layerwise.core.method import find
 from layerwise.core.network import Network
-from layerwise.core.plan import DataSpec, Identity, Plan
+from layerwise.core.plan import DataSpec, Identity, Plan, Step
 from layerwise.core.stats import Scores
 from layerwise.jobs.session import Budget
 
@@ -27,6 +28,14 @@ class Request(NamedTuple):
     device: str = "auto"
     dtype: str = "auto"
     engine: Engine = Engine()
+    rewrite: str = ""
+
+    @property
+    def rewrites(self) -> tuple[Step, ...]:
+        """The steps of `rewrite`, such as `rotate_stream+awq`, with what was set of each."""
+        names = [name for name in self.rewrite.split("+") if name]
+        found = [find(name, "rewrite").name for name in names]
+        return tuple(Step(name, self.options(name)) for name in found)
 
     def options(self, name: str) -> dict[str, Any]:
         """What `--set name.option=value` said of a method."""

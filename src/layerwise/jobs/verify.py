@@ -11,6 +11,7 @@ from torch import Tensor
 
 from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.data import Texts
+from layerwise.core.fold import load_folds
 from layerwise.core.machine import available_memory
 from layerwise.core.network import Network
 from layerwise.core.open import choose_device, open_network
@@ -75,7 +76,8 @@ class Case(NamedTuple):
     def contest(self) -> Contest:
         """What a naive plan has to be measured on."""
         how = self.settings.dtype, self.settings.device
-        return Contest(self.model, self.plan, self.after.nbytes, self.batches, *how)
+        folds = load_folds(self.folder)
+        return Contest(self.model, self.plan, self.after.nbytes, self.batches, *how, folds)
 
 
 def verify(
@@ -154,7 +156,7 @@ def _in_llama(case: Case) -> Measured:
     """Our dequantized model, with a layer in memory, and the file itself run by llama.cpp."""
     contest, held, batches = case.contest, case.after, case.batches
     assert isinstance(held, GgufFile)
-    edited = contest.opened(case.plan.wiring)
+    edited = contest.opened(case.plan.wiring, contest.folds)
     ours: list[Tensor] = []
     put_outside(edited, held.outside(edited))
     with (
@@ -185,7 +187,7 @@ def _streamed(case: Case) -> Measured:
     packed = any(name.endswith(".weight_scale") for name in held.tensors)
     records = partial(packed_records, held, edits=case.plan.edits) if packed else lambda layer: {}
     own = contest._replace(model=case.folder)
-    edited = contest.opened(case.plan.wiring) if packed else own.opened()
+    edited = contest.opened(case.plan.wiring, contest.folds) if packed else own.opened()
     before, after = contest.qualities(edited, records)
     said = "streamed: speed, memory, decoding and the stock reload were not measured"
     return _both(case, before, after), (before, after), [], [said]

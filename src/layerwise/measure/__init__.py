@@ -5,8 +5,11 @@ from layerwise.measure.importance import attention_received
 from layerwise.measure.moments import (
     attended_moment,
     cross_moment,
+    largest_magnitude,
+    mean_magnitude,
     second_moment,
     second_moment_diagonal,
+    stream_moment,
 )
 from layerwise.measure.residual import (
     depth_use,
@@ -32,8 +35,10 @@ __all__ = [
     "document_geometry",
     "first_states",
     "head_patterns",
+    "largest_magnitude",
     "largest_states",
     "last_states",
+    "mean_magnitude",
     "neuron_means",
     "output_error",
     "place_states",
@@ -42,6 +47,7 @@ __all__ = [
     "residual_cosine",
     "second_moment",
     "second_moment_diagonal",
+    "stream_moment",
     "stream_moments",
     "token_sample",
     "update_norm",

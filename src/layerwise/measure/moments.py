@@ -6,6 +6,7 @@ from torch import Tensor
 
 from layerwise.core.method import method
 from layerwise.core.stats import Probe, Seen
+from layerwise.core.tokens import by_token
 
 State = tuple[Tensor | None, int]
 
@@ -110,6 +111,56 @@ def attended_moment() -> Probe:
     return second_moment(weights="attention_received")
 
 
+@method("measure", paper="arXiv:2306.00978")
+def mean_magnitude() -> Probe:
+    """Mean size of what an input group receives, channel by channel: `mean |x_i|`, `[in]`.
+
+    Returns:
+        A probe whose value per input group is a vector.
+
+    Example:
+        >>> probe = mean_magnitude()
+        >>> seen = Seen(torch.tensor([[1.0, -2.0], [3.0, 0.0]]), None, None, None, {}, None)
+        >>> probe.finish(probe.update(probe.init(""), seen))
+        tensor([2., 1.])
+
+    Reference: Lin et al., 2023, arXiv:2306.00978.
+    """
+
+    def update(state: State, seen: Seen) -> State:
+        sizes = seen.inputs.float().abs().sum(0)
+        return sizes if state[0] is None else state[0] + sizes, state[1] + len(seen.inputs)
+
+    def finish(state: State) -> Tensor:
+        assert state[0] is not None
+        return state[0] / max(state[1], 1)
+
+    return Probe("input", lambda key: (None, 0), update, finish)
+
+
+@method("measure", paper="arXiv:2211.10438")
+def largest_magnitude() -> Probe:
+    """Largest size of what an input group receives, channel by channel: `max |x_i|`, `[in]`.
+
+    Returns:
+        A probe whose value per input group is a vector; one token decides it.
+
+    Example:
+        >>> probe = largest_magnitude()
+        >>> seen = Seen(torch.tensor([[1.0, -2.0], [3.0, 0.0]]), None, None, None, {}, None)
+        >>> probe.finish(probe.update(probe.init(""), seen))
+        tensor([3., 2.])
+
+    Reference: Xiao et al., 2022, arXiv:2211.10438.
+    """
+
+    def update(state: Tensor | None, seen: Seen) -> Tensor:
+        sizes = seen.inputs.float().abs().amax(0)
+        return sizes if state is None else torch.maximum(state, sizes)
+
+    return Probe("input", lambda key: None, update, lambda state: state)
+
+
 @method("measure")
 def second_moment_diagonal() -> Probe:
     """Diagonal of the second moment, `mean x_i^2`, `[in]`: what an importance matrix holds.
@@ -133,3 +184,32 @@ def second_moment_diagonal() -> Probe:
         return state[0] / max(state[1], 1)
 
     return Probe("input", lambda key: (None, 0), update, finish)
+
+
+@method("measure", paper="arXiv:2401.15024")
+def stream_moment() -> Probe:
+    """Second moment of the stream before a layer: `(1/n) sum_t x_t x_t^T`, `[dim, dim]`.
+
+    Returns:
+        A probe whose value per layer is the moment over all tokens that are no padding.
+
+    Example:
+        >>> probe = stream_moment()
+        >>> x = torch.tensor([[[1.0, 2.0], [3.0, 0.0]]])
+        >>> probe.finish(probe.update(probe.init(""), Seen(x, x, None, None, {}, None)))
+        tensor([[5., 1.],
+                [1., 2.]])
+
+    Reference: Ashkboos et al., 2024, arXiv:2401.15024.
+    """
+
+    def update(state: State, seen: Seen) -> State:
+        x = by_token(seen.inputs)
+        rows = x.flatten(0, 1) if seen.mask is None else x[seen.mask.bool()]
+        return add_rows(state, rows)
+
+    def finish(state: State) -> Tensor:
+        assert state[0] is not None
+        return state[0] / max(state[1], 1)
+
+    return Probe("layer", lambda key: (None, 0), update, finish)

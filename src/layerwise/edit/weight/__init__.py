@@ -1,6 +1,6 @@
 """Edits of one matrix."""
 
-from layerwise.edit.weight.before import qep, rotate, scale_channels, token_importance
+from layerwise.edit.weight.before import clip, qep, rotate, scale_channels, token_importance
 from layerwise.edit.weight.codes import gaussian, trit_planes
 from layerwise.edit.weight.comq import comq, refine
 from layerwise.edit.weight.floats import minifloat
@@ -10,6 +10,7 @@ from layerwise.edit.weight.learn import learned_rounding
 from layerwise.edit.weight.rtn import rtn
 
 __all__ = [
+    "clip",
     "comq",
     "gaussian",
     "ggml",

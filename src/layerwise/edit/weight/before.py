@@ -1,5 +1,6 @@
 """Steps before a solver: they change what it is to meet, or what it sees of the inputs."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.method import method
 from layerwise.core.rotation import rotated
-from layerwise.core.weight import Dense, Rotated, Scaled
+from layerwise.core.weight import Dense, Rotated, Scaled, in_groups
 from layerwise.edit.weight._grid import check_bits
 from layerwise.edit.weight._solve import row_errors
 from layerwise.edit.weight.rtn import rtn
@@ -149,7 +150,7 @@ def rotate(
     return Rotated(Dense(rotated(weight, signs, block).to(weight.dtype)), signs, block)
 
 
-@method("weight", paper="arXiv:2306.00978", aliases=("awq",), needs=("second_moment",))
+@method("weight", paper="arXiv:2306.00978", needs=("second_moment",))
 def scale_channels(
     weight: Float[Tensor, "out in"],
     stats: Mapping[str, Any],
@@ -212,6 +213,70 @@ def scale_channels(
         if least is None or error < least:
             best, least = frame, error
     return best
+
+
+@method("weight", needs=("second_moment",), paper="arXiv:2306.00978")
+def clip(
+    weight: Float[Tensor, "out in"],
+    stats: Mapping[str, Any],
+    *,
+    bits: int = 4,
+    group: int = 128,
+    symmetric: bool = True,
+    least: float = 0.5,
+) -> Dense:
+    r"""Cut off the largest weights of a group where a finer grid for the others is worth it.
+
+    `W' = clamp(W, -c m, c m)`, `m = max |w|` of a row's group, with the one `c` of
+    `1, 0.95, ... > least` at which `e^T H_gg e` is least: `e` is what rounding `W'` to nearest
+    leaves of `W` in the group, `H_gg` the second moment of its inputs.
+
+    Args:
+        weight: `[out, in]`.
+        stats: `second_moment` of the inputs, `[in, in]`; without it the identity is taken.
+        bits: of the rounding that the search tries; those of the step that follows.
+        group: columns that share a scale in it.
+        symmetric: no zero points in it.
+        least: share of the largest weight that stays at least; 1 changes nothing.
+
+    Returns:
+        The weight, for a solver to round.
+
+    Raises:
+        LayerwiseError: `bits`, `group` or `least` are out of range.
+
+    Example:
+        >>> w = torch.tensor([[1.0, 0.45, -0.45, 0.45, 0.45, -0.45]])
+        >>> h = torch.diag(torch.tensor([0.01, 1.0, 1.0, 1.0, 1.0, 1.0]))
+        >>> clip(w, {"second_moment": h}, bits=2, group=0).dense().max() < 1
+        tensor(True)
+
+    Reference: Lin et al., 2023, arXiv:2306.00978, whose code does so after scaling, for all but
+    queries and keys. The error counted is that of the group alone.
+    """
+    check_bits("clip", bits, group)
+    if not 0 <= least <= 1:
+        raise LayerwiseError(
+            "clip, option 'least'", allowed="0 to 1", found=least, fix="choose another"
+        )
+    width = group or weight.shape[1]
+    blocks = in_groups(weight.float(), width)  # [out, groups, width]
+    moment = stats.get("second_moment")
+    squares = torch.eye(weight.shape[1]) if moment is None else moment.float()
+    squares = in_groups(squares.to(weight.device), width)  # [in, groups, width]
+    pieces = in_groups(squares.flatten(1).T, width)  # [groups * width, groups, width]
+    count = blocks.shape[1]
+    own = pieces.reshape(count, width, count, width).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    top, best, loss = blocks.abs().amax(-1, keepdim=True), blocks, None
+    for step in range(math.ceil((1 - least) * 20) or 1):
+        cut = torch.maximum(torch.minimum(blocks, top * (1 - step / 20)), top * (step / 20 - 1))
+        flat = cut.flatten(1)[:, : weight.shape[1]].to(weight.dtype)
+        kept = rtn(flat, {}, bits=bits, group=group, symmetric=symmetric).dense()
+        error = in_groups(kept - weight.float(), width)
+        found = torch.einsum("ogv,gvw,ogw->og", error, own, error)[..., None]
+        best = cut if loss is None else torch.where(found < loss, cut, best)
+        loss = found if loss is None else torch.minimum(found, loss)
+    return Dense(best.flatten(1)[:, : weight.shape[1]].to(weight.dtype).contiguous())
 
 
 def _evened(size: Tensor, power: float) -> Tensor:
