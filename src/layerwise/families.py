@@ -1,6 +1,16 @@
 """Every family, imported: after this the registry is complete."""
 
-from layerwise import allocate, describe, export, measure, score, search
+from layerwise import allocate, describe, export, measure, run, score, search
 from layerwise.edit import stack, weight
 
-__all__ = ["allocate", "describe", "export", "measure", "score", "search", "stack", "weight"]
+__all__ = [
+    "allocate",
+    "describe",
+    "export",
+    "measure",
+    "run",
+    "score",
+    "search",
+    "stack",
+    "weight",
+]

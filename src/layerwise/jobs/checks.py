@@ -16,7 +16,7 @@ from layerwise.core.machine import amount, available_memory
 from layerwise.core.network import Network
 from layerwise.core.plan import Plan
 from layerwise.core.stack import Stack
-from layerwise.core.wiring import parse_wiring
+from layerwise.core.visits import parse_wiring
 from layerwise.jobs.measure import agrees_cached, generates
 from layerwise.jobs.stock import answers_of, load_stock, standing_in
 
