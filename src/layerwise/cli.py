@@ -293,5 +293,9 @@ def demo(
     output.end(f"the page is in {page} ({time.monotonic() - output.began:.0f} s)")
 
 
+from layerwise import command_run  # noqa: E402  the command `run`
+
+assert command_run
+
 if __name__ == "__main__":
     app()

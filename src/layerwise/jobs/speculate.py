@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from layerwise.core.errors import LayerwiseError, refusing
@@ -103,7 +103,8 @@ class Session:
         known = inspect.signature(network.module.forward).parameters
         self.short = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
         self.returned: dict[str, tuple[Any, Tensor]] = {}
-        self.cache: Cache | None = None
+        self.left_out = tuple(left_out)
+        self.place, self.cache = "", Cache(layers=[])
 
     def start(self, tokens: Sequence[int]) -> Tensor:
         """Read a prompt; logits `[classes]` after its last token.
@@ -114,14 +115,15 @@ class Session:
         beside = [layer for layer in self.layers if not layer.alone]
         with instead(beside, self._remember):
             output = self._run(tokens, **self.short)
-        self.cache = output.get("past_key_values")
+        held = [(name, value) for name, value in output.items() if isinstance(value, Cache)]
+        self.place, self.cache = held[0] if held else ("", self.cache)
         if self.layers:
             self._must_cut()
         return output["logits"][0, -1]
 
     def feed(self, tokens: Sequence[int]) -> Tensor:
         """Logits `[tokens, classes]` after each of some tokens."""
-        return self._run(tokens, past_key_values=self.cache)["logits"][0]
+        return self._run(tokens, **{self.place: self.cache})["logits"][0]
 
     def drafting(self) -> Any:
         """A block in which the left out steps hand on what they receive."""
@@ -129,7 +131,6 @@ class Session:
 
     def cut(self, length: int) -> None:
         """Cut every slot back to the first `length` positions."""
-        assert self.cache is not None
         for slot in self.cache.layers:
             if isinstance(slot, CacheLayerMixin):
                 slot.crop(-max(slot.get_seq_length() - length, 0))  # type: ignore[attr-defined]
@@ -139,18 +140,29 @@ class Session:
         return self.module(input_ids=ids, use_cache=True, **more)
 
     def _must_cut(self) -> None:
-        """Every slot has to hold positions that can be cut off again."""
-        slots = self.cache.layers if type(self.cache).__name__ == "DynamicCache" else None
-        states = [s for s in slots or () if isinstance(s, LinearAttentionCacheLayerMixin)]
-        plain = [s for s in slots or () if isinstance(s, CacheLayerMixin) and s.is_croppable]
-        if states or not plain:
+        """Every slot has to hold positions that can be cut off again, and stock code, which
+        counts them in the first slot of each kind, has to find them there while tokens are
+        drafted."""
+        slots = self.cache.layers if type(self.cache) is DynamicCache else []
+        states = any(isinstance(slot, LinearAttentionCacheLayerMixin) for slot in slots)
+        if states or not slots or not all(slot.is_croppable for slot in slots):
             raise LayerwiseError(
                 "--speculate",
                 allowed="a network whose cache holds keys and values by position",
                 found="states that cannot be taken back" if states else type(self.cache).__name__,
                 fix="decode without a draft",
             )
-        assert self.cache is not None
+        kinds = [type(slot) for slot in slots]
+        for step in self.left_out:
+            first = step < len(kinds) and kinds.index(kinds[step]) == step
+            later = [i for i, kind in enumerate(kinds) if first and kind is kinds[step]]
+            if not set(later) <= set(self.left_out):
+                raise LayerwiseError(
+                    "--speculate",
+                    allowed="drafts in which the first step with a cache of its kind runs",
+                    found=f"step {step} left out, the first with a {kinds[step].__name__}",
+                    fix="leave out other steps, or choose an exit",
+                )
         self.cache.activate_past_recording()
 
     def _remember(self, layer: Layer) -> Callable[..., Any]:
