@@ -121,7 +121,9 @@ def draft_of(
     if not text:
         return None
     if text == "auto":
-        draft, why = choose_draft(forecast_for(output, network, sampling, data, documents)[1], network)
+        draft, why = choose_draft(
+            forecast_for(output, network, sampling, data, documents)[1], network
+        )
         output.say(why)
         output.more["draft"] = why
         return draft

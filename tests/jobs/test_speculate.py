@@ -112,7 +112,7 @@ def test_it_stops_where_plain_decoding_stops(opened) -> None:
 
 @pytest.mark.parametrize("kind", ["mamba"])
 def test_states_that_cannot_be_taken_back(opened, kind: str) -> None:
-    with pytest.raises(LayerwiseError, match="cannot be taken back.*without a draft"):
+    with pytest.raises(LayerwiseError, match=r"cannot be taken back.*without a draft"):
         generate(opened(kind), PROMPT, speculate=Draft((1,), 2))
 
 

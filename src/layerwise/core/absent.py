@@ -5,8 +5,8 @@ a hollow layer: nothing but zeros, or one of the tensors that it was given (wher
 the stream itself). Right is what gives the layer's output with the part's addition ablated.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -47,6 +47,7 @@ class StandIn:
     slots: tuple[int, ...] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module is taken to return."""
         given = [t for t in tensors_in((args, kwargs)) if t.is_floating_point()]
         x = given[0]
         cache = cache_in(args, kwargs)
@@ -91,8 +92,9 @@ def leave_out(model: nn.Module, layers: Sequence[Layer], visits: Sequence[Visit]
 
         def run(*args: Any, **kwargs: Any) -> Any:
             found[layer.key] = {}
-            for part in todo[layer.key]:
-                found[layer.key] |= _stand_ins(layer, part, args, kwargs)
+            with _uneven(layer.module):
+                for part in todo[layer.key]:
+                    found[layer.key] |= _stand_ins(layer, part, args, kwargs)
             return own(*args, **kwargs)
 
         return run
@@ -104,6 +106,42 @@ def leave_out(model: nn.Module, layers: Sequence[Layer], visits: Sequence[Visit]
     for layer in chosen:
         for path, stand_in in found[layer.key].items():
             vars(layer.module.get_submodule(path))["forward"] = stand_in
+
+
+@contextmanager
+def _uneven(module: nn.Module) -> Iterator[None]:
+    """Uneven norms and biases: with even ones, a norm behind a norm does nothing."""
+    generator = torch.Generator().manual_seed(0)
+    held = [(m._parameters, dict(m._parameters)) for m in module.modules()]
+    try:
+        for place, own in held:
+            for name, p in own.items():
+                if p is not None and p.ndim == 1:
+                    drawn = 0.5 + torch.rand(p.shape, generator=generator)
+                    place[name] = nn.Parameter(drawn.to(p), requires_grad=False)
+        yield
+    finally:
+        for place, own in held:
+            place.update(own)
+
+
+def silenced(layer: Layer, visit: Visit, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a layer with zeros where the parts that a visit leaves out write.
+
+    These are the last matrices of a part and their biases, so that stock code computes the part
+    and adds nothing. Whether it adds nothing is seen when the folder is loaded again.
+    """
+    gone = [part.name for part in layer.parts if part.name not in _kept(layer, visit)]
+    zeros = dict(tensors)
+    for part in gone:
+        mine = [m for m in layer.matrices if m.part == part]
+        role = mine[-1].role.rstrip("0123456789")
+        for name in {m.parameter for m in mine if m.role.rstrip("0123456789") == role}:
+            stem = name.removesuffix(".weight")
+            for own in (name, f"{stem}.bias", f"{stem}_bias"):
+                if own in tensors:
+                    zeros[own] = torch.zeros_like(tensors[own])
+    return zeros
 
 
 def _kept(layer: Layer, visit: Visit) -> tuple[str, ...]:
@@ -194,9 +232,7 @@ def _template(call: Call) -> Any:
     return tree_map(kept, call.output)
 
 
-def _run_without(
-    layer: Layer, made: Mapping[str, StandIn], args: Any, kwargs: Any
-) -> list[Tensor]:
+def _run_without(layer: Layer, made: Mapping[str, StandIn], args: Any, kwargs: Any) -> list[Tensor]:
     """What the layer returns with stand-ins in place."""
     places = [(vars(layer.module.get_submodule(path)), new) for path, new in made.items()]
     with ExitStack() as undo:
@@ -207,8 +243,10 @@ def _run_without(
 
 
 def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
-    alike = len(one) == len(other) and all(a.shape == b.shape for a, b in zip(one, other))
-    return alike and all(torch.allclose(a, b, 1e-4, 1e-6) for a, b in zip(one, other))
+    alike = len(one) == len(other) and all(
+        a.shape == b.shape for a, b in zip(one, other, strict=True)
+    )
+    return alike and all(torch.allclose(a, b, 1e-4, 1e-6) for a, b in zip(one, other, strict=True))
 
 
 def _lengths(

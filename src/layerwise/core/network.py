@@ -194,6 +194,8 @@ class Network:
             visit = self.visits.get(layer.path)
             owner = first.setdefault(origin, layer)
             if owner is layer or (visit is not None and visit.copy):
+                if self.source is not None:
+                    self.source.forget()  # tensors at hand belong to another visit
                 self.bring(layer)
             else:
                 share(owner.module, layer.module, lambda n, o=origin: self._is_stored(f"{o}.{n}"))

@@ -92,8 +92,7 @@ def open_network(
     Args:
         model: a folder, hub id, `demo`, or an `nn.Module`.
         inputs: example inputs of a module that is not a transformers language model.
-        wiring: execution order per stack, as in a plan; the network is built with that depth. Without
-            it, the one that a folder of the target `compact` names.
+        wiring: execution order per stack, as in a plan; else that of a `compact` folder.
         device: where to compute, `auto` for CUDA if present.
         dtype: in which type to compute, `auto` for the checkpoint's.
 

@@ -6,10 +6,12 @@ in the place of a module's forward.
 """
 
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -37,6 +39,8 @@ def parse_wiring(entries: Sequence[Any], depth: int, where: str) -> Wiring:
         [0, 2, 2, 1, 3]
     """
     visits: list[Visit] = []
+    if any(isinstance(entry, Visit) for entry in entries):
+        entries = entries_of(tuple(entries))
     for entry in entries:
         together = _fields(entry, {"parallel"})
         members = together["parallel"] if together else [entry]
@@ -56,19 +60,16 @@ def _fields(entry: Any, known: set[str]) -> dict[str, Any] | None:
 
 
 def _visit(entry: Any, depth: int, where: str, number: int | None) -> Visit:
-    if isinstance(entry, Visit):
-        found = entry
-    else:
-        given = _fields(entry, {"layer", "copy", "parts"}) or {"layer": entry}
-        parts = given.get("parts")
-        if parts is not None and not (isinstance(parts, list | tuple) and parts):
-            raise _wrong(where, depth, entry)
-        given["parts"] = None if parts is None else tuple(map(str, parts))
-        found = Visit(**{"layer": -1, **given, "parallel": number})
-    plain = type(found.layer) is int and type(found.copy) is bool and found.adapter is None
-    if not plain or not 0 <= found.layer < depth:
+    given = {"copy": False, "parts": None, "layer": entry}
+    given |= _fields(entry, {"layer", "copy", "parts"}) or {}
+    layer, parts = given["layer"], given["parts"]
+    named = parts is None or (isinstance(parts, list | tuple) and len(parts) > 0)
+    if type(layer) is not int or type(given["copy"]) is not bool or not named:
         raise _wrong(where, depth, entry)
-    return found
+    if not 0 <= layer < depth:
+        raise _wrong(where, depth, entry)
+    names = None if parts is None else tuple(map(str, parts))
+    return Visit(layer, given["copy"], names, parallel=number)
 
 
 def _wrong(where: str, depth: int, entry: Any) -> LayerwiseError:
@@ -131,8 +132,8 @@ def entries_of(wiring: Wiring) -> list[Any]:
     """An order as a plan writes it.
 
     Example:
-        >>> entries_of(parse_wiring([0, {"parallel": [1, 2]}, {"layer": 1, "parts": ["mlp"]}], 3, ""))
-        [0, {'parallel': [1, 2]}, {'layer': 1, 'parts': ['mlp']}]
+        >>> entries_of(parse_wiring([{"layer": 2, "parts": ["mlp"]}, {"parallel": [0, 1]}], 3, ""))
+        [{'layer': 2, 'parts': ['mlp']}, {'parallel': [0, 1]}]
     """
     entries: list[Any] = []
     groups: dict[int, list[Any]] = {}
@@ -148,6 +149,29 @@ def entries_of(wiring: Wiring) -> list[Any]:
             groups[visit.parallel] = [entry]
             entries.append({"parallel": groups[visit.parallel]})
     return entries
+
+
+def folded(entries: Sequence[Any]) -> tuple[list[int], list[Any]]:
+    """The layers that an order visits, each once, and the order in their numbers.
+
+    Example:
+        >>> folded([0, 3, 3, {"parallel": [5, 6]}])
+        ([0, 3, 5, 6], [0, 1, 1, {'parallel': [2, 3]}])
+    """
+    wiring = parse_wiring(entries, sys.maxsize, "wiring")
+    kept = sorted({visit.layer for visit in wiring})
+    return kept, entries_of(tuple(replace(v, layer=kept.index(v.layer)) for v in wiring))
+
+
+def only_drops(entries: Sequence[Any]) -> bool:
+    """Whether an order leaves layers out and does nothing else.
+
+    Example:
+        >>> only_drops([0, 2, 3]), only_drops([0, 1, 1]), only_drops([{"parallel": [0, 1]}])
+        (True, False, False)
+    """
+    plain = all(type(entry) is int for entry in entries)
+    return plain and list(entries) == sorted(set(entries))
 
 
 def is_plain(visit: Visit) -> bool:
@@ -177,7 +201,7 @@ def read_folded(folder: Path) -> dict[str, list[Any]]:
 
 
 #: what the groups that are being visited read, by their number; every lane of a walk has its own
-_READ: ContextVar[Mapping[int, Tensor]] = ContextVar("read", default={})
+_READ: ContextVar[Mapping[int, Tensor]] = ContextVar("read", default=MappingProxyType({}))
 
 
 @dataclass
@@ -194,6 +218,7 @@ class Together:
     last: bool
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """One visit of the group."""
         given, read = hidden((args, kwargs)), _READ.get()
         if self.first:
             _READ.set({**read, self.group: given.clone()})  # a layer may write into its input

@@ -9,7 +9,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.stack import Stack, Wiring
 
-
 Tree = dict[str, Any]
 
 #: what configurations of backbones derive from their depth

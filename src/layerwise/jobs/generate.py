@@ -97,7 +97,9 @@ def generate(
         if show is not None:
             show.end()
     seconds = time.perf_counter() - began
-    texts = [reader.processor.decode(t, skip_special_tokens=True) if reader else "" for t in written]
+    texts = [
+        reader.processor.decode(t, skip_special_tokens=True) if reader else "" for t in written
+    ]
     return Generated(texts, written, seconds, tally)
 
 

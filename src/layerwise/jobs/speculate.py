@@ -177,12 +177,19 @@ class Session:
 
     def _handing_on(self, layer: Layer) -> Callable[..., Any]:
         if layer.alone:
-            return lambda *args, **kwargs: hidden((args, kwargs))
+            return _received
         return partial(_in_place_of, *self.returned[layer.key])
 
 
+def _received(*args: Any, **kwargs: Any) -> Tensor:
+    """The hidden state among arguments; where it comes first, without a look at the others."""
+    first = args[0] if args else None
+    plain = isinstance(first, Tensor) and first.ndim == 3 and first.is_floating_point()
+    return first if plain else hidden((args, kwargs))
+
+
 def _in_place_of(output: Any, state: Tensor, *args: Any, **kwargs: Any) -> Any:
-    return swapped(output, state, hidden((args, kwargs)))
+    return swapped(output, state, _received(*args, **kwargs))
 
 
 def _left_out(network: Network, steps: Sequence[int]) -> list[Layer]:
@@ -220,10 +227,13 @@ def speculated(
         LayerwiseError: the network cannot be run that way.
     """
     generator = torch.Generator().manual_seed(sampling.seed)
-    with torch.no_grad(), refusing(
-        "--speculate",
-        allowed="a network whose steps can hand on their input while it decodes",
-        fix="choose an exit, or decode without a draft",
+    with (
+        torch.no_grad(),
+        refusing(
+            "--speculate",
+            allowed="a network whose steps can hand on their input while it decodes",
+            fix="choose an exit, or decode without a draft",
+        ),
     ):
         session = Session(network, draft.left_out)
         written = [_chosen(session.start(prompt), sampling, generator)[0]]
