@@ -81,7 +81,8 @@ def generate(
     reader = load_reader(network) if network.folder is not None else None
     rows = tokens_of(reader, prompts)
     began = time.perf_counter()
-    show = _shown(reader, tell) if tell is not None and len(rows) == 1 else None
+    alone = tell is not None and len(rows) == 1
+    show = _shown(reader, tell, skip=speculate is None) if tell is not None and alone else None
     tally = None
     if speculate is None:
         written = _stock(resident, rows, sampling, show)
@@ -194,8 +195,8 @@ def _until(tokens: list[int], ends: set[int]) -> list[int]:
     return tokens[: last + 1]
 
 
-def _shown(reader: Reader | None, tell: Callable[[str], None]) -> BaseStreamer:
-    """Hands text on word by word, as stock streaming does."""
+def _shown(reader: Reader | None, tell: Callable[[str], None], skip: bool) -> BaseStreamer:
+    """Hands text on word by word, as stock streaming does; that begins with the prompt."""
     from transformers import TextStreamer
 
     if reader is None:
@@ -205,6 +206,6 @@ def _shown(reader: Reader | None, tell: Callable[[str], None]) -> BaseStreamer:
             found="a module in memory",
             fix="open the folder, or leave `tell` out",
         )
-    streamer = TextStreamer(reader.processor, skip_prompt=False, skip_special_tokens=True)
+    streamer = TextStreamer(reader.processor, skip_prompt=skip, skip_special_tokens=True)
     vars(streamer)["on_finalized_text"] = lambda text, stream_end=False: tell(text)
     return streamer
