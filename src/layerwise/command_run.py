@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from layerwise.console import Output, command, quiet
-from layerwise.options import Data, Device, Dtype, Json, Model, Seed
+from layerwise.options import Data, Device, Json, Model, Seed
 
 
 @command
@@ -29,7 +29,7 @@ def run(
     data: Data = "stdlib",
     check: Annotated[bool, typer.Option(help="Check the cache under a new order.")] = True,
     device: Device = "auto",
-    dtype: Dtype = "auto",
+    dtype: Annotated[str, typer.Option(help="Compute type; auto: float32 with a draft.")] = "auto",
     as_json: Json = False,
 ) -> None:
     """Let a network write, with its layers in any order, and with drafts that it verifies."""
@@ -43,7 +43,15 @@ def run(
     settings = {"wiring": wiring or plan, "speculate": speculate, **sampling._asdict()}
     output = Output("run", model, as_json, settings)
     order = read_plan(Path(plan)).wiring if plan else wiring
-    network = opened(output, order, device, dtype, check)
+    drafts = sweep or bool(speculate)
+    network = opened(
+        output, order, device, "float32" if drafts and dtype == "auto" else dtype, check
+    )
+    if drafts and network.dtype.itemsize < 4:
+        output.warnings.append(
+            f"in {dtype} several tokens at once may round otherwise than one by one, so that the "
+            "text may differ from plain decoding's; it does not in float32"
+        )
     if sweep:
         rows = swept(output, network, sampling, data, documents)
         output.end(f"{len(rows)} settings against plain decoding, one by one, on this machine")
@@ -113,7 +121,6 @@ def draft_of(
     output: Output, network: Any, text: str, sampling: Any, data: str, documents: int
 ) -> Any:
     """The draft that was asked for: a setting, the best, or none."""
-    from layerwise.core.errors import LayerwiseError
     from layerwise.core.method import find
     from layerwise.jobs.pays import choose_draft
     from layerwise.jobs.speculate import Draft
@@ -127,27 +134,34 @@ def draft_of(
         output.say(why)
         output.more["draft"] = why
         return draft
-    given = dict(pair.partition("=")[::2] for pair in text.replace(" ", "").split(","))
-    try:
-        length = int(given.pop("length", 4))
-        numbers = {name: [int(n) for n in value.split("+")] for name, value in given.items()}
-        good = length > 0 and len(numbers) == 1 and set(numbers) <= {"exit", "skip"}
-        good = good and (len(numbers.get("exit", [1])) == 1)
-    except ValueError:
-        good, length, numbers = False, 0, {}
-    if not good:
+    kind, numbers, length = _read_draft(text)
+    stack = network.stacks[-1]
+    if kind == "exit":
+        steps = find("early_exit", "run").bind({"exit": numbers[0]})(stack)
+    else:
+        steps = find("skip_steps", "run").bind({"skip": tuple(numbers)})(stack)
+    return Draft(steps, length, text)
+
+
+def _read_draft(text: str) -> tuple[str, list[int], int]:
+    """What `exit=6,length=4` and `skip=3+5` say: the kind, its numbers, and the length."""
+    import re
+
+    from layerwise.core.errors import LayerwiseError
+
+    found = re.fullmatch(
+        r"(exit=\d{1,6}|skip=\d{1,6}(?:\+\d{1,6})*)(?:,length=([1-9]\d{0,3}))?",
+        text.replace(" ", ""),
+    )
+    if found is None:
         raise LayerwiseError(
             "--speculate",
             allowed="auto, exit=6,length=4 or skip=3+5,length=4",
             found=text,
             fix="write it in one of these forms",
         )
-    stack = network.stacks[-1]
-    if "exit" in numbers:
-        steps = find("early_exit", "run").bind({"exit": numbers["exit"][0]})(stack)
-    else:
-        steps = find("skip_steps", "run").bind({"skip": tuple(numbers["skip"])})(stack)
-    return Draft(steps, length, text)
+    kind, _, numbers = found[1].partition("=")
+    return kind, [int(number) for number in numbers.split("+")], int(found[2] or 4)
 
 
 def forecast_for(
@@ -174,8 +188,8 @@ def swept(output: Output, network: Any, sampling: Any, data: str, documents: int
     settings = settings_for(len(network.stacks[-1].wiring))
     with progress_bar(output.as_json) as progress:
         rows = sweep(network, prompts, found, settings, sampling, progress)
-    columns = ("stays", "predicted stays", "tokens/s", "speed", "predicted speed", "same")
-    output.table("drafts against plain decoding", rows, "setting", *columns)
+    columns = ("stays", "stays_predicted", "tokens/s", "speed", "speed_predicted", "same")
+    output.table("drafts against plain decoding", rows, "exit", "length", *columns)
     why = choose_draft(found, network)[1]
     output.say(f"auto: {why}")
     output.more |= {"costs": found.costs._asdict(), "auto": why}

@@ -85,9 +85,9 @@ def test_a_compact_folder_can_be_written_out(tiny, tmp_path: Path) -> None:
 
 def test_one_clear_error(tiny, tmp_path: Path) -> None:
     model = tiny("llama")
-    with pytest.raises(LayerwiseError, match="layers in parallel.*use target compact"):
+    with pytest.raises(LayerwiseError, match=r"layers in parallel.*use target compact"):
         apply_plan(model, plan_for(model, TOGETHER, "hf"), tmp_path / "out")
-    with pytest.raises(LayerwiseError, match="a part left out.*use target compact"):
+    with pytest.raises(LayerwiseError, match=r"a part left out.*use target compact"):
         apply_plan(model, plan_for(model, LOOPED, "compressed-tensors"), tmp_path / "out")
     edits = (Edit("*", (Step("rtn", {"bits": 4}),)),)
     with pytest.raises(LayerwiseError, match="an edit of weights"):
@@ -136,6 +136,8 @@ def test_the_command_writes(tiny, tmp_path: Path) -> None:
         (["a", "--speculate", "exit=9"], "1 to 3 of 4 layers"),
         (["a", "--speculate", "exit=2,length=x"], "allowed is auto, exit=6,length=4"),
         (["a", "--speculate", "skip=0"], "steps 1 to 3"),
+        (["a", "--speculate", "exit=1+2"], "allowed is auto"),
+        (["a", "--speculate", "exit=1,length=0"], "allowed is auto"),
         (["a", "--max-tokens", "0"], "--max-tokens"),
         (["a", "--batch", "b"], "found both"),
     ],
@@ -152,6 +154,6 @@ def test_a_sweep_and_the_best_of_it(tiny) -> None:
     found = run(model, "--sweep", *options, "--json")
     assert '"same": true' in found
     assert '"same": false' not in found
-    assert '"predicted speed"' in found
+    assert '"speed_predicted"' in found
     best = run(model, "a", "--speculate", "auto", *options)
     assert "plain decoding is faster here" in best or "predicted" in best

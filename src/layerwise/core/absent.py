@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers import Cache, EncoderDecoderCache
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from layerwise.core.calls import Call, record_calls, snapshot, tensors_in
 from layerwise.core.errors import LayerwiseError
@@ -262,4 +262,8 @@ def _lengths(
         raise _refused(layer, part, "a cache with two kinds of slots")
     if any(isinstance(slot, LinearAttentionCacheLayerMixin) for slot in cache.layers):
         raise _refused(layer, part, "a cache of states that hold no positions")
-    return {i: slot.get_seq_length() for i, slot in enumerate(cache.layers)}
+    return {
+        i: slot.get_seq_length()
+        for i, slot in enumerate(cache.layers)
+        if isinstance(slot, CacheLayerMixin)
+    }

@@ -120,12 +120,12 @@ def apply_plan(
     return Applied(out, nbytes, rows, warnings)
 
 
-def opened_for(model: str | Path, plan: Plan, **how: str) -> Network:
+def opened_for(model: str | Path, plan: Plan, device: str = "auto", dtype: str = "auto") -> Network:
     """The network whose layers are written: in the plan's order, or each once beside it."""
     wiring = plan.wiring
     if plan.target in TARGETS and TARGETS[plan.target].engine == "layerwise":
         wiring = {name: folded(order)[0] for name, order in wiring.items()}
-    return open_network(model, wiring=wiring, **how)
+    return open_network(model, wiring=wiring, device=device, dtype=dtype)
 
 
 def note_answer(network: Network, batch: Batch, folder: Path) -> None:

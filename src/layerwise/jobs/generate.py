@@ -93,8 +93,9 @@ def generate(
             written.append([])
             for tokens in found:
                 written[-1] += tokens
-                for token in tokens if show is not None else ():
-                    show.put(torch.tensor([token]))
+                if show is not None:
+                    for token in tokens:
+                        show.put(torch.tensor([token]))
         if show is not None:
             show.end()
     seconds = time.perf_counter() - began

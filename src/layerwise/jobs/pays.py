@@ -225,12 +225,13 @@ def sweep(
         told = found.of(exit, length)
         rows.append(
             {
-                "setting": draft.what,
-                "stays": total.acceptance,
-                "predicted stays": told["stays"],
-                "tokens/s": tokens / seconds,
-                "speed": median_interval(pairs),
-                "predicted speed": told["predicted"],
+                "exit": exit,
+                "length": length,
+                "stays": round(total.acceptance, 3),
+                "stays_predicted": round(told["stays"], 3),
+                "tokens/s": round(tokens / seconds, 1),
+                "speed": [round(value, 2) for value in median_interval(pairs)],
+                "speed_predicted": round(told["predicted"], 2),
                 "same": None if sampling.temperature else same,
             }
         )

@@ -184,8 +184,9 @@ class Session:
 def _received(*args: Any, **kwargs: Any) -> Tensor:
     """The hidden state among arguments; where it comes first, without a look at the others."""
     first = args[0] if args else None
-    plain = isinstance(first, Tensor) and first.ndim == 3 and first.is_floating_point()
-    return first if plain else hidden((args, kwargs))
+    if isinstance(first, Tensor) and first.ndim == 3 and first.is_floating_point():
+        return first
+    return hidden((args, kwargs))
 
 
 def _in_place_of(output: Any, state: Tensor, *args: Any, **kwargs: Any) -> Any:
