@@ -24,6 +24,7 @@ def run(
     speculate: Annotated[
         str, typer.Option(help="Draft: exit=6,length=4, skip=3+5,length=4, or auto.")
     ] = "",
+    save: Annotated[str, typer.Option(help="Write the order as a plan.")] = "",
     sweep: Annotated[bool, typer.Option(help="Time exits and lengths of drafts.")] = False,
     documents: Annotated[int, typer.Option(min=1, help="Documents of a sweep, and of auto.")] = 8,
     data: Data = "stdlib",
@@ -44,9 +45,8 @@ def run(
     output = Output("run", model, as_json, settings)
     order = read_plan(Path(plan)).wiring if plan else wiring
     drafts = sweep or bool(speculate)
-    network = opened(
-        output, order, device, "float32" if drafts and dtype == "auto" else dtype, check
-    )
+    kind = "float32" if drafts and dtype == "auto" else dtype
+    network = opened(output, order, device, kind, check, save)
     if drafts and network.dtype.itemsize < 4:
         output.warnings.append(
             f"in {dtype} several tokens at once may round otherwise than one by one, so that the "
@@ -66,10 +66,13 @@ def _clash(where: str, allowed: str, found: object) -> Exception:
     return LayerwiseError(where, allowed=allowed, found=found, fix="give one of the two")
 
 
-def opened(output: Output, order: Any, device: str, dtype: str, check: bool) -> Any:
-    """The network with all its weights, its layers in the given order."""
+def opened(output: Output, order: Any, device: str, dtype: str, check: bool, save: str = "") -> Any:
+    """The network with all its weights, its layers in the given order, which may be saved."""
     from layerwise.core.open import open_network
-    from layerwise.core.visits import read_wiring
+    from layerwise.core.plan import Plan
+    from layerwise.core.visits import only_drops, read_wiring
+    from layerwise.jobs.request import identity
+    from layerwise.jobs.session import check_out
 
     wiring = order
     if isinstance(order, str) and order:
@@ -78,6 +81,12 @@ def opened(output: Output, order: Any, device: str, dtype: str, check: bool) -> 
         name = name if equals else open_network(output.model).stack.name
         wiring = {name: entries}
     network = open_network(output.model, wiring=wiring or None, device=device, dtype=dtype)
+    if save:
+        alone = all(map(only_drops, (wiring or {}).values()))
+        target = "hf" if alone else "compact"
+        made = Plan(identity(network), target=target, wiring=wiring or {})
+        made.save(check_out(Path(save), "--save"))
+        output.files.append(save)
     resident = network.load()
     if check and network.visits:
         check_cache(output, network, resident)
