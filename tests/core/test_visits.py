@@ -176,3 +176,38 @@ def test_parts_of_a_layer_that_norms_behind_its_addition() -> None:
     visits = [Visit(0, parts=("mlp",)), Visit(1)]
     with pytest.raises(LayerwiseError, match="encoder/0 without attention"):
         leave_out(network.module, network.stack.layers, visits)
+
+
+def test_parts_that_others_need(tiny) -> None:
+    """The first attention of a T5 makes the positions that all later ones read."""
+    import transformers as t
+
+    config = t.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4)
+    batch = {**BATCH, "decoder_input_ids": BATCH["input_ids"][:, :5]}
+    network = layerwise.open(t.T5ForConditionalGeneration(config), inputs=batch)
+    stack = network.stacks[0]
+    for step, refused in ((0, True), (1, False)):
+        parts = [tuple(part.name for part in la.parts) for la in stack.layers]
+        parts[step] = ("mlp",)
+        visits = [Visit(i, parts=names) for i, names in enumerate(parts)]
+        if refused:
+            with pytest.raises(LayerwiseError, match="is used elsewhere"):
+                leave_out(network.module, stack.layers, visits)
+        else:
+            leave_out(network.module, stack.layers, visits)
+
+
+@pytest.mark.parametrize("key", ["causal/bloom", "causal/gptj", "causal/gpt_oss"])
+def test_modules_that_add_or_return_more(key: str, tmp_path: Any) -> None:
+    """Modules that add to the stream themselves, return attention, or hold experts with biases."""
+    from build import build, entries
+
+    entry = next(entry for entry in entries() if entry.key == key)
+    build(entry).save_pretrained(tmp_path)  # type: ignore[operator]
+    order = [0, {"layer": 1, "parts": ["mlp"]}, {"layer": 2, "parts": ["attention"]}]
+    plain = layerwise.open(tmp_path).load()
+    edited = layerwise.open(tmp_path, wiring={"decoder": order}).load()
+    wanted = walked(plain, parse_wiring(order, 4, ""))
+    torch.testing.assert_close(edited.run(BATCH).logits, wanted, rtol=1e-4, atol=1e-5)
+    same, total = agrees_cached(edited.module, BATCH["input_ids"], 8)
+    assert same == total

@@ -101,11 +101,19 @@ def leave_out(model: nn.Module, layers: Sequence[Layer], visits: Sequence[Visit]
 
     given = forward_arguments(model, example_inputs(model))
     given |= {"use_cache": True} if "use_cache" in given else {}
-    with torch.no_grad(), ShortCircuit(), instead(chosen, trial):
-        model(**given)
-    for layer in chosen:
-        for path, stand_in in found[layer.key].items():
-            vars(layer.module.get_submodule(path))["forward"] = stand_in
+    with torch.no_grad(), ShortCircuit(), ExitStack() as undo:
+        with instead(chosen, trial):
+            model(**given)
+        for layer in chosen:
+            undo.enter_context(_uneven(layer.module))
+        with instead(chosen, lambda layer: partial(_ablated, layer, todo[layer.key])):
+            wanted = model(**given)
+        for layer in chosen:
+            for path, stand_in in found[layer.key].items():
+                vars(layer.module.get_submodule(path))["forward"] = stand_in
+        if not _same(model(**given), wanted):
+            names = ", ".join(layer.key for layer in chosen)
+            raise _refused(names, "what a part returns beside its addition is used elsewhere")
 
 
 @contextmanager
@@ -159,7 +167,7 @@ def _kept(layer: Layer, visit: Visit) -> tuple[str, ...]:
 
 def _stand_ins(layer: Layer, part: Part, args: Any, kwargs: Any) -> dict[str, StandIn]:
     """A stand-in for every module of a part, tried on one call of its layer."""
-    wanted = _ablated(layer, part, args, kwargs)
+    wanted = _ablated(layer, [part], *args, **kwargs)
     calls = _calls(layer, part, args, kwargs)
     before = _lengths(layer, part, args, kwargs, {})
     numbers = [None, *range(_floats(calls[-1]) if len(calls) == 1 else 0)]
@@ -174,32 +182,37 @@ def _stand_ins(layer: Layer, part: Part, args: Any, kwargs: Any) -> dict[str, St
             missing = [slot for slot, count in before.items() if after.get(slot, 0) < count]
             made[calls[0].path].slots = tuple(missing)
             return made
-    raise _refused(layer, part, "no stand-in for it gives what the layer gives without its part")
+    raise _refused(
+        f"{layer.key} without {part.name}",
+        "no stand-in for it gives what the layer gives without its part",
+    )
 
 
-def _refused(layer: Layer, part: Part, found: str) -> LayerwiseError:
+def _refused(where: str, found: str) -> LayerwiseError:
     return LayerwiseError(
-        f"wiring, layer {layer.key} without {part.name}",
+        f"wiring, layer {where}",
         allowed="parts that can be taken out of this architecture",
         found=found,
         fix="keep the part, or ablate it with layerwise.intervene, which saves no time",
     )
 
 
-def _ablated(layer: Layer, part: Part, args: Any, kwargs: Any) -> list[Tensor]:
-    """What the layer returns when what the part adds to the stream is zero."""
+def _ablated(layer: Layer, gone: Sequence[Part], *args: Any, **kwargs: Any) -> Any:
+    """What the layer returns when what some parts add to the stream is zero."""
     args, kwargs = snapshot((args, kwargs))
+    names = [part.name for part in gone]
     seen: list[str] = []
 
     def give(name: str, added: Tensor) -> Tensor:
         seen.append(name)
-        return added * 0 if name == part.name else added
+        return added * 0 if name in names else added
 
     with StreamWatch(layer, {0: hidden((args, kwargs))}, True, False, give):
         output = _own(layer)(*args, **kwargs)
-    if part.name not in seen:
-        raise _refused(layer, part, "its addition to the stream cannot be followed")
-    return tensors_in(output)
+    for name in names:
+        if name not in seen:
+            raise _refused(f"{layer.key} without {name}", "an addition that cannot be followed")
+    return output
 
 
 def _calls(layer: Layer, part: Part, args: Any, kwargs: Any) -> list[Call]:
@@ -207,7 +220,9 @@ def _calls(layer: Layer, part: Part, args: Any, kwargs: Any) -> list[Call]:
     children = {path: layer.module.get_submodule(path) for path in part.modules}
     calls = record_calls(children, lambda: _own(layer)(*args, **kwargs))
     if not calls or any(not _floats(call) for call in calls):
-        raise _refused(layer, part, "its modules are not called with the stream")
+        raise _refused(
+            f"{layer.key} without {part.name}", "its modules are not called with the stream"
+        )
     return calls
 
 
@@ -232,21 +247,20 @@ def _template(call: Call) -> Any:
     return tree_map(kept, call.output)
 
 
-def _run_without(layer: Layer, made: Mapping[str, StandIn], args: Any, kwargs: Any) -> list[Tensor]:
+def _run_without(layer: Layer, made: Mapping[str, StandIn], args: Any, kwargs: Any) -> Any:
     """What the layer returns with stand-ins in place."""
     places = [(vars(layer.module.get_submodule(path)), new) for path, new in made.items()]
     with ExitStack() as undo:
         for place, new in places:
             place["forward"] = new
             undo.callback(place.pop, "forward")
-        return tensors_in(_own(layer)(*args, **kwargs))
+        return _own(layer)(*args, **kwargs)
 
 
-def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
-    alike = len(one) == len(other) and all(
-        a.shape == b.shape for a, b in zip(one, other, strict=True)
-    )
-    return alike and all(torch.allclose(a, b, 1e-4, 1e-6) for a, b in zip(one, other, strict=True))
+def _same(one: Any, other: Any) -> bool:
+    """Whether the hidden states, or logits, of two outputs are the same."""
+    a, b = hidden(one), hidden(other)
+    return a.shape == b.shape and torch.allclose(a, b, 1e-4, 1e-6)
 
 
 def _lengths(
@@ -259,9 +273,11 @@ def _lengths(
         return {}
     _run_without(layer, made, args, kwargs)
     if isinstance(cache, EncoderDecoderCache):
-        raise _refused(layer, part, "a cache with two kinds of slots")
+        raise _refused(f"{layer.key} without {part.name}", "a cache with two kinds of slots")
     if any(isinstance(slot, LinearAttentionCacheLayerMixin) for slot in cache.layers):
-        raise _refused(layer, part, "a cache of states that hold no positions")
+        raise _refused(
+            f"{layer.key} without {part.name}", "a cache of states that hold no positions"
+        )
     return {
         i: slot.get_seq_length()
         for i, slot in enumerate(cache.layers)

@@ -78,7 +78,7 @@ def generate(
             fix="look at it with `layerwise inspect`",
         )
     resident = network if network.resident else network.load()
-    reader = load_reader(network) if network.folder is not None else None
+    reader = _reader_for(network, isinstance(prompts, Tensor) and tell is None)
     rows = tokens_of(reader, prompts)
     began = time.perf_counter()
     alone = tell is not None and len(rows) == 1
@@ -103,6 +103,16 @@ def generate(
         reader.processor.decode(t, skip_special_tokens=True) if reader else "" for t in written
     ]
     return Generated(texts, written, seconds, tally)
+
+
+def _reader_for(network: Network, tokens_alone: bool) -> Reader | None:
+    """The network's tokenizer; where only tokens come and go, none is needed."""
+    try:
+        return load_reader(network) if network.folder is not None else None
+    except LayerwiseError:
+        if not tokens_alone:
+            raise
+        return None
 
 
 def tokens_of(reader: Reader | None, prompts: str | Sequence[str] | Tensor) -> list[list[int]]:
