@@ -136,15 +136,16 @@ def _uneven(module: nn.Module) -> Iterator[None]:
 def silenced(layer: Layer, visit: Visit, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a layer with zeros where the parts that a visit leaves out write.
 
-    These are the last matrices of a part and their biases, so that stock code computes the part
-    and adds nothing. Whether it adds nothing is seen when the folder is loaded again.
+    These are the matrices of a part that write as wide as the stream, and their biases, so that
+    stock code computes the part and adds nothing. Whether it adds nothing is seen when the folder
+    is loaded again.
     """
     gone = [part.name for part in layer.parts if part.name not in _kept(layer, visit)]
     zeros = dict(tensors)
     for part in gone:
         mine = [m for m in layer.matrices if m.part == part]
-        role = mine[-1].role.rstrip("0123456789")
-        for name in {m.parameter for m in mine if m.role.rstrip("0123456789") == role}:
+        width = mine[0].shape[1]  # what comes first receives the stream
+        for name in {m.parameter for m in mine if m.shape[0] == width}:
             stem = name.removesuffix(".weight")
             for own in (name, f"{stem}.bias", f"{stem}_bias"):
                 if own in tensors:
