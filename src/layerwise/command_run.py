@@ -53,7 +53,7 @@ def run(
             "text may differ from plain decoding's; it does not in float32"
         )
     if sweep:
-        rows = swept(output, network, sampling, data, documents)
+        rows = swept(output, network, sampling, data, documents, speculate)
         output.end(f"{len(rows)} settings against plain decoding, one by one, on this machine")
         return
     draft = draft_of(output, network, speculate, sampling, data, documents)
@@ -188,13 +188,20 @@ def forecast_for(
         return prompts, forecast(network, prompts, sampling, progress)
 
 
-def swept(output: Output, network: Any, sampling: Any, data: str, documents: int) -> Any:
-    """Measure settings of drafts against plain decoding, beside what was predicted of them."""
+def swept(
+    output: Output, network: Any, sampling: Any, data: str, documents: int, alone: str
+) -> Any:
+    """Measure settings of drafts, or one alone, against plain decoding, and what was predicted."""
     from layerwise.jobs.pays import choose_draft, settings_for, sweep
     from layerwise.report.terminal import progress_bar
 
     prompts, found = forecast_for(output, network, sampling, data, documents)
-    settings = settings_for(len(network.stacks[-1].wiring))
+    settings = sorted({*settings_for(len(network.stacks[-1].wiring)), found.best()[:2]})
+    if alone not in ("", "auto"):
+        kind, numbers, length = _read_draft(alone)
+        if kind != "exit":
+            raise _clash("--sweep", "with exits", alone)
+        settings = [(numbers[0], length)]
     with progress_bar(output.as_json) as progress:
         rows = sweep(network, prompts, found, settings, sampling, progress)
     columns = ("stays", "stays_predicted", "tokens/s", "speed", "speed_predicted", "same")

@@ -69,7 +69,7 @@ def decode(
     return written, time.perf_counter() - began, tally
 
 
-def measured_costs(network: Network, prompt: Sequence[int], repeats: int = 7) -> Costs:
+def measured_costs(network: Network, prompt: Sequence[int], repeats: int = 15) -> Costs:
     """Time calls of different depth and length in turns; medians."""
     depth = len(network.stacks[-1].wiring)
     session = Session(network, range(1, depth))
