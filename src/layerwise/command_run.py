@@ -35,7 +35,6 @@ def run(
 ) -> None:
     """Let a network write, with its layers in any order, and with drafts that it verifies."""
     quiet()
-    from layerwise.core.plan import read_plan
     from layerwise.jobs.speculate import Sampling
 
     if plan and wiring:
@@ -43,7 +42,7 @@ def run(
     sampling = Sampling(max_tokens, temperature, top_k, top_p, seed).checked()
     settings = {"wiring": wiring or plan, "speculate": speculate, **sampling._asdict()}
     output = Output("run", model, as_json, settings)
-    order = read_plan(Path(plan)).wiring if plan else wiring
+    order = ordered_by(output, plan) if plan else wiring
     drafts = sweep or bool(speculate)
     kind = "float32" if drafts and dtype == "auto" else dtype
     network = opened(output, order, device, kind, check, save)
@@ -58,6 +57,19 @@ def run(
         return
     draft = draft_of(output, network, speculate, sampling, data, documents)
     write(output, network, prompts_of(prompt, batch), sampling, draft)
+
+
+def ordered_by(output: Output, plan: str) -> Any:
+    """The order of a plan, which has to be the model's."""
+    from layerwise.core.checkpoint import Checkpoint
+    from layerwise.core.folder import find_folder
+    from layerwise.core.plan import check_model, read_plan
+
+    read, held = read_plan(Path(plan)), Checkpoint(find_folder(output.model))
+    check_model(read, held.structure, held.weights)
+    if read.edits:
+        output.warnings.append("the plan's edits of weights were not made; `layerwise apply` does")
+    return read.wiring
 
 
 def _clash(where: str, allowed: str, found: object) -> Exception:

@@ -127,6 +127,17 @@ def test_the_command_writes(tiny, tmp_path: Path) -> None:
     assert once == again
 
 
+def test_an_order_is_saved_and_run(tiny, tmp_path: Path) -> None:
+    model, plan = str(tiny("llama")), str(tmp_path / "plan.yaml")
+    words = ["total(", "--max-tokens", "6"]
+    typed = run(model, *words, "--wiring", "0-2,2+3", "--save", plan)
+    assert run(model, *words, "--plan", plan).splitlines()[:-1] == typed.splitlines()[:-1]
+    assert layerwise.read_plan(Path(plan)).target == "compact"
+    other = CliRunner().invoke(app, ["run", str(tiny("gpt2")), *words, "--plan", plan])
+    assert other.exit_code == 2
+    assert "plan, model structure" in other.output
+
+
 @pytest.mark.parametrize(
     ("words", "found"),
     [

@@ -87,17 +87,8 @@ def generate(
     if speculate is None:
         written = _stock(resident, rows, sampling, show)
     else:
-        tally, written = Tally(), []
-        for row in rows:
-            found = speculated(resident, row, sampling, speculate, ends_of(network), tally)
-            written.append([])
-            for tokens in found:
-                written[-1] += tokens
-                if show is not None:
-                    for token in tokens:
-                        show.put(torch.tensor([token]))
-        if show is not None:
-            show.end()
+        tally = Tally()
+        written = _drafted(resident, rows, sampling, speculate, tally, show)
     seconds = time.perf_counter() - began
     texts = [
         reader.processor.decode(t, skip_special_tokens=True) if reader else "" for t in written
@@ -160,6 +151,28 @@ def _config(network: Network) -> GenerationConfig:
         ):
             return GenerationConfig.from_pretrained(folder)
     return network.model.generation_config or GenerationConfig()
+
+
+def _drafted(
+    network: Network,
+    rows: list[list[int]],
+    sampling: Sampling,
+    draft: Draft,
+    tally: Tally,
+    show: BaseStreamer | None,
+) -> list[list[int]]:
+    """One prompt after the other, in drafts that the network verifies."""
+    written: list[list[int]] = []
+    for row in rows:
+        written.append([])
+        for tokens in speculated(network, row, sampling, draft, ends_of(network), tally):
+            written[-1] += tokens
+            if show is not None:
+                for token in tokens:
+                    show.put(torch.tensor([token]))
+    if show is not None:
+        show.end()
+    return written
 
 
 def _stock(
