@@ -296,5 +296,7 @@ def demo(
     output.end(f"the page is in {page} ({time.monotonic() - output.began:.0f} s)")
 
 
+from layerwise import command_run as command_run  # noqa: E402  the command `run`
+
 if __name__ == "__main__":
     app()

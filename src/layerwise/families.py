@@ -1,6 +1,6 @@
 """Every family, imported: after this the registry is complete."""
 
-from layerwise import allocate, describe, export, measure, score, search
+from layerwise import allocate, describe, export, measure, run, score, search
 from layerwise.edit import rewrite, stack, weight
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "export",
     "measure",
     "rewrite",
+    "run",
     "score",
     "search",
     "stack",

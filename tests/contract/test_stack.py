@@ -1,5 +1,9 @@
 """Every edit of the execution order: a valid wiring, and none at its neutral setting."""
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +13,14 @@ from layerwise.core.errors import LayerwiseError
 from layerwise.core.method import Method, find, methods
 from layerwise.core.stack import Layer, Stack, Visit, Wiring, plain_wiring
 from layerwise.core.stats import Scores
+from layerwise.core.visits import entries_of, parse_wiring, read_wiring
 
+#: method -> options that change as much as a number says, 0 for nothing
+OPTIONS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "drop": lambda count: {"count": count},
+    "recur": lambda count: {"times": (count + 1,)},
+    "side_by_side": lambda count: {"width": count + 1},
+}
 every_edit = pytest.mark.parametrize("method", methods("stack"), ids=lambda m: m.name)
 values = st.lists(st.floats(-2, 2), min_size=1, max_size=8)
 
@@ -30,10 +41,41 @@ def scores(values: list[float], unit: str = "layer") -> Scores:
 def test_a_valid_wiring(method: Method, values: list[float], data: st.DataObject) -> None:
     stack = a_stack(len(values))
     count = data.draw(st.integers(0, len(values) - 1))
-    wiring = method.bind({"count": count})(stack, scores(values))
+    wiring = method.bind(OPTIONS[method.name](count))(stack, scores(values))
     assert wiring
-    assert all(visit in stack.wiring for visit in wiring)
+    assert {visit.layer for visit in wiring} <= {visit.layer for visit in stack.wiring}
+    assert parse_wiring(entries_of(wiring), len(values), "") == _numbered(wiring)
     assert method.bind({})(stack, scores(values)) == stack.wiring
+
+
+def _numbered(wiring: Wiring) -> Wiring:
+    """Groups under the number of their first visit, as they are read."""
+    first: dict[int, int] = {}
+    for place, visit in enumerate(wiring):
+        if visit.parallel is not None:
+            first.setdefault(visit.parallel, place)
+    return tuple(
+        v if v.parallel is None else replace(v, parallel=first[v.parallel]) for v in wiring
+    )
+
+
+def test_recur_is_the_reuse_map() -> None:
+    found = find("intra_layer_recurrence").bind({"times": (4, 2, 1, 1)})(a_stack(4), scores([]))
+    assert [visit.layer for visit in found] == [0, 0, 0, 0, 1, 1, 2, 3]
+    assert read_wiring("0*4,1*2,2,3") == entries_of(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "found"),
+    [
+        ("recur", {"times": (1, 1, 1, 1, 1)}, "at most 4 numbers"),
+        ("recur", {"times": (0,)}, "each 1 or more"),
+        ("side_by_side", {"first": 3, "width": 2}, "found 2 from 3 on"),
+    ],
+)
+def test_orders_that_are_none(name: str, options: dict[str, Any], found: str) -> None:
+    with pytest.raises(LayerwiseError, match=found):
+        find(name).bind(options)(a_stack(4), scores([]))
 
 
 @given(values=values, data=st.data())

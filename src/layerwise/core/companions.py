@@ -9,7 +9,15 @@ from layerwise.core.index import PICKLES
 ADAPTER = "adapter_config.json"
 _WEIGHTS = {".safetensors", ".gguf", ".h5", ".msgpack", ".check", *PICKLES}
 #: what describes the weights of the folder that it lies in, and no others
-_OWN = {"config.json", ADAPTER, "README.md", "plan.yaml", "report.json", "report.html"}
+_OWN = {
+    "config.json",
+    ADAPTER,
+    "README.md",
+    "plan.yaml",
+    "report.json",
+    "report.html",
+    "wiring.yaml",
+}
 
 
 def files_in(folder: Path) -> list[Path]:

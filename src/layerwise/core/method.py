@@ -23,7 +23,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "slot": ("config",),
     "merge": ("base", "tuned"),
     "train": ("stack", "batch"),
-    "run": ("stack", "batch"),
+    "run": ("stack",),
     "explain": ("op", "inputs", "output", "relevance"),
     "verify": ("original", "edited", "data"),
     "export": ("stack", "plan", "path"),

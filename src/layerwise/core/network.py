@@ -1,8 +1,9 @@
 """An opened network: its module, its stacks, and where the weights live."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,9 +12,9 @@ from transformers import PreTrainedModel
 
 from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.errors import LayerwiseError
-from layerwise.core.hollow import hollow_parameter
+from layerwise.core.hollow import hollow_parameter, is_hollow
 from layerwise.core.source import Source
-from layerwise.core.stack import Layer, Stack
+from layerwise.core.stack import Layer, Stack, Visit
 from layerwise.core.task import Task
 
 if TYPE_CHECKING:
@@ -39,6 +40,10 @@ class Network:
     stored_layers: tuple[str, ...] = ()
     #: (depth in the checkpoint, layers in their new order) of every rewired stack
     orders: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    #: path of every layer of a rewired stack -> the visit that it is
+    visits: Mapping[str, Visit] = field(default_factory=dict)
+    #: where tokenizer and configuration lie, of a network that was opened from a folder
+    folder: Path | None = None
 
     @property
     def stack(self) -> Stack:
@@ -167,11 +172,43 @@ class Network:
 
         return edited(self, edits)
 
+    def generate(self, prompts: Any, **wanted: Any) -> Any:
+        """Texts that go on from prompts; `layerwise.jobs.generate` says what it takes.
+
+        Args:
+            prompts: a text, or several, or token ids `[batch, seq]`.
+            wanted: fields of `layerwise.jobs.generate.Sampling`, `speculate`, and `tell`.
+        """
+        from layerwise.jobs.generate import generate
+
+        return generate(self, prompts, **wanted)
+
     def load(self) -> "Network":
-        """Fill in every layer, so that the network can be run many times."""
+        """Fill in every layer, so that the network can be run many times.
+
+        Visits of one layer share its parameters unless they are copies.
+        """
+        first: dict[str, Layer] = {}
         for layer in self.layers():
-            self.bring(layer)
-        return Network(self.module, self.stacks, self.device, self.dtype, self.task)
+            origin = self.origins.get(layer.path, layer.path)
+            visit = self.visits.get(layer.path)
+            owner = first.setdefault(origin, layer)
+            if owner is layer or (visit is not None and visit.copy):
+                if self.source is not None:
+                    self.source.forget()  # tensors at hand belong to another visit
+                self.bring(layer)
+            else:
+                share(owner.module, layer.module, lambda n, o=origin: self._is_stored(f"{o}.{n}"))
+        return replace(self, source=None, origins={}, orders=(), stored_layers=())
+
+    def _is_stored(self, name: str) -> bool:
+        return self.source is None or self.source.is_stored(name)
+
+    @property
+    def resident(self) -> bool:
+        """Whether all layers hold their weights."""
+        held = (p for layer in self.layers() for p in layer.module.parameters())
+        return self.source is None or not any(map(is_hollow, held))
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], device: torch.device) -> None:
@@ -187,3 +224,12 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], device: torch.device)
         held[leaf] = (
             nn.Parameter(moved, requires_grad=False) if held is owner._parameters else moved
         )
+
+
+def share(owner: nn.Module, module: nn.Module, which: Callable[[str], bool]) -> None:
+    """Let a module have some of another's parameters, by their names."""
+    for path, own in module.named_modules():
+        theirs = owner.get_submodule(path)._parameters
+        for name in own._parameters:
+            if which(f"{path}.{name}" if path else name):
+                own._parameters[name] = theirs[name]

@@ -1,7 +1,7 @@
 """Opening a model folder, hub id or module: building it hollow, finding its stacks, rewiring it."""
 
 import copy
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layerwise.core.absent import leave_out
 from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.config import model_class, read_config
 from layerwise.core.errors import LayerwiseError, nearest, refusing
@@ -18,9 +19,14 @@ from layerwise.core.folder import find_folder
 from layerwise.core.hollow import build_hollow, hollow_parameter
 from layerwise.core.network import Network, fill
 from layerwise.core.source import Source, check_stored
-from layerwise.core.stack import Layer, Stack
+from layerwise.core.stack import Layer, Stack, Visit
 from layerwise.core.task import Task, example_inputs, forward_arguments, task_of
-from layerwise.core.wiring import edited_config, parse_wiring
+from layerwise.core.visits import (
+    parse_wiring,
+    read_folded,
+    run_together,
+)
+from layerwise.core.wiring import edited_config
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -87,7 +93,7 @@ def open_network(
     Args:
         model: a folder, hub id, `demo`, or an `nn.Module`.
         inputs: example inputs of a module that is not a transformers language model.
-        wiring: execution order per stack, as in a plan; the network is built with that depth.
+        wiring: execution order per stack, as in a plan; else that of a `compact` folder.
         device: where to compute, `auto` for CUDA if present.
         dtype: in which type to compute, `auto` for the checkpoint's.
 
@@ -112,11 +118,12 @@ def open_network(
         check_stored(source)
         module = build_hollow(kind, copy.deepcopy(config), kept, source.is_stored)
         stacks, task = _examine(module)
-    network = Network(module, stacks, where, kept, task, source)
+    network = Network(module, stacks, where, kept, task, source, folder=checkpoint.folder)
     paths = tuple(layer.path for stack in stacks for layer in stack.layers)
     network = replace(network, stored_layers=paths)
-    if wiring:
-        network = rewired(network, wiring)
+    chosen = wiring or read_folded(checkpoint.folder)
+    if chosen:
+        network = rewired(network, chosen)
     _bring_outside(network)
     return network
 
@@ -136,9 +143,11 @@ def _rebuilt(network: Network, kind: torch.dtype, source: Source) -> Network:
     shape = copy.deepcopy(network.model.config)
     if (source.model.all_tied_weights_keys or {}).keys() & source.folds.keys():
         shape.tie_word_embeddings = False
-    module = build_hollow(type(network.model), shape, kind, source.is_stored)
+    network = replace(network, source=source, dtype=kind)
+    module = build_hollow(type(network.model), shape, kind, _stored_as(network))
     stacks, task = _examine(module, containers=[stack.container for stack in network.stacks])
-    found = replace(network, module=module, stacks=stacks, dtype=kind, task=task, source=source)
+    found = replace(network, module=module, stacks=stacks, task=task)
+    _arrange(found)
     _bring_outside(found)
     return found
 
@@ -159,12 +168,25 @@ def rewired(network: Network, wiring: Mapping[str, Sequence[Any]]) -> Network:
         for stack, order in zip(chosen, orders, strict=True)
         for new, visit in enumerate(order)
     }
+    arranged = replace(
+        network,
+        origins={path: layer.path for path, layer in origins.items()},
+        visits={
+            f"{stack.container}.{new}": visit
+            for stack, order in zip(chosen, orders, strict=True)
+            for new, visit in enumerate(order)
+        },
+        orders=tuple(
+            (len(stack.layers), tuple(visit.layer for visit in order))
+            for stack, order in zip(chosen, orders, strict=True)
+        ),
+    )
     refused: LayerwiseError | None = None
     for renumber in (False, True):
         shape = copy.deepcopy(network.model.config)
         for stack, order in zip(chosen, orders, strict=True):
             shape = edited_config(kind, shape, stack, order, renumber)
-        module = build_hollow(kind, shape, network.dtype, network.stored.is_stored)
+        module = build_hollow(kind, shape, network.dtype, _stored_as(arranged))
         rebuilt, task = _examine(module, containers=[stack.container for stack in stacks])
         try:
             check_rebuilt(
@@ -173,19 +195,30 @@ def rewired(network: Network, wiring: Mapping[str, Sequence[Any]]) -> Network:
         except LayerwiseError as error:
             refused = refused or error
             continue
-        return replace(
-            network,
-            module=module,
-            stacks=rebuilt,
-            task=task,
-            origins={path: layer.path for path, layer in origins.items()},
-            orders=tuple(
-                (len(stack.layers), tuple(visit.layer for visit in order))
-                for stack, order in zip(chosen, orders, strict=True)
-            ),
-        )
+        made = replace(arranged, module=module, stacks=rebuilt, task=task)
+        _arrange(made)
+        return made
     assert refused is not None
     raise refused
+
+
+def _stored_as(network: Network) -> Callable[[str], bool]:
+    """Whether a parameter comes from the checkpoint, by its name in a rewired network."""
+    longest = sorted(network.origins, key=len, reverse=True)
+
+    def stored(name: str) -> bool:
+        path = next((path for path in longest if name.startswith(f"{path}.")), "")
+        return network.stored.is_stored(network.origins.get(path, path) + name[len(path) :])
+
+    return stored
+
+
+def _arrange(network: Network) -> None:
+    """Let layers run as their visits say."""
+    for stack in network.stacks:
+        visits = [network.visits.get(layer.path, Visit(layer.index)) for layer in stack.layers]
+        leave_out(network.module, stack.layers, visits)
+        run_together(stack.layers, visits)
 
 
 def stacks_named(stacks: Sequence[Stack], names: Iterable[str]) -> list[Stack]:

@@ -58,7 +58,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
 
     model: Identity
     layerwise: Literal[1] = 1
-    target: Literal["hf", "compressed-tensors", "gguf"] = "hf"
+    target: Literal["hf", "compressed-tensors", "gguf", "compact"] = "hf"
     budget: dict[str, float] = {}
     data: DataSpec = DataSpec()
     wiring: dict[str, list[Any]] = {}

@@ -27,7 +27,7 @@ class Target(NamedTuple):
     groups. `outside` gives, of a network and the plan's options of the export, what is written of
     tensors that belong to no layer, by their name in memory, and `rest` the bytes of all that is
     no matrix of a layer; `accepts` refuses networks that the format does not know. `engine` runs
-    what was written: transformers or llama.cpp.
+    what was written: transformers, llama.cpp, or layerwise itself.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Target(NamedTuple):
     fused: bool = True
     method: str = "gptq"
     types: tuple[str, ...] = ()
-    engine: Literal["transformers", "llama.cpp"] = "transformers"
+    engine: Literal["transformers", "llama.cpp", "layerwise"] = "transformers"
     accepts: Callable[[Network], None] = lambda network: None
     rest: Callable[[Network, Mapping[str, Any]], int] | None = None
     outside: Callable[[Network, Mapping[str, Any]], dict[str, Weight]] = lambda network, options: {}

@@ -9,34 +9,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.stack import Stack, Wiring
 
-
-def parse_wiring(text: list[Any], depth: int, where: str) -> Wiring:
-    """Read `[0, 1, 1, {layer: 3, copy: true}]`.
-
-    Raises:
-        LayerwiseError: an entry is no layer of the stack.
-    """
-    from layerwise.core.stack import Visit
-
-    visits = []
-    for entry in text:
-        try:
-            visit = Visit(entry) if isinstance(entry, int) else Visit(**entry)
-        except TypeError:
-            visit = Visit(-1)
-        if not isinstance(visit.layer, int) or not 0 <= visit.layer < depth:
-            raise LayerwiseError(
-                where,
-                allowed=f"layer numbers from 0 to {depth - 1}, or {{layer: n, copy: true}}",
-                found=entry,
-                fix="correct the entry",
-            )
-        visits.append(visit)
-    if not visits:
-        raise LayerwiseError(where, allowed="at least one layer", found="none", fix="keep one")
-    return tuple(visits)
-
-
 Tree = dict[str, Any]
 
 #: what configurations of backbones derive from their depth

@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from layerwise.core.absent import silenced
 from layerwise.core.errors import LayerwiseError, first_few
 from layerwise.core.fan import Engine
 from layerwise.core.fold import save_folds
@@ -20,23 +21,25 @@ from layerwise.core.machine import check_disk, check_memory
 from layerwise.core.method import find
 from layerwise.core.network import Network
 from layerwise.core.open import open_network, widened
-from layerwise.core.plan import Plan, chain_for, check_model, check_selectors, label
+from layerwise.core.plan import Plan, chain_for, label
 from layerwise.core.reader import windows
 from layerwise.core.shards import write_safetensors
 from layerwise.core.stack import Layer
 from layerwise.core.stops import Batch
-from layerwise.core.target import Target, refusals
 from layerwise.core.task import answer, example_inputs
+from layerwise.core.visits import folded
 from layerwise.core.weight import Dense, Weight
 from layerwise.export import TARGETS
 from layerwise.export._writer import Finished
+from layerwise.jobs.admit import check_plan
 from layerwise.jobs.checks import CHECK, CHECKED, must_be_sound, too_large
 from layerwise.jobs.engine import must_run
 from layerwise.jobs.forecast import disk_to_apply, memory_to_rewrite, memory_to_solve
 from layerwise.jobs.imatrix import given_by
 from layerwise.jobs.rewrite import as_rewritten, rewrite
 from layerwise.jobs.session import Progress, check_new, load_reader, silent, texts_of
-from layerwise.jobs.solve import Solver, needs_of, put_outside, solve, try_chains
+from layerwise.jobs.solve import Solver, needs_of, put_outside, solve
+from layerwise.jobs.stock import streamed
 
 
 class Applied(NamedTuple):
@@ -86,7 +89,7 @@ def apply_plan(
             something else when stock transformers loads it.
     """
     check_new(out)
-    network = open_network(model, wiring=plan.wiring, device=device, dtype=dtype)
+    network = opened_for(model, plan, device=device, dtype=dtype)
     target = check_plan(network, plan, other_weights)
     given = given_by(network, plan.export.get("imatrix", ""))
     needs = [] if given else needs_of(plan.edits)
@@ -112,6 +115,8 @@ def apply_plan(
             plan.export, network=network, layers=layers, outside=outside
         )
         nbytes = export(network.stack, plan, part)
+        if target.engine == "layerwise":
+            note_answer(open_network(model, wiring=plan.wiring, dtype="float32"), batch, part)
         plan.save(part / "plan.yaml")
         save_folds(part, done.folds)
         reports = {key: line["report"] for key, line in journal.lines.items()}
@@ -124,6 +129,21 @@ def apply_plan(
         os.replace(part, out)
         journal.remove()
     return Applied(out, nbytes, rows, warnings, done.rows)
+
+
+def opened_for(model: str | Path, plan: Plan, device: str = "auto", dtype: str = "auto") -> Network:
+    """The network whose layers are written: in the plan's order, or each once beside it."""
+    wiring = plan.wiring
+    if plan.target in TARGETS and TARGETS[plan.target].engine == "layerwise":
+        wiring = {name: folded(order)[0] for name, order in wiring.items()}
+    return open_network(model, wiring=wiring, device=device, dtype=dtype)
+
+
+def note_answer(network: Network, batch: Batch, folder: Path) -> None:
+    """Keep what the network answers in its order, for whoever reloads the folder."""
+    with streamed(network, [batch]) as answers:
+        found = answers(batch).float().cpu().contiguous()
+    write_safetensors(folder / CHECK, {**batch, CHECKED: found})
 
 
 def job_of(
@@ -213,10 +233,20 @@ def passing(
         made[layer.key] = records(layer)
         stop.substitute_all(made[layer.key])
         if first:
-            yield Finished(layer, network.fetch(layer), made[layer.key])
+            yield _finished(network, layer, made[layer.key])
             progress("writing layers", len(made), total)
         made[layer.key] = {}
     write_safetensors(check, {**batch, CHECKED: found[0].float().cpu().contiguous()})
+
+
+def _finished(network: Network, layer: Layer, records: Mapping[str, Weight]) -> Finished:
+    """A layer as it is written; what its visit leaves out adds nothing in stock code."""
+    tensors, visit = network.fetch(layer), network.visits.get(layer.path)
+    if visit is None or visit.parts is None:
+        return Finished(layer, tensors, records)
+    zeros = silenced(layer, visit, tensors)
+    own = {m.key for m in layer.matrices if zeros[m.parameter] is not tensors[m.parameter]}
+    return Finished(layer, zeros, {key: made for key, made in records.items() if key not in own})
 
 
 def beside(out: Path, what: str) -> Path:
@@ -239,49 +269,9 @@ def layer_row(network: Network, layer: Layer, plan: Plan, report: dict[str, Any]
     }
 
 
-def check_plan(network: Network, plan: Plan, other_weights: bool) -> Target:
-    """Everything that can be wrong with a plan, before anything is computed; gives its target."""
-    check_model(plan, network.checkpoint.structure, network.checkpoint.weights, other_weights)
-    check_selectors(plan, [m for stack in network.stacks for m in stack.matrices()])
-    target = TARGETS[plan.target] if plan.target in TARGETS else _no_target(plan)
-    target.accepts(as_rewritten(network, plan.rewrites))
-    find(plan.target, "export").bind(plan.export)
-    check_target(network, plan, target)
-    try_chains(plan.edits)
-    if plan.rewrites and plan.export.get("imatrix"):
-        raise LayerwiseError(
-            "plan, rewrites",
-            allowed="importances that are measured",
-            found=f"those of {plan.export['imatrix']}, of inputs before they are rewritten",
-            fix="leave out the rewrites, or imatrix",
-        )
-    return target
-
-
-def check_target(network: Network, plan: Plan, target: Target) -> None:
-    """Refuse, before anything is computed, a plan that its target cannot hold."""
-    refuses = refusals(target, network)
-    for layer in network.layers():
-        for matrix in layer.matrices:
-            why = refuses(matrix, chain_for(plan.edits, matrix))
-            if why:
-                raise LayerwiseError(
-                    f"plan, {matrix.key}",
-                    allowed=f"what target {target.name!r} can hold",
-                    found=why,
-                    fix="choose other options for it, keep it as it is, or use target hf",
-                )
-
-
-def _no_target(plan: Plan) -> Target:
-    raise LayerwiseError(
-        "plan, target", allowed=", ".join(TARGETS), found=plan.target, fix="choose one of these"
-    )
-
-
 def preview(model: str | Path, plan: Plan, other_weights: bool = False) -> list[dict[str, Any]]:
     """What `apply_plan` would do: the checks of the plan, and a row per layer with exact bytes."""
-    network = open_network(model, wiring=plan.wiring)
+    network = opened_for(model, plan)
     target = check_plan(network, plan, other_weights)
     size = network.stored.dtype.itemsize
     return [

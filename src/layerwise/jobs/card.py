@@ -13,6 +13,12 @@ _HOW = {
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("{}")
 ```""",
+    "layerwise": """```sh
+layerwise run {} "..."
+```
+
+The layers are held once each; `wiring.yaml` says in which order they run. Stock engines do not
+read it and would compute something else.""",
     "llama.cpp": """```sh
 llama-cli -m {}/model.gguf
 ```""",

@@ -19,6 +19,7 @@ from layerwise.core.plan import Plan, chain_for, describe
 from layerwise.core.quality import Quality, measure_quality
 from layerwise.core.reader import windows
 from layerwise.core.stack import Layer
+from layerwise.core.visits import only_drops
 from layerwise.core.weight import Weight
 from layerwise.export import PACKED, TARGETS
 from layerwise.jobs.bits import plan_bits
@@ -103,6 +104,8 @@ def build_naive(contest: Contest, progress: Progress = silent) -> Naive | None:
 
 def naive_depth(contest: Contest) -> Naive | None:
     """The best of: last k dropped, last k but the final one, the median of 5 random choices."""
+    if not contest.plan.edits and not all(map(only_drops, contest.plan.wiring.values())):
+        return None
     network = contest.opened()
     keys = [layer.key for layer in able_to_go(network, contest.plan.fixed)]
     count = len(network.layers()) - sum(

@@ -32,7 +32,7 @@ def load_reader(network: Network) -> Reader:
     Raises:
         LayerwiseError: there is none in its folder.
     """
-    folder, module = network.checkpoint.folder, network.module
+    folder, module = network.folder or network.checkpoint.folder, network.module
     images = takes_images(module)
     config = network.model.config
     files = "preprocessor_config.json" if images else "tokenizer.json and tokenizer_config.json"

@@ -16,20 +16,24 @@ from layerwise.core.errors import refusing
 from layerwise.core.instead import instead, swapped
 from layerwise.core.lockstep import walk
 from layerwise.core.network import Network
+from layerwise.core.open import open_network
 from layerwise.core.stack import Layer
 from layerwise.core.stops import hidden
 from layerwise.core.task import answer, forward_arguments
+from layerwise.core.visits import FOLDED
 from layerwise.core.weight import Weight
 
 DENSE = "some architectures cannot use packed weights there: choose --target hf for this one"
 
 
 def load_stock(folder: Path, dtype: str, device: torch.device) -> nn.Module:
-    """The model as stock transformers loads it.
+    """The model as stock transformers loads it, or layerwise where the folder names an order.
 
     Raises:
         LayerwiseError: it cannot.
     """
+    if (folder / FOLDED).exists():  # an order that layerwise itself runs
+        return open_network(folder, device=str(device), dtype=dtype).load().module
     kind = model_class(read_config(folder))
     with refusing(
         f"{folder} in stock transformers", allowed=f"a folder that {kind.__name__} loads", fix=DENSE

@@ -231,7 +231,7 @@ def layer_rows(case: Case) -> list[dict[str, Any]]:
     errors = {row["layer"]: row.get("error") for row in known}
     nbytes, itemsize = TARGETS[plan.target].nbytes, original.stored.dtype.itemsize
     rows = []
-    sizes = layer_bytes(original)
+    sizes, once = layer_bytes(original), TARGETS[plan.target].engine == "layerwise"
     for layer in original.layers():
         size = sizes[layer.key]
         visits = [
@@ -244,7 +244,7 @@ def layer_rows(case: Case) -> list[dict[str, Any]]:
                 "layer": layer.key,
                 "groups": {m.fusion.split("/", 2)[2]: label(c) for m, c in chains.items()},
                 "dropped": not visits,
-                "bytes": (size - saved) * len(visits),
+                "bytes": (size - saved) * (min(1, len(visits)) if once else len(visits)),
                 "original_bytes": size,
                 "error": errors.get(visits[0].key) if visits else None,
             }

@@ -1,0 +1,254 @@
+"""Execution orders: how they are written, and layers that run as their visits say.
+
+A repeated layer is a second module with the same parameters and a cache slot of its own, so that
+stock code runs it. What a visit leaves out, or reads in common with others, is done by a function
+in the place of a module's forward.
+"""
+
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from layerwise.core.errors import LayerwiseError, refusing
+from layerwise.core.instead import swapped
+from layerwise.core.stack import Layer, Visit, Wiring
+from layerwise.core.stops import hidden
+
+_ITEM = re.compile(r"(\d+)(?:-(\d+))?(?:/([a-z_0-9]+(?:\+[a-z_][a-z_0-9]*)*))?(?:\*(\d+))?")
+_TOGETHER = re.compile(r"\d+(?:\+\d+)+")
+#: the longest order that is read
+MOST_VISITS = 10_000
+
+
+def parse_wiring(entries: Sequence[Any], depth: int, where: str) -> Wiring:
+    """Read `[0, 1, 1, {layer: 3, copy: true}, {layer: 4, parts: [mlp]}, {parallel: [5, 6]}]`.
+
+    Raises:
+        LayerwiseError: an entry is no layer of the stack.
+
+    Example:
+        >>> [v.layer for v in parse_wiring([0, 2, 2, {"parallel": [1, 3]}], 4, "wiring")]
+        [0, 2, 2, 1, 3]
+    """
+    visits: list[Visit] = []
+    if any(isinstance(entry, Visit) for entry in entries):
+        entries = entries_of(tuple(entries))
+    for entry in entries:
+        together = _fields(entry, {"parallel"})
+        members = together["parallel"] if together else [entry]
+        if not isinstance(members, list | tuple) or len(members) < (2 if together else 1):
+            raise _wrong(where, depth, entry)
+        number = len(visits) if together else None
+        visits += [_visit(member, depth, where, number) for member in members]
+    if not visits:
+        raise LayerwiseError(where, allowed="at least one layer", found="none", fix="keep one")
+    return tuple(visits)
+
+
+def _fields(entry: Any, known: set[str]) -> dict[str, Any] | None:
+    """An entry as its fields, if it has any, and of these only known ones."""
+    whole = isinstance(entry, Mapping) and entry and set(entry) <= known
+    return dict(entry) if whole else None
+
+
+def _visit(entry: Any, depth: int, where: str, number: int | None) -> Visit:
+    given = {"copy": False, "parts": None, "layer": entry}
+    given |= _fields(entry, {"layer", "copy", "parts"}) or {}
+    layer, parts = given["layer"], given["parts"]
+    named = parts is None or (isinstance(parts, list | tuple) and len(parts) > 0)
+    if type(layer) is not int or type(given["copy"]) is not bool or not named:
+        raise _wrong(where, depth, entry)
+    if not 0 <= layer < depth:
+        raise _wrong(where, depth, entry)
+    names = None if parts is None else tuple(map(str, parts))
+    return Visit(layer, given["copy"], names, parallel=number)
+
+
+def _wrong(where: str, depth: int, entry: Any) -> LayerwiseError:
+    return LayerwiseError(
+        where,
+        allowed=f"layer numbers from 0 to {depth - 1}, {{layer: n, copy: true, parts: [mlp]}}, "
+        "or {parallel: [n, m]}",
+        found=entry,
+        fix="correct the entry",
+    )
+
+
+def read_wiring(text: str) -> list[Any]:
+    """An order as it is typed, as a plan has it.
+
+    `6` or `0-5`; `6/mlp` for one part of it alone; `6+7` for both on the same input; `*2` behind
+    any of these for twice in a row.
+
+    Raises:
+        LayerwiseError: an item is none of these.
+
+    Example:
+        >>> read_wiring("0-2,3*2,4/mlp,5+6")
+        [0, 1, 2, 3, 3, {'layer': 4, 'parts': ['mlp']}, {'parallel': [5, 6]}]
+    """
+    entries: list[Any] = []
+    for item in filter(None, (piece.strip() for piece in text.split(","))):
+        entries += _item(item)
+        if len(entries) > MOST_VISITS:
+            break
+    if not 0 < len(entries) <= MOST_VISITS:
+        raise LayerwiseError(
+            "--wiring",
+            allowed=f"1 to {MOST_VISITS} visits, such as 0-5,6,6,7",
+            found=text if not entries else f"more than {MOST_VISITS}",
+            fix="name the layers in the order in which they run",
+        )
+    return entries
+
+
+def _item(item: str) -> list[Any]:
+    if _TOGETHER.fullmatch(item):
+        return [{"parallel": [int(number) for number in item.split("+")]}]
+    found = _ITEM.fullmatch(item)
+    first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+    times = int(found[4] or 1) if found else 0
+    if found is None or last < first or times < 1 or (last - first + 1) * times > MOST_VISITS:
+        raise LayerwiseError(
+            "--wiring",
+            allowed="items such as 6, 0-5, 6*2, 6/mlp and 6+7, with commas between them",
+            found=item,
+            fix="correct the item",
+        )
+    parts = found[3].split("+") if found[3] else None
+    layers = range(first, last + 1)
+    return [n if parts is None else {"layer": n, "parts": parts} for n in layers] * times
+
+
+def entries_of(wiring: Wiring) -> list[Any]:
+    """An order as a plan writes it.
+
+    Example:
+        >>> entries_of(parse_wiring([{"layer": 2, "parts": ["mlp"]}, {"parallel": [0, 1]}], 3, ""))
+        [{'layer': 2, 'parts': ['mlp']}, {'parallel': [0, 1]}]
+    """
+    entries: list[Any] = []
+    groups: dict[int, list[Any]] = {}
+    for visit in wiring:
+        more = {"copy": True} if visit.copy else {}
+        more |= {"parts": list(visit.parts)} if visit.parts is not None else {}
+        entry = {"layer": visit.layer, **more} if more else visit.layer
+        if visit.parallel is None:
+            entries.append(entry)
+        elif visit.parallel in groups:
+            groups[visit.parallel].append(entry)
+        else:
+            groups[visit.parallel] = [entry]
+            entries.append({"parallel": groups[visit.parallel]})
+    return entries
+
+
+def folded(entries: Sequence[Any]) -> tuple[list[int], list[Any]]:
+    """The layers that an order visits, each once, and the order in their numbers.
+
+    Example:
+        >>> folded([0, 3, 3, {"parallel": [5, 6]}])
+        ([0, 3, 5, 6], [0, 1, 1, {'parallel': [2, 3]}])
+    """
+    wiring = parse_wiring(entries, sys.maxsize, "wiring")
+    kept = sorted({visit.layer for visit in wiring})
+    return kept, entries_of(tuple(replace(v, layer=kept.index(v.layer)) for v in wiring))
+
+
+def only_drops(entries: Sequence[Any]) -> bool:
+    """Whether an order leaves layers out and does nothing else.
+
+    Example:
+        >>> only_drops([0, 2, 3]), only_drops([0, 1, 1]), only_drops([{"parallel": [0, 1]}])
+        (True, False, False)
+    """
+    plain = all(type(entry) is int for entry in entries)
+    return plain and list(entries) == sorted(set(entries))
+
+
+def is_plain(visit: Visit) -> bool:
+    """Whether a visit is the layer as it is."""
+    return visit.parts is None and visit.parallel is None
+
+
+#: in a folder that keeps every layer once: the order in which they run, by stack
+FOLDED = "wiring.yaml"
+
+
+def read_folded(folder: Path) -> dict[str, list[Any]]:
+    """The order that a folder of the target `compact` names; nothing in any other folder.
+
+    Raises:
+        LayerwiseError: the file holds no orders.
+    """
+    file = folder / FOLDED
+    if not file.exists():
+        return {}
+    with refusing(str(file), allowed="an order of layers for each stack", fix="copy it again"):
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+        whole = isinstance(found, dict) and all(isinstance(v, list) for v in found.values())
+        if not whole:
+            raise ValueError(f"{found}")
+    return found
+
+
+#: what the groups that are being visited read, by their number; every lane of a walk has its own
+_READ: ContextVar[Mapping[int, Tensor]] = ContextVar("read", default=MappingProxyType({}))
+
+
+@dataclass
+class Together:
+    """A layer of a group whose members all read what the first of them reads.
+
+    `y = x + sum_i (f_i(x) - x)`: each later member is given `x`, and adds what it changes of it
+    to what came to it.
+    """
+
+    forward: Callable[..., Any]
+    group: int
+    first: bool
+    last: bool
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """One visit of the group."""
+        given, read = hidden((args, kwargs)), _READ.get()
+        if self.first:
+            _READ.set({**read, self.group: given.clone()})  # a layer may write into its input
+            return self.forward(*args, **kwargs)
+        x, before = read[self.group], given.clone()
+        if self.last:
+            _READ.set({group: held for group, held in read.items() if group != self.group})
+        args, kwargs = swapped((args, kwargs), given, x.clone())
+        output = self.forward(*args, **kwargs)
+        new = hidden(output)
+        return swapped(output, new, before + (new - x))
+
+
+def run_together(layers: Sequence[Layer], visits: Sequence[Visit]) -> None:
+    """Let the layers of every parallel group read one input.
+
+    Raises:
+        LayerwiseError: one of them does not keep the shape of its input.
+    """
+    for layer, visit in zip(layers, visits, strict=True):
+        if visit.parallel is None:
+            continue
+        if not layer.keeps_shape:
+            raise LayerwiseError(
+                f"wiring, layer {layer.key}",
+                allowed="layers in parallel that keep the shape of their input",
+                found="one that changes it",
+                fix="leave it out of the group",
+            )
+        numbers = [i for i, other in enumerate(visits) if other.parallel == visit.parallel]
+        ends = layer.index == numbers[0], layer.index == numbers[-1]
+        own = layer.module.forward
+        vars(layer.module)["forward"] = Together(own, visit.parallel, *ends)

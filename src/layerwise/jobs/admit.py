@@ -1,0 +1,68 @@
+"""Everything that can be wrong with a plan, found before anything is computed."""
+
+from layerwise.core.errors import LayerwiseError
+from layerwise.core.method import find
+from layerwise.core.network import Network
+from layerwise.core.plan import Plan, chain_for, check_model, check_selectors
+from layerwise.core.stack import Visit
+from layerwise.core.target import Target, refusals
+from layerwise.core.visits import is_plain
+from layerwise.export import TARGETS
+from layerwise.jobs.rewrite import as_rewritten
+from layerwise.jobs.solve import try_chains
+
+
+def check_plan(network: Network, plan: Plan, other_weights: bool) -> Target:
+    """Everything that can be wrong with a plan, before anything is computed; gives its target."""
+    check_model(plan, network.checkpoint.structure, network.checkpoint.weights, other_weights)
+    check_selectors(plan, [m for stack in network.stacks for m in stack.matrices()])
+    target = TARGETS[plan.target] if plan.target in TARGETS else _no_target(plan)
+    target.accepts(as_rewritten(network, plan.rewrites))
+    find(plan.target, "export").bind(plan.export)
+    check_target(network, plan, target)
+    check_visits(network, target)
+    try_chains(plan.edits)
+    if plan.rewrites and plan.export.get("imatrix"):
+        raise LayerwiseError(
+            "plan, rewrites",
+            allowed="importances that are measured",
+            found=f"those of {plan.export['imatrix']}, of inputs before they are rewritten",
+            fix="leave out the rewrites, or imatrix",
+        )
+    return target
+
+
+def check_target(network: Network, plan: Plan, target: Target) -> None:
+    """Refuse, before anything is computed, a plan that its target cannot hold."""
+    refuses = refusals(target, network)
+    for layer in network.layers():
+        for matrix in layer.matrices:
+            why = refuses(matrix, chain_for(plan.edits, matrix))
+            if why:
+                raise LayerwiseError(
+                    f"plan, {matrix.key}",
+                    allowed=f"what target {target.name!r} can hold",
+                    found=why,
+                    fix="choose other options for it, keep it as it is, or use target hf",
+                )
+
+
+def check_visits(network: Network, target: Target) -> None:
+    """Refuse visits that a stock engine cannot make."""
+    for layer in network.layers():
+        visit = network.visits.get(layer.path, Visit(0))
+        if is_plain(visit) or (visit.parallel is None and target.name == "hf"):
+            continue
+        what = "layers in parallel" if visit.parallel is not None else "a part left out"
+        raise LayerwiseError(
+            f"plan, wiring of {layer.key}",
+            allowed=f"orders that target {target.name!r} can hold",
+            found=what,
+            fix="use target compact, which layerwise itself runs",
+        )
+
+
+def _no_target(plan: Plan) -> Target:
+    raise LayerwiseError(
+        "plan, target", allowed=", ".join(TARGETS), found=plan.target, fix="choose one of these"
+    )

@@ -1,0 +1,6 @@
+"""Run: how tokens are proposed by a part of a network, and which of them stay."""
+
+from layerwise.run.accept import draw_from, same_choices, speculative_sample
+from layerwise.run.drafts import early_exit, skip_steps
+
+__all__ = ["draw_from", "early_exit", "same_choices", "skip_steps", "speculative_sample"]

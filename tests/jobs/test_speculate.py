@@ -1,0 +1,243 @@
+"""Drafts change the speed, never the text; drawn text keeps its distribution."""
+
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from torch import Tensor
+
+import layerwise
+from layerwise.core.errors import LayerwiseError
+from layerwise.core.network import Network
+from layerwise.jobs.generate import generate
+from layerwise.jobs.pays import PLAIN, agreement, decode, forecast, median_interval, per_round
+from layerwise.jobs.speculate import Draft, Sampling, Session
+from layerwise.run import same_choices, speculative_sample
+
+PROMPT = torch.arange(3, 15)[None]
+
+
+def small(kind: str, **fields: Any) -> Network:
+    """A network of a configuration, with weights that matter."""
+    import transformers as t
+
+    common = {"vocab_size": 128, "hidden_size": 64, "initializer_range": 0.1}
+    common |= {"intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = getattr(t, f"{kind}Config")(**common | fields)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        module = getattr(t, f"{kind}ForCausalLM")(config).eval()
+    return layerwise.open(module, inputs={"input_ids": PROMPT})
+
+
+SLIDING = {"num_key_value_heads": 2, "sliding_window": 6}
+MADE: dict[str, Callable[[], Network]] = {
+    "sliding": lambda: small("Mistral", **SLIDING),
+    "both kinds": lambda: small(
+        "Gemma2", **SLIDING, head_dim=16, layer_types=["sliding_attention", "full_attention"] * 2
+    ),
+}
+KINDS = ("llama", "mixtral", "gpt2", "opt", "falcon", "neox", *MADE)
+
+
+@pytest.fixture(scope="module")
+def opened(tiny: Callable[..., Any]) -> Callable[[str], Network]:
+    made: dict[str, Network] = {}
+
+    def make(kind: str) -> Network:
+        if kind not in made:
+            made[kind] = MADE[kind]() if kind in MADE else layerwise.open(tiny(kind)).load()
+        return made[kind]
+
+    return make
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", [1, 3, 7])
+def test_a_draft_changes_no_token(opened, kind: str, length: int) -> None:
+    network = opened(kind)
+    depth = len(network.stack.layers)
+    plain = generate(network, PROMPT, max_tokens=20).tokens
+    skip = (2,) if kind == "both kinds" else (1,)
+    for left_out in [tuple(range(depth - 1, depth)), tuple(range(1, depth)), skip]:
+        found = generate(network, PROMPT, max_tokens=20, speculate=Draft(left_out, length))
+        assert found.tokens == plain
+        assert found.tally is not None
+        assert found.tally.written == len(plain[0]) - 1
+        assert found.tally.kept <= found.tally.drafted
+    assert not any("forward" in vars(la.module) for la in network.layers())
+
+
+def test_a_draft_of_an_edited_order(tiny) -> None:
+    order = [0, 1, 1, {"layer": 2, "parts": ["mlp"]}, {"parallel": [2, 3]}]
+    network = layerwise.open(tiny("llama"), wiring={"decoder": order}).load()
+    plain = generate(network, PROMPT, max_tokens=16).tokens
+    found = generate(network, PROMPT, max_tokens=16, speculate=Draft((3, 4, 5), 3))
+    assert found.tokens == plain
+
+
+def test_a_perfect_draft_is_kept_whole(opened) -> None:
+    network = opened("llama")
+    last = network.stack.layers[-1].module
+    kept = [p.clone() for p in last.parameters()]
+    try:
+        for p in last.parameters():
+            p.data.zero_()  # a layer that adds nothing: leaving it out proposes the right tokens
+        found = generate(network, PROMPT, max_tokens=13, speculate=Draft((3,), 3))
+    finally:
+        for p, own in zip(last.parameters(), kept, strict=True):
+            p.data.copy_(own)
+    assert found.tally is not None
+    assert (found.tally.rounds, found.tally.drafted, found.tally.kept) == (3, 9, 9)
+
+
+def test_it_stops_where_plain_decoding_stops(opened) -> None:
+    network = opened("gpt2")
+    plain = generate(network, PROMPT, max_tokens=20).tokens[0]
+    end = plain[7]
+    network.model.generation_config.eos_token_id = end
+    open_ended = network.folder
+    try:
+        network = layerwise.core.network.replace(network, folder=None)
+        for speculate in (None, Draft((2,), 4)):
+            found = generate(network, PROMPT, max_tokens=20, speculate=speculate)
+            assert found.tokens[0] == plain[: plain.index(end) + 1]
+    finally:
+        network.model.generation_config.eos_token_id = None
+        assert open_ended is not None
+
+
+@pytest.mark.parametrize("kind", ["mamba"])
+def test_states_that_cannot_be_taken_back(opened, kind: str) -> None:
+    with pytest.raises(LayerwiseError, match=r"cannot be taken back.*without a draft"):
+        generate(opened(kind), PROMPT, speculate=Draft((1,), 2))
+
+
+def test_the_first_of_a_kind_has_to_run(opened) -> None:
+    with pytest.raises(LayerwiseError, match="step 1 left out, the first with a DynamicLayer"):
+        generate(opened("both kinds"), PROMPT, speculate=Draft((1,), 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"max_tokens": 0}, "--max-tokens: allowed is 1 or more"),
+        ({"temperature": -1.0}, "--temperature"),
+        ({"top_p": 0.0}, "--top-p"),
+        ({"top_k": -1}, "--top-k"),
+    ],
+)
+def test_one_clear_error(opened, options: dict[str, Any], found: str) -> None:
+    with pytest.raises(LayerwiseError, match=found):
+        generate(opened("llama"), PROMPT, **options)
+
+
+def test_no_prompt(opened) -> None:
+    for empty in ([], torch.empty(1, 0, dtype=torch.long)):
+        with pytest.raises(LayerwiseError, match="at least one token"):
+            generate(opened("gpt2"), empty)
+
+
+def test_same_choices_against_a_loop() -> None:
+    for drafted in product(range(3), repeat=2):
+        for chosen in product(range(3), repeat=3):
+            wanted = []
+            for i, token in enumerate(chosen):
+                wanted.append(token)
+                if i == 2 or drafted[i] != token:
+                    break
+            assert same_choices(torch.tensor(drafted), torch.tensor(chosen)) == wanted
+
+
+def test_sampled_tokens_have_the_right_distribution() -> None:
+    generator = torch.Generator().manual_seed(0)
+    p, q = torch.rand(3, 5, generator=generator), torch.rand(2, 5, generator=generator)
+    q[0, 1] = 0.0  # what the draft never proposes has to come from the rest
+    p[1, 2] = 0.0  # what the network never says has to be turned down
+    p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
+    seen = [torch.zeros(5) for _ in range(3)]
+    for _ in range(6000):
+        drafted = torch.multinomial(q, 1, generator=generator)[:, 0]
+        for place, token in enumerate(speculative_sample(drafted, q, p, generator)):
+            seen[place][token] += 1
+    for counts, wanted in zip(seen, p, strict=True):
+        good = wanted > 0
+        assert not counts[~good].any()
+        expected = counts.sum() * wanted[good]
+        assert chisquare(counts[good].numpy(), expected.numpy(), sum_check=False).pvalue > 1e-3
+
+
+def test_sampled_text_has_the_network_s_distribution() -> None:
+    network = small("Llama", vocab_size=5, num_hidden_layers=3, eos_token_id=None)
+    prompt, sampling = [1, 2, 3], Sampling(4, temperature=1.3, top_k=4)
+    wanted = torch.zeros(5, 5)
+    for first in range(5):
+        batch = {"input_ids": torch.tensor([[*prompt, first]])}
+        p = sampling.weights(network.run(batch).logits[0])
+        one, two = p[2], p[3]
+        wanted[first] = one[first] * two
+    seen, runs = torch.zeros(5, 5), 800
+    for seed in range(runs):
+        text, _, _ = decode(network, prompt, sampling._replace(seed=seed), Draft((1, 2), 2))
+        seen[text[0], text[1]] += 1
+    good = wanted > 0
+    assert not seen[~good].any()
+    assert chisquare(seen[good].numpy(), runs * wanted[good].numpy(), sum_check=False).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_forecast_counts_what_decoding_counts(opened, kind: str) -> None:
+    """On the text that the network writes itself, acceptance is known before it is drafted."""
+    network, sampling = opened(kind), Sampling(24)
+    prompt = PROMPT[0].tolist()
+    text, _, _ = decode(network, prompt, sampling, PLAIN)
+    places = agreement(network, [(prompt, text)], sampling)
+    depth = len(network.stack.layers)
+    for exit, length in product(range(1, depth), (1, 3)):
+        draft = Draft(tuple(range(exit, depth)), length)
+        found, _, tally = decode(network, prompt, sampling, draft)
+        assert found == text
+        tokens, _ = per_round([places[exit][0][1:]], length)
+        assert tokens == pytest.approx(tally.written / tally.rounds, abs=0.35)
+
+
+def test_exits_are_the_networks_that_end_there(opened, tiny) -> None:
+    network, prompt = opened("llama"), PROMPT[0].tolist()
+    text, _, _ = decode(network, prompt, Sampling(12), PLAIN)
+    places = agreement(network, [(prompt, text)], Sampling(12))
+    batch = {"input_ids": torch.tensor([[*prompt, *text[:-1]]])}
+    for exit in places:
+        short = layerwise.open(tiny("llama"), wiring={"decoder": list(range(exit))})
+        early: Tensor = short.load().run(batch).logits[0, len(prompt) - 1 :].argmax(-1)
+        assert torch.equal(places[exit][0], early == torch.tensor(text))
+
+
+def test_a_forecast_and_its_choice(opened) -> None:
+    found = forecast(opened("llama"), [PROMPT[0].tolist()], Sampling(8))
+    assert found.costs.call >= 0 and found.costs.layer >= 0  # 0 where a busy machine blurs it
+    assert list(found.costs.verify) == sorted(found.costs.verify)
+    exit, length, speed = found.best()
+    assert speed == max(found.of(e, n)["predicted"] for e in (1, 2, 3) for n in range(1, 9))
+    assert found.of(exit, length)["predicted"] == speed
+
+
+def test_median_interval_holds_the_median() -> None:
+    middle, low, high = median_interval([1.0, 2.0, 4.0, 3.0, 9.0])
+    assert low <= middle == 3.0 <= high
+
+
+def test_a_session_cuts_what_it_is_told_to(opened) -> None:
+    network = opened("llama")
+    session = Session(network, [2, 3])
+    with torch.no_grad():
+        session.start([1, 2, 3])
+        first = session.feed([4, 5])
+        session.cut(3)
+        with session.drafting():
+            session.feed([6])
+        assert [s.get_seq_length() for s in session.cache.layers] == [4, 4, 3, 3]
+        session.cut(3)
+        torch.testing.assert_close(session.feed([4, 5]), first)
