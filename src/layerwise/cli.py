@@ -37,6 +37,7 @@ from layerwise.options import (
 )
 from layerwise.steps import (
     engine_of,
+    list_methods,
     request_of,
     run_apply,
     run_imatrix,
@@ -248,35 +249,9 @@ def methods(
     as_json: Json = False,
 ) -> None:
     """List every method: family, one line, paper, options."""
-    import layerwise.families as families
-    from layerwise.core.errors import LayerwiseError, nearest
-    from layerwise.core.method import FAMILIES
-    from layerwise.core.method import methods as registered
-
-    assert families
-    if family and family not in FAMILIES:
-        raise LayerwiseError(
-            "--family",
-            allowed=", ".join(FAMILIES),
-            found=family,
-            fix=nearest(family, FAMILIES, "choose one of these"),
-        )
     output = Output("methods", "", as_json, {"family": family})
-    rows = [
-        {
-            "method": m.name,
-            "family": m.family,
-            "what": m.summary,
-            "aliases": list(m.aliases),
-            "paper": m.paper,
-            "options": {k: repr(p.default) for k, p in m.options.items()},
-        }
-        for m in registered(family or None)
-    ]
-    shown = [r | {"options": ", ".join(f"{k}={v}" for k, v in r["options"].items())} for r in rows]
-    output.table("methods", shown, "method", "family", "what", "paper", "options", "aliases")
-    output.rows = rows
-    output.end(f"{len(rows)} methods; set an option with --set method.option=value")
+    list_methods(output, family)
+    output.end(f"{len(output.rows)} methods; set an option with --set method.option=value")
 
 
 @command

@@ -29,6 +29,7 @@ def run(
     documents: Annotated[int, typer.Option(min=1, help="Documents of a sweep, and of auto.")] = 8,
     data: Data = "stdlib",
     check: Annotated[bool, typer.Option(help="Check the cache under a new order.")] = True,
+    packed: Annotated[bool, typer.Option(help="Packed kernels, where they are faster.")] = True,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="Compute type; auto: float32 with a draft.")] = "auto",
     as_json: Json = False,
@@ -46,6 +47,8 @@ def run(
     drafts = sweep or bool(speculate)
     kind = "float32" if drafts and dtype == "auto" else dtype
     network = opened(output, order, device, kind, check, save)
+    if packed and not order:
+        compute_packed(output, network)
     if drafts and network.dtype.itemsize < 4:
         output.warnings.append(
             f"in {dtype} several tokens at once may round otherwise than one by one, so that the "
@@ -103,6 +106,16 @@ def opened(output: Output, order: Any, device: str, dtype: str, check: bool, sav
     if check and network.visits:
         check_cache(output, network, resident)
     return resident
+
+
+def compute_packed(output: Output, network: Any) -> None:
+    """Let a folder of packed integers compute on them, as far as that is faster here."""
+    from layerwise.export.compressed_tensors import packed_linears
+    from layerwise.run import quicken
+
+    records = packed_linears(Path(output.model), network)
+    if records:
+        output.say(str(quicken(network.module, records)))
 
 
 def check_cache(output: Output, network: Any, resident: Any) -> None:

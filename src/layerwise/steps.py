@@ -247,3 +247,33 @@ def read_for_page(
         return []
     say(announced(network, prompts))
     return read_prompts(network, prompts, texts, progress)
+
+
+def list_methods(output: Output, family: str) -> None:
+    """Show every method, of one family or of all."""
+    import layerwise.families as families
+    from layerwise.core.errors import LayerwiseError, nearest
+    from layerwise.core.method import FAMILIES, methods
+
+    assert families
+    if family and family not in FAMILIES:
+        raise LayerwiseError(
+            "--family",
+            allowed=", ".join(FAMILIES),
+            found=family,
+            fix=nearest(family, FAMILIES, "choose one of these"),
+        )
+    rows = [
+        {
+            "method": m.name,
+            "family": m.family,
+            "what": m.summary,
+            "aliases": list(m.aliases),
+            "paper": m.paper,
+            "options": {k: repr(p.default) for k, p in m.options.items()},
+        }
+        for m in methods(family or None)
+    ]
+    shown = [r | {"options": ", ".join(f"{k}={v}" for k, v in r["options"].items())} for r in rows]
+    output.table("methods", shown, "method", "family", "what", "paper", "options", "aliases")
+    output.rows = rows

@@ -1,7 +1,7 @@
 """Opening a model folder, hub id or module: building it hollow, finding its stacks, rewiring it."""
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerwise.core.absent import leave_out
+from layerwise.core.arrange import arrange, check_rebuilt, stacks_named, stored_as
 from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.config import model_class, read_config
 from layerwise.core.errors import LayerwiseError, nearest, refusing
@@ -19,12 +19,11 @@ from layerwise.core.folder import find_folder
 from layerwise.core.hollow import build_hollow, hollow_parameter
 from layerwise.core.network import Network, fill
 from layerwise.core.source import Source, check_stored
-from layerwise.core.stack import Layer, Stack, Visit
+from layerwise.core.stack import Stack
 from layerwise.core.task import Task, example_inputs, forward_arguments, task_of
 from layerwise.core.visits import (
     parse_wiring,
     read_folded,
-    run_together,
 )
 from layerwise.core.wiring import edited_config
 
@@ -144,10 +143,10 @@ def _rebuilt(network: Network, kind: torch.dtype, source: Source) -> Network:
     if (source.model.all_tied_weights_keys or {}).keys() & source.folds.keys():
         shape.tie_word_embeddings = False
     network = replace(network, source=source, dtype=kind)
-    module = build_hollow(type(network.model), shape, kind, _stored_as(network))
+    module = build_hollow(type(network.model), shape, kind, stored_as(network))
     stacks, task = _examine(module, containers=[stack.container for stack in network.stacks])
     found = replace(network, module=module, stacks=stacks, task=task)
-    _arrange(found)
+    arrange(found)
     _bring_outside(found)
     return found
 
@@ -186,7 +185,7 @@ def rewired(network: Network, wiring: Mapping[str, Sequence[Any]]) -> Network:
         shape = copy.deepcopy(network.model.config)
         for stack, order in zip(chosen, orders, strict=True):
             shape = edited_config(kind, shape, stack, order, renumber)
-        module = build_hollow(kind, shape, network.dtype, _stored_as(arranged))
+        module = build_hollow(kind, shape, network.dtype, stored_as(arranged))
         rebuilt, task = _examine(module, containers=[stack.container for stack in stacks])
         try:
             check_rebuilt(
@@ -196,66 +195,10 @@ def rewired(network: Network, wiring: Mapping[str, Sequence[Any]]) -> Network:
             refused = refused or error
             continue
         made = replace(arranged, module=module, stacks=rebuilt, task=task)
-        _arrange(made)
+        arrange(made)
         return made
     assert refused is not None
     raise refused
-
-
-def _stored_as(network: Network) -> Callable[[str], bool]:
-    """Whether a parameter comes from the checkpoint, by its name in a rewired network."""
-    longest = sorted(network.origins, key=len, reverse=True)
-
-    def stored(name: str) -> bool:
-        path = next((path for path in longest if name.startswith(f"{path}.")), "")
-        return network.stored.is_stored(network.origins.get(path, path) + name[len(path) :])
-
-    return stored
-
-
-def _arrange(network: Network) -> None:
-    """Let layers run as their visits say."""
-    for stack in network.stacks:
-        visits = [network.visits.get(layer.path, Visit(layer.index)) for layer in stack.layers]
-        leave_out(network.module, stack.layers, visits)
-        run_together(stack.layers, visits)
-
-
-def stacks_named(stacks: Sequence[Stack], names: Iterable[str]) -> list[Stack]:
-    """The stacks of these names.
-
-    Raises:
-        LayerwiseError: there is none of a name.
-    """
-    known = {stack.name: stack for stack in stacks}
-    for name in names:
-        if name not in known:
-            raise LayerwiseError(
-                f"wiring of {name!r}", allowed=", ".join(known), found=name, fix="name a stack"
-            )
-    return [known[name] for name in names]
-
-
-def check_rebuilt(stacks: Sequence[Stack], origins: Mapping[str, Layer]) -> None:
-    """A layer of the rebuilt network must hold the tensors of the one that it stands for.
-
-    Raises:
-        LayerwiseError: the architecture decides by the index what a layer is.
-    """
-    for layer in (layer for stack in stacks for layer in stack.layers):
-        before = origins.get(layer.path)
-        here, there = (
-            {n: p.shape for n, p in la.module.named_parameters()} if la else {}
-            for la in (layer, before)
-        )
-        if before is None or here != there:
-            name = before.key if before else "no layer"
-            raise LayerwiseError(
-                f"wiring, layer {layer.key}",
-                allowed="layers that are of the same kind at their new place",
-                found=f"{name} has other tensors than the architecture wants at {layer.path}",
-                fix="drop layers so that the kinds keep their rhythm, such as whole periods",
-            )
 
 
 def _stored_dtype(checkpoint: Checkpoint, config: Any) -> torch.dtype:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.method import method
 from layerwise.core.network import Network
-from layerwise.core.plan import Edit, Plan, Step, chain_for
+from layerwise.core.plan import Edit, Plan, Step, chain_for, read_plan
 from layerwise.core.stack import Layer, Matrix, Stack
 from layerwise.core.target import Target
-from layerwise.core.weight import Weight
+from layerwise.core.weight import Quantized, Weight
 from layerwise.export._packed import (
     Scheme,
     config_groups,
@@ -92,6 +92,26 @@ def packed_records(folder: Checkpoint, layer: Layer, edits: Sequence[Edit]) -> d
             read = partial(_read, folder, module)
             records[matrix.key] = unpack(scheme, matrix.shape, read)
     return records
+
+
+def packed_linears(folder: Path, network: Network) -> dict[str, Quantized]:
+    """The integers that a folder holds packed, by the path of their linear module.
+
+    None where the folder holds no packed weights, leaves layers out, or was made by others.
+    """
+    if not (folder / "plan.yaml").exists() or not (folder / "config.json").exists():
+        return {}
+    plan, held = read_plan(folder / "plan.yaml"), Checkpoint(folder)
+    if plan.target != "compressed-tensors" or plan.wiring:
+        return {}
+    found: dict[str, Quantized] = {}
+    for layer in network.layers():
+        records = packed_records(held, layer, plan.edits)
+        for matrix in layer.matrices:
+            record = records.get(matrix.key)
+            if isinstance(record, Quantized):
+                found[_module(layer, matrix)] = record
+    return found
 
 
 def _read(folder: Checkpoint, module: str, name: str) -> Tensor:

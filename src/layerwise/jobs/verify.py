@@ -20,7 +20,7 @@ from layerwise.core.quality import Estimate, Quality, measure_quality
 from layerwise.core.reader import samples_of
 from layerwise.export import TARGETS
 from layerwise.export._gguf_file import FILE, GgufFile
-from layerwise.export.compressed_tensors import packed_records
+from layerwise.export.compressed_tensors import packed_linears, packed_records
 from layerwise.jobs.checks import decode_checks, rebuild_check, reload_checks
 from layerwise.jobs.depth import layer_bytes
 from layerwise.jobs.engine import engine_checks, in_llama
@@ -30,6 +30,7 @@ from layerwise.jobs.naive import Contest, build_naive
 from layerwise.jobs.session import Progress, load_reader, silent
 from layerwise.jobs.solve import put_outside
 from layerwise.jobs.stock import answers_of, load_stock, streamed
+from layerwise.run import quicken
 
 #: documents on which llama.cpp is compared with our own dequantized model
 CHECKED = 8
@@ -141,6 +142,8 @@ def _resident(case: Case) -> Measured:
     if case.plan.wiring:
         checks += rebuild_check(original, case.network, case.plan, edited, case.batches[0])
     if settings.speed:
+        packed = quicken(edited, packed_linears(case.folder, case.network))
+        rows[1]["what"] += f"; {packed}" if packed.count else ""
         found = speeds([original, edited], case.batches)
         for row, (prefill, decode) in zip(rows, found, strict=True):
             row["prefill"], row["decode"] = prefill, decode

@@ -2,5 +2,6 @@
 
 from layerwise.run.accept import draw_from, same_choices, speculative_sample
 from layerwise.run.drafts import early_exit, skip_steps
+from layerwise.run.kernels import quicken
 
-__all__ = ["draw_from", "early_exit", "same_choices", "skip_steps", "speculative_sample"]
+__all__ = ["draw_from", "early_exit", "quicken", "same_choices", "skip_steps", "speculative_sample"]

@@ -1,0 +1,208 @@
+"""GPTQ of a whole model beside llm-compressor and GPTQModel: seconds, and the loss after it.
+
+    python -m benchmarks.peers FOLDER     virtual environments; made there if there are none
+
+The same checkpoint, the same windows of text, 4 bits, symmetric, groups of 128, damping 0.01,
+columns in the order of their inputs with grids fitted beforehand, full ranges, as many threads, the
+dtype of the checkpoint. Each runs in a process of its own; the clock runs from the loaded text to
+the written folder, without imports. All three are loaded again and asked for the loss in the same
+way, by the code of its own environment.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import venv
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.models import Model, models
+from benchmarks.timing import table
+from layerwise.core.data import Texts
+from layerwise.core.folder import find_folder
+from layerwise.core.open import open_network
+from layerwise.core.reader import samples_of, windows
+from layerwise.jobs.session import load_reader
+
+SAMPLES, LENGTH, DOCUMENTS, THREADS = 64, 256, 32, 2
+
+#: around what each of them does: text in, seconds and loss out
+FRAME = """
+import json, sys, time
+import torch
+from safetensors.torch import load_file
+torch.set_num_threads(int(sys.argv[4]))
+folder, out = sys.argv[1], sys.argv[2]
+text = load_file(sys.argv[3])
+rows = list(text["calibrate"])
+documents = [text[k] for k in sorted(text) if k.startswith("evaluate")]
+{imports}
+began = time.perf_counter()
+{work}
+seconds = time.perf_counter() - began
+{load}
+loss = count = 0.0
+with torch.no_grad():
+    for ids in documents:
+        logits = model(ids[None]).logits[0, :-1].float()
+        loss += torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum").item()
+        count += len(ids) - 1
+print("FOUND" + json.dumps({"seconds": seconds, "loss": loss / count, "version": version}))
+"""
+
+OURS = {
+    "imports": """
+import layerwise
+from pathlib import Path
+from transformers import AutoModelForCausalLM
+from layerwise.core.checkpoint import Checkpoint
+from layerwise.core.plan import DataSpec, Edit, Identity, Plan, Step
+from layerwise.jobs import apply as job
+job.windows = lambda *given: [{"input_ids": ids} for ids in torch.stack(rows).split(8)]
+version = layerwise.__version__
+""",
+    "work": """
+held = Checkpoint(Path(folder))
+step = Step("gptq", {"bits": 4, "group": 128, "shrink": False})
+plan = Plan(
+    Identity(held.structure, held.weights), target="compressed-tensors", edits=(Edit("*", (step,)),)
+)
+job.apply_plan(folder, plan, Path(out), check=False)
+""",
+    "load": 'model = AutoModelForCausalLM.from_pretrained(out, dtype="auto")',
+}
+LLM_COMPRESSOR = {
+    "imports": """
+from datasets import Dataset
+from llmcompressor import oneshot, __version__ as version
+from llmcompressor.modifiers.quantization import GPTQModifier
+from transformers import AutoModelForCausalLM
+""",
+    "work": """
+model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+held = Dataset.from_list(
+    [{"input_ids": r.tolist(), "attention_mask": [1] * len(r)} for r in rows]
+)
+weights = {
+    "num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128,
+    "observer": "memoryless_minmax", "actorder": "static",
+}
+recipe = GPTQModifier(
+    config_groups={"all": {"targets": ["Linear"], "weights": weights}},
+    ignore=["lm_head"],
+    dampening_frac=0.01,
+)
+oneshot(
+    model=model, dataset=held, recipe=recipe, max_seq_length=len(rows[0]),
+    num_calibration_samples=len(rows), shuffle_calibration_samples=False,
+)
+model.save_pretrained(out, save_compressed=True)
+""",
+    "load": 'model = AutoModelForCausalLM.from_pretrained(out, dtype="auto")',
+}
+GPTQ_MODEL = {
+    "imports": """
+import gptqmodel
+gptqmodel._default_cpu_workers = lambda: 2
+from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+version = gptqmodel.__version__
+""",
+    "work": """
+config = QuantizeConfig(bits=4, group_size=128, sym=True, desc_act=False, damp_percent=0.01)
+model = GPTQModel.load(folder, config)
+model.quantize(
+    [{"input_ids": r.tolist(), "attention_mask": [1] * len(r)} for r in rows], batch_size=8
+)
+model.save(out)
+""",
+    "load": 'model = GPTQModel.load(out, device="cpu", backend=BACKEND.TORCH)',
+}
+PEERS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
+    "llm-compressor": (LLM_COMPRESSOR, ("llmcompressor",)),
+    "GPTQModel": (GPTQ_MODEL, ("gptqmodel",)),
+}
+
+
+def environment(folder: Path, packages: Sequence[str]) -> Path:
+    """The interpreter of an environment of its own, with the same torch."""
+    python = folder / "bin" / "python"
+    if not python.exists():
+        venv.create(folder, with_pip=True)
+        own = [f"torch=={torch.__version__.partition('+')[0]}", "safetensors", *packages]
+        subprocess.run([python, "-m", "pip", "install", "-q", *own], check=True)
+    return python
+
+
+def measured(python: Path, code: dict[str, str], folder: Path, text: Path) -> dict[str, Any]:
+    """What one of them says, or the end of its error."""
+    script = FRAME
+    for name, lines in code.items():
+        script = script.replace(f"{{{name}}}", lines)
+    with TemporaryDirectory() as place:
+        words = [python, "-c", script, folder, Path(place, "out"), text, str(THREADS)]
+        kept = {"PYTHONPATH"} if python != Path(sys.executable) else set()
+        own = {k: v for k, v in os.environ.items() if k not in kept}
+        own |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(THREADS)}
+        done = subprocess.run(
+            list(map(str, words)), capture_output=True, text=True, cwd=place, env=own, check=False
+        )
+    found = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
+    if not found:
+        return {"error": done.stderr.strip().splitlines()[-1][:160] if done.stderr else "no output"}
+    return json.loads(found[-1].removeprefix("FOUND"))
+
+
+def text_of(model: Model, path: Path) -> None:
+    """Windows to calibrate on and documents to evaluate on, as tokens."""
+    reader = load_reader(open_network(model.folder))
+    found = windows(reader, Texts(model.data, 0, SAMPLES, LENGTH), "calibrate")
+    held = samples_of(reader, Texts(model.data, 0, 0, LENGTH), "evaluate", DOCUMENTS)
+    tokens = {"calibrate": torch.cat([b["input_ids"] for b in found])}
+    tokens |= {f"evaluate{i:03d}": b["input_ids"][0].clone() for i, b in enumerate(held)}
+    save_file(tokens, path)
+
+
+def main(folder: str, repeats: int = 3) -> None:
+    """Print a table per model: the fastest and the middle of some runs, taken in turn."""
+    for model in models():
+        with TemporaryDirectory() as place:
+            text = Path(place, "text.safetensors")
+            text_of(model, text)
+            runs = {"layerwise": (Path(sys.executable), OURS)}
+            for name, (code, packages) in PEERS.items():
+                runs[name] = (environment(Path(folder, name).resolve(), packages), code)
+            found: dict[str, list[dict[str, Any]]] = {name: [] for name in runs}
+            for _ in range(repeats):
+                for name, (python, code) in runs.items():
+                    found[name].append(measured(python, code, find_folder(model.folder), text))
+                    print(model.name, name, found[name][-1], file=sys.stderr)
+        _print(model, found)
+
+
+def _print(model: Model, found: dict[str, list[dict[str, Any]]]) -> None:
+    middle = {
+        name: sorted(r["seconds"] for r in runs)[len(runs) // 2]
+        for name, runs in found.items()
+        if all("seconds" in r for r in runs)
+    }
+    rows = []
+    for name, runs in found.items():
+        if name not in middle:
+            rows.append((name, "", next(r["error"] for r in runs if "error" in r), "", ""))
+            continue
+        seconds = [r["seconds"] for r in runs]
+        span = f"{middle[name]:.1f} ({min(seconds):.1f} to {max(seconds):.1f})"
+        over = f"{middle[name] / middle['layerwise']:.1f}"
+        rows.append((name, runs[0]["version"], span, over, f"{runs[0]['loss']:.4f}"))
+    header = ("by", "version", "seconds", "over layerwise", "loss after")
+    table(f"GPTQ at 4 bits, {model.name} model, beside peers", header, rows)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else "out/peers")
