@@ -46,7 +46,7 @@ SMALL: tuple[tuple[str, Any], ...] = (
         4,
     ),
     (r"linear_num_key_heads", 2),
-    (r"linear_num_value_heads|index_n_heads", 4),
+    (r"linear_num_value_heads", 4),
     (
         r"(num_|n_)(key_value|kv|key_value_attention|multi_query)_(heads?|groups)|num_kv_heads|num_key_value_heads|n_kv_head",
         2,
@@ -104,6 +104,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}},
     "perceiver": {"num_self_attends_per_block": 4, "num_latents": 32, "d_latents": 64},
     "vibevoice_acoustic_tokenizer_encoder": {"downsampling_ratios": [2, 2], "depths": [2, 2, 2]},
+    "dots3_note_text": {"per_layer_config": {}},
     "textnet": {"image_size": [64, 64]},
     "hiera": {"image_size": [64, 64]},
     "regnet": {"depths": [2, 3, 4, 2], "hidden_sizes": [32, 48, 64, 96], "groups_width": 16},

@@ -20,7 +20,7 @@ from layerwise.core.errors import LayerwiseError
 from layerwise.core.open import open_network
 from layerwise.core.plan import check_selectors, parse_plan, settings
 from layerwise.core.stack import Matrix
-from layerwise.core.wiring import parse_wiring
+from layerwise.core.visits import parse_wiring
 from layerwise.jobs.session import parse_bytes, parse_share
 
 TINY = LlamaConfig(
