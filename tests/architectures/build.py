@@ -104,7 +104,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}},
     "perceiver": {"num_self_attends_per_block": 4, "num_latents": 32, "d_latents": 64},
     "vibevoice_acoustic_tokenizer_encoder": {"downsampling_ratios": [2, 2], "depths": [2, 2, 2]},
-    "dots3_note_text": {"per_layer_config": {}},
     "textnet": {"image_size": [64, 64]},
     "hiera": {"image_size": [64, 64]},
     "regnet": {"depths": [2, 3, 4, 2], "hidden_sizes": [32, 48, 64, 96], "groups_width": 16},

@@ -2,8 +2,9 @@
 
     python tests/architectures/record.py [KEY ...] [--stages=STAGE,...]
 
-With stages only these are run, and the list keeps what it says of the others. Run after a new version of transformers, or when more works. A stage that passed before and does
-not pass now is a regression: it is said, and the list keeps it.
+With stages only these are run, and the list keeps what it says of the others. Run after a new
+version of transformers, or when more works. A stage that passed before and does not pass now is a
+regression: it is said, and the list keeps it.
 """
 
 import json
@@ -50,7 +51,7 @@ def main() -> None:
             for stage, reason in known.get(key, {}).items():
                 if reason == "" and found.get(stage, found["build"]):
                     print(f"{key}, {stage}: passed before, now {found.get(stage, found['build'])}")
-                    found = {"build": "", **found, stage: ""}
+                    found = known[key] | found | {"build": "", stage: ""}
             known[key] = found
             wrong = {stage: reason for stage, reason in found.items() if reason}
             print(key, wrong or "ok", flush=True)
