@@ -1,6 +1,7 @@
 """Build what the documentation generates: reference pages, papers, help, and guide outputs.
 
 python docs/make.py            write them
+python docs/make.py bits run   some of them, by their names
 python docs/make.py --check    fail if what is committed differs
 """
 
@@ -10,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -115,17 +117,17 @@ def schema(kind: type) -> str:
     return msgspec.json.format(msgspec.json.encode(msgspec.json.schema(kind))).decode() + "\n"
 
 
-def pages() -> dict[Path, str]:
-    """Every generated file and its content."""
+def pages() -> dict[Path, Callable[[], str]]:
+    """Every generated file, and how its content is made."""
     present = [f for f in FAMILIES if methods(f)]
-    made = {HERE / "reference" / f"{family}.md": reference(family) for family in present}
-    made[HERE / "papers.md"] = papers()
-    made[HERE / "architectures.md"] = architectures()
-    made[HERE / "command-line.md"] = command_line()
-    made[HERE / "plan.schema.json"] = schema(Plan)
-    made[HERE / "answer.schema.json"] = schema(Answer)
+    made = {HERE / "reference" / f"{family}.md": partial(reference, family) for family in present}
+    made[HERE / "papers.md"] = papers
+    made[HERE / "architectures.md"] = architectures
+    made[HERE / "command-line.md"] = command_line
+    made[HERE / "plan.schema.json"] = partial(schema, Plan)
+    made[HERE / "answer.schema.json"] = partial(schema, Answer)
     for page in sorted((HERE / "guide").glob("*.md")):
-        made[page] = refreshed(page.read_text(), partial(tell, page))
+        made[page] = partial(refreshed, page.read_text(), partial(tell, page))
     return made
 
 
@@ -136,8 +138,12 @@ def tell(page: Path, drift: str) -> None:
 
 def main() -> None:
     """Write the pages, or compare them with what is there."""
+    named = [word for word in sys.argv[1:] if not word.startswith("--")]
     stale = []
-    for path, text in pages().items():
+    for path, make in pages().items():
+        if named and path.stem not in named:
+            continue
+        text = make()
         if "--check" in sys.argv:
             if not path.exists() or path.read_text() != text:
                 stale.append(str(path.relative_to(ROOT)))
