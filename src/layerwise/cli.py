@@ -25,6 +25,7 @@ from layerwise.options import (
     Length,
     Method,
     Model,
+    Parts,
     Rewrite,
     Samples,
     Score,
@@ -91,6 +92,7 @@ def plan(
     bytes_: Bytes = "",
     bits: Bits = None,
     depth: Depth = "",
+    parts: Parts = "",
     target: Target = "",
     method: Method = "",
     rewrite: Rewrite = "",
@@ -179,6 +181,7 @@ def compress(
     bytes_: Bytes = "",
     bits: Bits = None,
     depth: Depth = "",
+    parts: Parts = "",
     target: Target = "",
     method: Method = "",
     rewrite: Rewrite = "",
@@ -296,6 +299,7 @@ def demo(
     output.end(f"the page is in {page} ({time.monotonic() - output.began:.0f} s)")
 
 
+from layerwise import command_heal as command_heal  # noqa: E402  the command `heal`
 from layerwise import command_run as command_run  # noqa: E402  the command `run`
 
 if __name__ == "__main__":

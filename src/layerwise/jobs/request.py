@@ -29,6 +29,7 @@ class Request(NamedTuple):
     dtype: str = "auto"
     engine: Engine = Engine()
     rewrite: str = ""
+    parts: tuple[str, ...] = ()
 
     @property
     def rewrites(self) -> tuple[Step, ...]:

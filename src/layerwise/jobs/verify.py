@@ -22,7 +22,6 @@ from layerwise.export import TARGETS
 from layerwise.export._gguf_file import FILE, GgufFile
 from layerwise.export.compressed_tensors import packed_records
 from layerwise.jobs.checks import decode_checks, rebuild_check, reload_checks
-from layerwise.jobs.depth import layer_bytes
 from layerwise.jobs.engine import engine_checks, in_llama
 from layerwise.jobs.forecast import memory_of_models
 from layerwise.jobs.measure import peak_memory, speeds
@@ -30,6 +29,7 @@ from layerwise.jobs.naive import Contest, build_naive
 from layerwise.jobs.session import Progress, load_reader, silent
 from layerwise.jobs.solve import put_outside
 from layerwise.jobs.stock import answers_of, load_stock, streamed
+from layerwise.jobs.units import layer_bytes
 
 #: documents on which llama.cpp is compared with our own dequantized model
 CHECKED = 8
