@@ -35,9 +35,11 @@ def edited(tiny, tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
 
 def plan_for(model: Path, order: list[Any], target: str = "hf", **fields: Any) -> Plan:
     held = Checkpoint(model)
-    identity, data = Identity(held.structure, held.weights), DataSpec(samples=1, length=16)
-    wiring = {"decoder": order}
-    return Plan(identity, target=target, wiring=wiring, data=data, **fields)  # type: ignore[arg-type]
+    identity, text = Identity(held.structure, held.weights), model.with_suffix(".txt")
+    if not text.exists():
+        text.write_text("\n\n".join(f"line {i} of {i * i}" * 20 for i in range(400)))
+    data, wiring = DataSpec(source=str(text), samples=1, length=16), {"decoder": order}
+    return Plan(identity, target=target, wiring=wiring, data=data, **fields)  # type: ignore
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,11 @@ from layerwise.cli import app
 from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.plan import DataSpec, Identity, Plan
+from layerwise.core.stack import Visit, plain_wiring
 from layerwise.jobs.apply import apply_plan
+from layerwise.jobs.depth import similarity_to
+from layerwise.jobs.request import Request
+from layerwise.jobs.session import Budget
 from layerwise.jobs.units import able_to_go, left_out, units_of, wiring_without
 from layerwise.jobs.verify import Settings, verify
 
@@ -89,6 +93,15 @@ def test_a_plan_that_merges(tiny, tmp_path: Path) -> None:
     assert all(check["ok"] for check in found.checks), found.checks
     assert found.rows[-1]["what"].startswith("best naive: ")
     assert "merged from others" in found.rows[1]["what"]
+
+
+def test_an_order_is_compared_with_what_the_stack_returns_as_it_is(tiny) -> None:
+    model = tiny("llama")
+    network = layerwise.open(model)
+    request = Request(model, Budget(depth=2), data=DataSpec(samples=2, length=16))
+    similarity = similarity_to(request, network, lambda: None)
+    assert similarity(plain_wiring(4)) == pytest.approx(1.0)
+    assert -1 < similarity((Visit(0), Visit(1))) < 0.99
 
 
 @pytest.mark.parametrize("parts", ["attention", "mlp", "attention+mlp"])

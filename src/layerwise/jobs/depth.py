@@ -1,6 +1,6 @@
 """Plans of depth: which layers stay, which of their parts, and which are merged."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from layerwise.core.fan import fan_out
 from layerwise.core.lockstep import walk
 from layerwise.core.method import find
 from layerwise.core.network import Network
-from layerwise.core.open import rewired
+from layerwise.core.open import open_network, rewired
 from layerwise.core.plan import Plan
 from layerwise.core.reader import samples_of
 from layerwise.core.search import Space
@@ -125,22 +125,35 @@ def merged(
             found=f"{count}, and --keep {' '.join(request.keep) or 'nothing'}",
             fix="raise the budget; name layers that stay in a plan written by hand",
         )
-    texts = texts_of(request.data)._replace(length=128)
-    batches = samples_of(load_reader(network), texts, "select", 8)
-    original = last_states(network, batches, stack.name)
     tick = counting(progress, "merging layers", 4 * len(stack.layers))
-
-    def similarity(wiring: Wiring) -> float:
-        edited = rewired(network, {stack.name: entries_of(wiring)})
-        found = last_states(edited, batches, stack.name)
-        tick()
-        cosines = [torch.cosine_similarity(a, b, 0) for a, b in zip(original, found, strict=True)]
-        return float(torch.stack(cosines).mean().nan_to_num(-1.0))
-
+    similarity = similarity_to(request, network, tick)
     options = {**request.options(method.name), "count": count}
     choose = method.bind(options, similarity=similarity)
     wiring = choose(stack, Scores({}, "layer", ""))
     return assemble_depth(request, network, {stack.name: entries_of(wiring)}, None)
+
+
+def similarity_to(
+    request: Request, network: Network, tick: Callable[[], None]
+) -> Callable[[Wiring], float]:
+    """Order -> mean cosine over documents of what the longest stack returns in it and as it is.
+
+    Before any norm behind the stack, of all tokens of a document as one vector.
+    """
+    name = network.stack.name
+    texts = texts_of(request.data)._replace(length=128)
+    batches = samples_of(load_reader(network), texts, "select", 8)
+    original = last_states(network, batches, name)
+    how = {"device": request.device, "dtype": request.dtype}
+
+    def similarity(wiring: Wiring) -> float:
+        edited = open_network(request.model, wiring={name: entries_of(wiring)}, **how)
+        found = last_states(edited, batches, name)
+        tick()
+        cosines = [torch.cosine_similarity(a, b, 0) for a, b in zip(original, found, strict=True)]
+        return float(torch.stack(cosines).mean().nan_to_num(-1.0))
+
+    return similarity
 
 
 def last_states(network: Network, batches: Sequence[Any], stack: str) -> list[torch.Tensor]:
