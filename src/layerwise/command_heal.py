@@ -35,7 +35,7 @@ def heal(
             model, Path(folder), Path(out), how, device=device, progress=progress
         )
     rows = [{"step": step, "kl": value} for step, value in history]
-    output.table("KL to the original on the select part of the data", rows, "step", "kl")
+    output.table("healed", rows, "step", "kl")
     output.more["bytes"] = nbytes
     output.files.append(out)
     write_card(Path(out), model, read_plan(Path(out) / "plan.yaml"))

@@ -162,3 +162,6 @@ def test_the_command(edited, tmp_path: Path) -> None:
     assert found.exit_code == 0, found.output
     assert "the checkpoint is in" in found.output
     assert "healed for 2 steps" in (tmp_path / "out" / "README.md").read_text()
+    words = ["--documents", "2", "--length", "32", "--no-naive", "--no-speed", "--no-memory"]
+    checked = CliRunner().invoke(app, ["verify", str(model), str(tmp_path / "out"), *words])
+    assert checked.exit_code == 0, checked.output

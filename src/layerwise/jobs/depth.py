@@ -144,10 +144,11 @@ def similarity_to(
     texts = texts_of(request.data)._replace(length=128)
     batches = samples_of(load_reader(network), texts, "select", 8)
     original = last_states(network, batches, name)
-    how = {"device": request.device, "dtype": request.dtype}
 
     def similarity(wiring: Wiring) -> float:
-        edited = open_network(request.model, wiring={name: entries_of(wiring)}, **how)
+        order = {name: entries_of(wiring)}
+        kind = request.dtype
+        edited = open_network(request.model, wiring=order, device=request.device, dtype=kind)
         found = last_states(edited, batches, name)
         tick()
         cosines = [torch.cosine_similarity(a, b, 0) for a, b in zip(original, found, strict=True)]

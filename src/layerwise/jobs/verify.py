@@ -228,7 +228,7 @@ def layer_rows(case: Case) -> list[dict[str, Any]]:
     edited = open_network(case.model, wiring=plan.wiring) if plan.wiring else original
     report = case.folder / "report.json"
     known = json.loads(report.read_text()).get("rows", []) if report.exists() else []
-    errors = {row["layer"]: row.get("error") for row in known}
+    errors = {row["layer"]: row.get("error") for row in known if "layer" in row}
     nbytes, itemsize = TARGETS[plan.target].nbytes, original.stored.dtype.itemsize
     rows = []
     sizes, once = layer_bytes(original), TARGETS[plan.target].engine == "layerwise"
