@@ -16,7 +16,17 @@ import transformers
 
 from benchmarks.timing import PRINTED
 
-NAMES = ("core", "memory", "scale", "allocation", "solvers", "inspect", "interventions", "gguf")
+NAMES = (
+    "core",
+    "memory",
+    "scale",
+    "allocation",
+    "solvers",
+    "inspect",
+    "interventions",
+    "heal",
+    "gguf",
+)
 PAGE = Path(__file__).parents[1] / "docs" / "measured.md"
 
 

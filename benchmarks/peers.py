@@ -30,7 +30,7 @@ from layerwise.core.open import open_network
 from layerwise.core.reader import samples_of, windows
 from layerwise.jobs.session import load_reader
 
-SAMPLES, LENGTH, DOCUMENTS, THREADS = 64, 256, 32, 2
+SAMPLES, LENGTH, DOCUMENTS, THREADS = 64, 256, 32, 1
 
 #: around what each of them does: text in, seconds and loss out
 FRAME = """

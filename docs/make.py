@@ -26,7 +26,18 @@ from layerwise.report.answer import Answer
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-COMMANDS = ("inspect", "plan", "apply", "verify", "compress", "run", "imatrix", "methods", "demo")
+COMMANDS = (
+    "inspect",
+    "plan",
+    "apply",
+    "verify",
+    "compress",
+    "heal",
+    "run",
+    "imatrix",
+    "methods",
+    "demo",
+)
 assert families
 
 

@@ -24,7 +24,7 @@ _PUBLIC = {
     "Plan": ("layerwise.core.plan", "Plan"),
     "read_plan": ("layerwise.core.plan", "read_plan"),
     "make_plan": ("layerwise.jobs.plan", "make_plan"),
-    "apply_plan": ("layerwise.jobs.apply", "apply_plan"),
+    "apply_plan": ("layerwise.jobs.heal", "apply_healed"),
     "verify": ("layerwise.jobs.verify", "verify"),
     "LayerwiseError": ("layerwise.core.errors", "LayerwiseError"),
 }

@@ -25,6 +25,7 @@ from layerwise.options import (
     Length,
     Method,
     Model,
+    Parts,
     Rewrite,
     Samples,
     Score,
@@ -92,6 +93,7 @@ def plan(
     bytes_: Bytes = "",
     bits: Bits = None,
     depth: Depth = "",
+    parts: Parts = "",
     target: Target = "",
     method: Method = "",
     rewrite: Rewrite = "",
@@ -180,6 +182,7 @@ def compress(
     bytes_: Bytes = "",
     bits: Bits = None,
     depth: Depth = "",
+    parts: Parts = "",
     target: Target = "",
     method: Method = "",
     rewrite: Rewrite = "",
@@ -271,6 +274,7 @@ def demo(
     output.end(f"the page is in {page} ({time.monotonic() - output.began:.0f} s)")
 
 
+from layerwise import command_heal as command_heal  # noqa: E402  the command `heal`
 from layerwise import command_run as command_run  # noqa: E402  the command `run`
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def ordered_by(output: Output, plan: str) -> Any:
 
     read, held = read_plan(Path(plan)), Checkpoint(find_folder(output.model))
     check_model(read, held.structure, held.weights)
-    if read.edits:
+    if read.edits or read.heal:
         output.warnings.append("the plan's edits of weights were not made; `layerwise apply` does")
     return read.wiring
 

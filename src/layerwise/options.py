@@ -25,7 +25,8 @@ Bytes = Annotated[str, typer.Option("--bytes", help="Bytes of the result: 2GB, 1
 Bits = Annotated[
     float | None, typer.Option(help="Mean bits per weight of the allocatable matrices.")
 ]
-Depth = Annotated[str, typer.Option(help="Layers that may remain: 9 or 75%.")]
+Depth = Annotated[str, typer.Option(help="Layers, or --parts, that may remain: 9 or 75%.")]
+Parts = Annotated[str, typer.Option(help="Count parts, not layers: attention, mlp, attention+mlp.")]
 Target = Annotated[str, typer.Option(help="hf, compressed-tensors or gguf.")]
 Method = Annotated[
     str, typer.Option(help="How matrices are edited: gptq, rtn, comq, qep+gptq; ggml for gguf.")
@@ -33,7 +34,9 @@ Method = Annotated[
 Rewrite = Annotated[
     str, typer.Option(help="Folded in before: awq, smoothquant, rotate_stream, rotate_stream+awq.")
 ]
-Score = Annotated[str, typer.Option(help="sensitivity, lim, zd; greedy, shortgpt ... for depth.")]
+Score = Annotated[
+    str, typer.Option(help="sensitivity, lim, zd; greedy, shortgpt, laco ... for depth.")
+]
 EngineName = Annotated[
     str, typer.Option("--engine", help="Where trials and solves run: threads, processes or ray.")
 ]

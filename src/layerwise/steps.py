@@ -35,9 +35,9 @@ def request_of(given: dict[str, Any]) -> Any:
             found=", ".join("--" + n.rstrip("_") for n in named) or "none",
             fix="give one, such as --size 25%",
         )
-    depth = None
+    depth, parts = None, tuple(filter(None, given["parts"].split("+")))
     if given["depth"]:
-        depth = _layers(find_folder(given["model"]), given["depth"], parse_share)
+        depth = _units(find_folder(given["model"]), given["depth"], parts, parse_share)
     budget = Budget(
         parse_share(given["size"], "--size") if given["size"] else None,
         parse_bytes(given["bytes_"]) if given["bytes_"] else None,
@@ -58,6 +58,7 @@ def request_of(given: dict[str, Any]) -> Any:
         dtype=given["dtype"],
         engine=engine_of(given["engine"], given["workers"]),
         rewrite=given["rewrite"],
+        parts=parts,
     )
 
 
@@ -73,13 +74,16 @@ def engine_of(kind: str, workers: int) -> Any:
     return Engine(kind, workers)
 
 
-def _layers(folder: Path, text: str, share: Callable[[str, str], float]) -> int:
-    """How many layers `9` or `75%` are."""
+def _units(
+    folder: Path, text: str, parts: tuple[str, ...], share: Callable[[str, str], float]
+) -> int:
+    """How many layers, or parts, `9` or `75%` are."""
     if text.strip().isdigit():
         return int(text)
     from layerwise.core.open import open_network
+    from layerwise.jobs.units import units_of
 
-    return max(1, int(share(text, "--depth") * len(open_network(folder).layers())))
+    return max(1, int(share(text, "--depth") * len(units_of(open_network(folder), parts))))
 
 
 def run_plan(output: Output, request: Any) -> Any:
@@ -90,7 +94,7 @@ def run_plan(output: Output, request: Any) -> Any:
     say_data(output, request.data.source)
     with progress_bar(output.as_json) as progress:
         planned = make_plan(request, progress)
-    key = "group" if planned.menus else "layer"
+    key = next(k for k in ("group", "part", "layer") if k in planned.rows[0])
     output.table("plan", planned.rows, key, "option", "bytes", "importance", "damage")
     output.more["bytes"] = planned.nbytes
     output.say(reached(planned))
@@ -108,8 +112,9 @@ def run_apply(
     """Apply a plan, or show what would be, and write the report into the folder."""
     from layerwise.core.machine import write_whole
     from layerwise.core.plan import read_plan
-    from layerwise.jobs.apply import apply_plan, preview
+    from layerwise.jobs.apply import preview
     from layerwise.jobs.card import write_card
+    from layerwise.jobs.heal import apply_healed
     from layerwise.jobs.rewrite import told
     from layerwise.report.terminal import progress_bar
 
@@ -119,8 +124,9 @@ def run_apply(
         output.table("would be applied", rows, "layer", "from", "options", "bytes")
         return
     with progress_bar(output.as_json) as progress:
-        applied = apply_plan(model, read, Path(out), progress=progress, **options)
-    output.table("applied", applied.rows, "layer", "from", "options", "bytes", "error", "seconds")
+        applied = apply_healed(model, read, Path(out), progress=progress, **options)
+    columns = ("layer", "from", "options", "bytes", "error", "seconds")
+    output.table("applied", applied.rows, *(("step", "kl") if read.heal else columns))
     for line in told(applied.rewrites):
         output.say(line)
     output.files.append(out)

@@ -9,11 +9,13 @@ from torch import Tensor
 from torch.nn import Identity
 
 import layerwise
+from layerwise.core.errors import LayerwiseError
 from layerwise.core.method import Method, find, methods
 from layerwise.core.network import Network
 from layerwise.core.plan import Step
-from layerwise.core.stack import Layer, Stack, plain_wiring
+from layerwise.core.stack import Layer, Part, Stack, plain_wiring
 from layerwise.core.stats import Scores, Seen, Stats, observe
+from layerwise.core.stream import measured as measured_of
 
 every_score = pytest.mark.parametrize("method", methods("score"), ids=lambda m: m.name)
 
@@ -60,6 +62,7 @@ def test_one_finite_value_per_unit(method: Method, network: Network, stats: Stat
     found = score(method, stats, network.stack)
     layers = [layer.key for layer in network.stack.layers]
     units = {"layer": layers, "span": layers, "group": [g.key for g in network.stack.groups()]}
+    units["part"] = [f"{la.key}/{part.name}" for la in network.stack.layers for part in la.parts]
     assert list(found.values) == units[found.unit]
     assert torch.tensor(list(found.values.values())).isfinite().all()
     assert len(set(found.values.values())) > 1
@@ -77,7 +80,12 @@ def test_layers_may_be_relabelled(method: Method, network: Network, stats: Stats
         {p: {other.get(k, k): v for k, v in units.items()} for p, units in stats.values.items()}
     )
     before, after = score(method, stats, network.stack), score(method, moved, network.stack)
-    assert after.values == {other[key]: value for key, value in before.values.items()}
+
+    def moved_to(key: str) -> str:
+        layer = next(k for k in keys if key == k or key.startswith(f"{k}/"))
+        return other[layer] + key.removeprefix(layer)
+
+    assert after.values == {moved_to(key): value for key, value in before.values.items()}
 
 
 H = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 1.2], [0.0, 1.0]])
@@ -129,6 +137,21 @@ def test_worked_example_of_zd() -> None:
 def test_removal_is_the_rise_of_the_loss() -> None:
     found = score(find("removal"), Stats({}), a_stack(3))
     assert list(found.values.values()) == [2.25, 0.25, 0.25]
+
+
+def test_parts_are_scored_by_what_they_add() -> None:
+    """`x = (1, 0)`, `f = (0, 1)` scores `1 - 1/sqrt(2)`; `f = 3x` scores 0, whatever it does."""
+    x = torch.tensor([[[1.0, 0.0]]])
+    added = {"attention": measured_of(x, x.flip(-1)), "mlp": measured_of(x, 3 * x)}
+    probe = find("part_cosine").function()
+    found = probe.finish(probe.update({}, Seen(x, x, None, None, {}, None, added)))
+    parts = Part("attention", True, ()), Part("mlp", False, ())
+    stack = Stack("decoder", "", (Layer("decoder", 0, "", Identity(), parts, ()),), ())
+    scored = score(find("llm_drop"), Stats({"part_cosine": {"decoder/0": found}}), stack)
+    assert list(scored.values) == ["decoder/0/attention", "decoder/0/mlp"]
+    assert list(scored.values.values()) == pytest.approx([1 - 0.5**0.5, 0.0], abs=1e-6)
+    with pytest.raises(LayerwiseError, match="none of attention"):
+        score(find("llm_drop"), Stats({"part_cosine": {}}), stack)
 
 
 def test_sensitivity_tries_one_group_at_a_time(network: Network) -> None:

@@ -14,9 +14,11 @@ from layerwise.core.method import Method, find, methods
 from layerwise.core.stack import Layer, Stack, Visit, Wiring, plain_wiring
 from layerwise.core.stats import Scores
 from layerwise.core.visits import entries_of, parse_wiring, read_wiring
+from layerwise.edit.stack.collapse import combined
 
 #: method -> options that change as much as a number says, 0 for nothing
 OPTIONS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "collapse": lambda count: {"count": count},
     "drop": lambda count: {"count": count},
     "recur": lambda count: {"times": (count + 1,)},
     "side_by_side": lambda count: {"width": count + 1},
@@ -41,11 +43,12 @@ def scores(values: list[float], unit: str = "layer") -> Scores:
 def test_a_valid_wiring(method: Method, values: list[float], data: st.DataObject) -> None:
     stack = a_stack(len(values))
     count = data.draw(st.integers(0, len(values) - 1))
-    wiring = method.bind(OPTIONS[method.name](count))(stack, scores(values))
+    given = {"similarity": lambda wiring: values[len(wiring) - 1] / 2}
+    wiring = method.bind(OPTIONS[method.name](count), **given)(stack, scores(values))
     assert wiring
     assert {visit.layer for visit in wiring} <= {visit.layer for visit in stack.wiring}
     assert parse_wiring(entries_of(wiring), len(values), "") == _numbered(wiring)
-    assert method.bind({})(stack, scores(values)) == stack.wiring
+    assert method.bind({}, **given)(stack, scores(values)) == stack.wiring
 
 
 def _numbered(wiring: Wiring) -> Wiring:
@@ -76,6 +79,49 @@ def test_recur_is_the_reuse_map() -> None:
 def test_orders_that_are_none(name: str, options: dict[str, Any], found: str) -> None:
     with pytest.raises(LayerwiseError, match=found):
         find(name).bind(options)(a_stack(4), scores([]))
+
+
+@pytest.mark.parametrize(
+    ("how", "wanted"), [("sum", 9.0), ("mean", 11 / 3), ("last", 6.0)], ids=str
+)
+def test_worked_example_of_a_merge(how: str, wanted: float) -> None:
+    """Weights 1, 4 and 6: `1 + 3 + 5 = 9` by the paper, 6 by its code."""
+    visit = combined([Visit(0), Visit(1), Visit(2)], how)
+    assert sum(share * (1, 4, 6)[layer] for layer, share in visit.mix or ()) == pytest.approx(
+        wanted
+    )
+
+
+def test_a_merge_of_what_was_merged() -> None:
+    """`b + (c - b) + (d - b)`, then `a + (that - a) + (e - a)`, each from its definition."""
+    inner = combined([Visit(1), Visit(2), Visit(3)], "sum")
+    outer = combined([Visit(0), inner, Visit(4)], "sum")
+    a, b, c, d, e = 2.0, 3.0, 5.0, 7.0, 11.0
+    merged = b + (c - b) + (d - b)
+    wanted = a + (merged - a) + (e - a)
+    found = sum(share * (a, b, c, d, e)[layer] for layer, share in outer.mix or ())
+    assert found == pytest.approx(wanted)
+
+
+def test_collapse_merges_from_the_end_where_outputs_stay_similar() -> None:
+    asked: list[list[int]] = []
+
+    def similarity(wiring: Wiring) -> float:
+        asked.append([visit.layer for visit in wiring])
+        return 0.9 if wiring[-1] == Visit(5) else 0.1  # the last layer is needed as it is
+
+    bind = find("laco").bind({"count": 2, "width": 2}, similarity=similarity)
+    found = bind(a_stack(6), scores([]))
+    assert asked[0] == [0, 1, 2, 3, 4]
+    assert [visit.layer for visit in found] == [0, 1, 2, 5]
+    assert [visit.mix for visit in found] == [None, None, ((4, 1),), None]
+
+
+@pytest.mark.parametrize("options", [{"count": 4}, {"count": 1, "width": 1}])
+def test_merges_that_are_none(options: dict[str, int]) -> None:
+    bind = find("collapse").bind(options, similarity=lambda wiring: 1.0)
+    with pytest.raises(LayerwiseError, match="0 to 3 layers, a width of 2 or more"):
+        bind(a_stack(4), scores([]))
 
 
 @given(values=values, data=st.data())

@@ -1,6 +1,6 @@
 """An opened network: its module, its stacks, and where the weights live."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -85,9 +85,17 @@ class Network:
         """The layer's tensors as stored, by their name inside the layer."""
         if self.source is None:
             return dict(layer.module.state_dict())
-        origin = self.origins.get(layer.path, layer.path) + "."
-        loaded = self.source.load(origin)
-        return {name.removeprefix(origin): tensor for name, tensor in loaded.items()}
+        origin = self.origins.get(layer.path, layer.path)
+        visit = self.visits.get(layer.path)
+        if visit is None or visit.mix is None:
+            return self._read(origin)
+        first = self.stored_layers.index(origin) - visit.layer
+        paths = ((self.stored_layers[first + index], share) for index, share in visit.mix)
+        return mixed((self._read(path), share) for path, share in paths)
+
+    def _read(self, path: str) -> dict[str, Tensor]:
+        loaded = self.stored.load(f"{path}.")
+        return {name.removeprefix(f"{path}."): tensor for name, tensor in loaded.items()}
 
     def fetch_outside(self) -> dict[str, Tensor]:
         """The tensors as stored that belong to no layer: embeddings, final norm, head."""
@@ -188,11 +196,11 @@ class Network:
 
         Visits of one layer share its parameters unless they are copies.
         """
-        first: dict[str, Layer] = {}
+        first: dict[Any, Layer] = {}
         for layer in self.layers():
             origin = self.origins.get(layer.path, layer.path)
             visit = self.visits.get(layer.path)
-            owner = first.setdefault(origin, layer)
+            owner = first.setdefault((origin, visit and visit.mix), layer)
             if owner is layer or (visit is not None and visit.copy):
                 if self.source is not None:
                     self.source.forget()  # tensors at hand belong to another visit
@@ -209,6 +217,30 @@ class Network:
         """Whether all layers hold their weights."""
         held = (p for layer in self.layers() for p in layer.module.parameters())
         return self.source is None or not any(map(is_hollow, held))
+
+
+def mixed(layers: Iterable[tuple[Mapping[str, Tensor], float]]) -> dict[str, Tensor]:
+    """A layer whose tensors are `sum_i share_i theta_i`, in float32 and rounded once.
+
+    What holds no floating-point numbers is the first one's.
+
+    Example:
+        >>> one, two = {"w": torch.tensor([1.0])}, {"w": torch.tensor([4.0])}
+        >>> mixed([(one, 0.5), (two, 0.5)])
+        {'w': tensor([2.5000])}
+    """
+    total: dict[str, Tensor] = {}
+    kinds: dict[str, torch.dtype] = {}
+    for tensors, share in layers:
+        for name, tensor in tensors.items():
+            kinds[name] = tensor.dtype
+            if not tensor.is_floating_point():
+                total.setdefault(name, tensor)
+            elif name in total:
+                total[name].add_(tensor.float(), alpha=share)
+            else:
+                total[name] = share * tensor.float()
+    return {name: tensor.to(kinds[name]) for name, tensor in total.items()}
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], device: torch.device) -> None:

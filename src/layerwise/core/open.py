@@ -21,10 +21,7 @@ from layerwise.core.network import Network, fill
 from layerwise.core.source import Source, check_stored
 from layerwise.core.stack import Stack
 from layerwise.core.task import Task, example_inputs, forward_arguments, task_of
-from layerwise.core.visits import (
-    parse_wiring,
-    read_folded,
-)
+from layerwise.core.visits import check_mixes, parse_wiring, read_folded
 from layerwise.core.wiring import edited_config
 
 
@@ -162,6 +159,8 @@ def rewired(network: Network, wiring: Mapping[str, Sequence[Any]]) -> Network:
     kind, stacks = type(network.model), network.stacks
     chosen = stacks_named(stacks, wiring)
     orders = [parse_wiring(list(wiring[s.name]), len(s.layers), f"wiring {s.name}") for s in chosen]
+    for stack, order in zip(chosen, orders, strict=True):
+        check_mixes(stack.layers, order)
     origins = {
         f"{stack.container}.{new}": stack.layers[visit.layer]
         for stack, order in zip(chosen, orders, strict=True)

@@ -38,6 +38,24 @@ class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     weights: str
 
 
+class Heal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """How an edited network is trained on what the original answers.
+
+    So many `steps` of AdamW at `rate`, each on `batch` of `samples` windows of `length` tokens, on
+    additions of `rank` to every matrix. Every `every` steps the select part of the data is asked;
+    after `patience` times without an improvement it ends.
+    """
+
+    steps: Annotated[int, msgspec.Meta(ge=0)]
+    rank: Annotated[int, msgspec.Meta(ge=1)] = 16
+    rate: Annotated[float, msgspec.Meta(gt=0)] = 1e-3
+    batch: Annotated[int, msgspec.Meta(ge=1)] = 4
+    samples: Annotated[int, msgspec.Meta(ge=1)] = 512
+    length: Annotated[int, msgspec.Meta(ge=16)] = 128
+    every: Annotated[int, msgspec.Meta(ge=1)] = 50
+    patience: Annotated[int, msgspec.Meta(ge=1)] = 3
+
+
 class DataSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a plan was, or is to be, calibrated on."""
 
@@ -65,6 +83,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
     rewrites: tuple[Step, ...] = ()
     edits: tuple[Edit, ...] = ()
     fixed: tuple[str, ...] = ()
+    heal: Heal | None = None
     export: dict[str, Any] = {}
 
     def __post_init__(self) -> None:
@@ -144,7 +163,7 @@ def _mend(found: str) -> str:
     otherwise = "compare with the plan that `layerwise plan` writes"
     wrong = re.search(r"unknown field `([^`]*)", found)
     if wrong:
-        kinds = (Plan, Identity, DataSpec, Edit, Step)
+        kinds = (Plan, Identity, DataSpec, Edit, Step, Heal)
         known = [*UNITS, *(name for kind in kinds for name in kind.__struct_fields__)]
         return nearest(wrong[1], known, otherwise)
     place = re.search(r"enum value .*`\$\.(\w+)`", found)
@@ -231,10 +250,22 @@ def label(chain: tuple[Step, ...]) -> str:
     return " + ".join(words) or "as is"
 
 
+def _order(name: str, order: list[Any]) -> str:
+    """An order in a few words."""
+    fields = [entry for entry in order if isinstance(entry, dict)]
+    counts = {
+        "with a part left out": sum("parts" in entry for entry in fields),
+        "merged from others": sum("mix" in entry for entry in fields),
+    }
+    more = "".join(f", {count} {what}" for what, count in counts.items() if count)
+    return f"{len(order)} layers of {name}{more}"
+
+
 def describe(plan: Plan) -> str:
     """A plan in a few words."""
     if plan.wiring:
-        return "; ".join(f"{len(order)} layers of {name}" for name, order in plan.wiring.items())
+        healed = f", healed for {plan.heal.steps} steps" if plan.heal else ""
+        return "; ".join(_order(*item) for item in plan.wiring.items()) + healed
     counts: dict[str, int] = {}
     for edit in plan.edits:
         counts[label(edit.chain)] = counts.get(label(edit.chain), 0) + 1

@@ -105,6 +105,7 @@ class Visit:
 
     A repeated layer shares its weights unless `copy`; `parts` leaves branches out; an `adapter`
     makes a visit of a shared layer differ; visits of one `parallel` number read the same input.
+    With `mix` its weights are a sum over layers of the stack, each times its share.
     """
 
     layer: int
@@ -112,6 +113,7 @@ class Visit:
     parts: tuple[str, ...] | None = None
     adapter: str | None = None
     parallel: int | None = None
+    mix: tuple[tuple[int, float], ...] | None = None
 
 
 Wiring = tuple[Visit, ...]

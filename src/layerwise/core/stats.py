@@ -100,7 +100,7 @@ class Scores:
     """
 
     values: Mapping[str, float]
-    unit: Literal["layer", "span", "group", "matrix"]
+    unit: Literal["layer", "span", "part", "group", "matrix"]
     origin: str
     trial: Mapping[str, float] = field(default_factory=dict)
 

@@ -5,6 +5,7 @@ stock code runs it. What a visit leaves out, or reads in common with others, is 
 in the place of a module's forward.
 """
 
+import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,8 @@ MOST_VISITS = 10_000
 
 def parse_wiring(entries: Sequence[Any], depth: int, where: str) -> Wiring:
     """Read `[0, 1, 1, {layer: 3, copy: true}, {layer: 4, parts: [mlp]}, {parallel: [5, 6]}]`.
+
+    `{layer: 2, mix: {2: -1, 3: 1, 4: 1}}` is a layer whose weights are that sum over layers.
 
     Raises:
         LayerwiseError: an entry is no layer of the stack.
@@ -60,8 +63,8 @@ def _fields(entry: Any, known: set[str]) -> dict[str, Any] | None:
 
 
 def _visit(entry: Any, depth: int, where: str, number: int | None) -> Visit:
-    given = {"copy": False, "parts": None, "layer": entry}
-    given |= _fields(entry, {"layer", "copy", "parts"}) or {}
+    given = {"copy": False, "parts": None, "mix": None, "layer": entry}
+    given |= _fields(entry, {"layer", "copy", "parts", "mix"}) or {}
     layer, parts = given["layer"], given["parts"]
     named = parts is None or (isinstance(parts, list | tuple) and len(parts) > 0)
     if type(layer) is not int or type(given["copy"]) is not bool or not named:
@@ -69,14 +72,26 @@ def _visit(entry: Any, depth: int, where: str, number: int | None) -> Visit:
     if not 0 <= layer < depth:
         raise _wrong(where, depth, entry)
     names = None if parts is None else tuple(map(str, parts))
-    return Visit(layer, given["copy"], names, parallel=number)
+    mix = None if given["mix"] is None else _mix(given["mix"], depth, where, entry)
+    return Visit(layer, given["copy"], names, parallel=number, mix=mix)
+
+
+def _mix(given: Any, depth: int, where: str, entry: Any) -> tuple[tuple[int, float], ...]:
+    """Layers and their shares, in the order of the layers, so that sums come out the same."""
+    whole = isinstance(given, Mapping) and len(given) > 0
+    for layer, share in given.items() if whole else ():
+        whole &= type(layer) is int and 0 <= layer < depth
+        whole &= type(share) in (int, float) and math.isfinite(share)
+    if not whole:
+        raise _wrong(where, depth, entry)
+    return tuple(sorted(given.items()))
 
 
 def _wrong(where: str, depth: int, entry: Any) -> LayerwiseError:
     return LayerwiseError(
         where,
         allowed=f"layer numbers from 0 to {depth - 1}, {{layer: n, copy: true, parts: [mlp]}}, "
-        "or {parallel: [n, m]}",
+        "{layer: n, mix: {n: 0.5, m: 0.5}}, or {parallel: [n, m]}",
         found=entry,
         fix="correct the entry",
     )
@@ -140,6 +155,7 @@ def entries_of(wiring: Wiring) -> list[Any]:
     for visit in wiring:
         more = {"copy": True} if visit.copy else {}
         more |= {"parts": list(visit.parts)} if visit.parts is not None else {}
+        more |= {"mix": dict(visit.mix)} if visit.mix is not None else {}
         entry = {"layer": visit.layer, **more} if more else visit.layer
         if visit.parallel is None:
             entries.append(entry)
@@ -151,16 +167,20 @@ def entries_of(wiring: Wiring) -> list[Any]:
     return entries
 
 
-def folded(entries: Sequence[Any]) -> tuple[list[int], list[Any]]:
+def folded(entries: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     """The layers that an order visits, each once, and the order in their numbers.
+
+    Visits of one layer with different mixes are different layers.
 
     Example:
         >>> folded([0, 3, 3, {"parallel": [5, 6]}])
         ([0, 3, 5, 6], [0, 1, 1, {'parallel': [2, 3]}])
     """
     wiring = parse_wiring(entries, sys.maxsize, "wiring")
-    kept = sorted({visit.layer for visit in wiring})
-    return kept, entries_of(tuple(replace(v, layer=kept.index(v.layer)) for v in wiring))
+    own = [Visit(visit.layer, mix=visit.mix) for visit in wiring]
+    kept = sorted(dict.fromkeys(own), key=lambda visit: visit.layer)
+    order = (replace(v, layer=kept.index(o), mix=None) for v, o in zip(wiring, own, strict=True))
+    return entries_of(tuple(kept)), entries_of(tuple(order))
 
 
 def only_drops(entries: Sequence[Any]) -> bool:
@@ -177,6 +197,27 @@ def only_drops(entries: Sequence[Any]) -> bool:
 def is_plain(visit: Visit) -> bool:
     """Whether a visit is the layer as it is."""
     return visit.parts is None and visit.parallel is None
+
+
+def check_mixes(layers: Sequence[Layer], wiring: Wiring) -> None:
+    """Layers whose weights are added must have the same tensors.
+
+    Raises:
+        LayerwiseError: they differ in a name or a shape.
+    """
+    for visit in wiring:
+        for index, _ in visit.mix or ():
+            here, there = (
+                {name: p.shape for name, p in layers[i].module.named_parameters()}
+                for i in (visit.layer, index)
+            )
+            if here != there:
+                raise LayerwiseError(
+                    f"wiring, mix of {layers[visit.layer].key}",
+                    allowed="layers with the same tensors",
+                    found=f"others in {layers[index].key}",
+                    fix="mix layers of one kind",
+                )
 
 
 #: in a folder that keeps every layer once: the order in which they run, by stack

@@ -89,6 +89,13 @@ def apply_plan(
             something else when stock transformers loads it.
     """
     check_new(out)
+    if plan.heal:
+        raise LayerwiseError(
+            "plan, heal",
+            allowed="a plan without, for `layerwise.jobs.apply.apply_plan`",
+            found=f"{plan.heal.steps} steps",
+            fix="call `layerwise.apply_plan`",
+        )
     network = opened_for(model, plan, device=device, dtype=dtype)
     target = check_plan(network, plan, other_weights)
     given = given_by(network, plan.export.get("imatrix", ""))

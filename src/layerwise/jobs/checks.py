@@ -116,14 +116,15 @@ def rebuild_check(
 ) -> list[dict[str, Any]]:
     """The stock rebuild against the original edited in memory; plans of weights have no twin.
 
-    In memory the layers that go hand their input on, or the list of layers is put in the new
-    order; it is right to give what either gives, as some layers pass on more than a hidden state.
+    Neither have plans that merge or train them. In memory the layers that go hand their input on,
+    or the list of layers is put in the new order; it is right to give what either gives, as some
+    layers pass on more than a hidden state.
     """
-    if plan.edits:
+    if plan.edits or plan.heal:
         return []
     stacks = [stack for stack in network.stacks if stack.name in plan.wiring]
     orders = {s.name: parse_wiring(plan.wiring[s.name], len(s.layers), s.name) for s in stacks}
-    if not all(is_plain(visit) for order in orders.values() for visit in order):
+    if not all(is_plain(visit) and not visit.mix for o in orders.values() for visit in o):
         return []  # the answer computed while the folder was written is what there is to compare
     kept = {name: [visit.layer for visit in order] for name, order in orders.items()}
     with torch.no_grad():

@@ -1,105 +1,99 @@
-"""Plans of depth: which layers stay."""
+"""Plans of depth: which layers stay, which of their parts, and which are merged."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.fan import fan_out
+from layerwise.core.lockstep import walk
 from layerwise.core.method import find
 from layerwise.core.network import Network
-from layerwise.core.open import rewired
+from layerwise.core.open import open_network, rewired
 from layerwise.core.plan import Plan
+from layerwise.core.reader import samples_of
 from layerwise.core.search import Space
-from layerwise.core.select import selects
-from layerwise.core.stack import Layer
+from layerwise.core.stack import Wiring
 from layerwise.core.stats import Scores
+from layerwise.core.stops import hidden
+from layerwise.core.visits import entries_of
 from layerwise.export import TARGETS
 from layerwise.jobs.request import Planned, Request, identity
 from layerwise.jobs.scoring import counting, make_scores, trials_for
-from layerwise.jobs.session import Budget, Progress
+from layerwise.jobs.session import Budget, Progress, load_reader, texts_of
+from layerwise.jobs.units import (
+    able_to_go,
+    layer_bytes,
+    room_in,
+    units_of,
+    visited,
+    wiring_without,
+)
 
 
 def plan_depth(request: Request, network: Network, progress: Progress) -> Planned:
-    """Which layers stay: by a score and `drop`, or by a search on the measured loss."""
-    count = layers_to_drop(request.budget, network)
-    name = request.score or "greedy"
-    open_ = able_to_go(network, request.keep)
-    if count > most_that_can_go(network, open_):
+    """Which units stay: by a score, by a search on the measured loss, or by merging layers."""
+    count = units_to_drop(request.budget, network, request.parts)
+    name = request.score or ("part_influence" if request.parts else "greedy")
+    method = find(name)
+    if bool(request.parts) != ("part_cosine" in method.needs) and method.family != "search":
+        raise LayerwiseError(
+            "--parts",
+            allowed="with --score part_influence or greedy; other scores are of layers",
+            found=f"{'+'.join(request.parts) or 'none'} with --score {name}",
+            fix="choose another --score, or say which parts may go: --parts attention",
+        )
+    if method.family == "stack" and count:
+        return merged(request, network, name, count, progress)
+    open_ = able_to_go(network, request.keep, request.parts)
+    most = most_that_can_go(network, open_, request.parts)
+    if count > most:
         raise LayerwiseError(
             "budget",
-            allowed=f"at most {most_that_can_go(network, open_)} layers left out: those that keep "
-            "the shape of their input and are not pinned by --keep, one of a stack stays",
+            allowed=f"at most {most} {'parts' if request.parts else 'layers'} left out: those that "
+            "keep the shape of their input and are not pinned by --keep, one of a stack stays",
             found=count,
             fix="raise the budget or unpin layers",
         )
     scores = None
     if count == 0:
         gone: Collection[str] = ()
-    elif name == "greedy" or find(name).family == "search":
+    elif method.family == "search":
         gone = search_depth(request, network, name, count, open_, progress)
     else:
         span = {"span": count} if "span" in find(name, "score").options else {}
-        merged = dict(request.options(find(name).name)) | span
-        asked = request._replace(settings={**request.settings, find(name).name: merged})
+        merged_ = dict(request.options(method.name)) | span
+        asked = request._replace(settings={**request.settings, method.name: merged_})
         scores = make_scores(asked, network, name, progress)
-        gone = least_important(network, scores, count, open_)
-    return assemble_depth(request, network, gone, scores)
+        gone = least_important(network, scores, count, open_, request.parts)
+    return assemble_depth(request, network, wiring_without(network, gone), scores)
 
 
-def able_to_go(network: Network, keep: Collection[str] = ()) -> list[Layer]:
-    """The layers that can be left out.
-
-    They keep the shape of their input, no selector pins them, and the architecture can be built
-    without them, which is tried where the layers of a stack differ.
-    """
-    return [
-        layer
-        for stack in network.stacks
-        for layer in stack.layers
-        if layer.keeps_shape
-        and not any(selects(pattern, matrix) for pattern in keep for matrix in layer.matrices)
-        and (len({_kind(other) for other in stack.layers}) == 1 or _can_go(network, layer))
-    ]
-
-
-def _kind(layer: Layer) -> tuple[Any, ...]:
-    return tuple((name, p.shape) for name, p in layer.module.named_parameters())
-
-
-def _can_go(network: Network, layer: Layer) -> bool:
-    try:
-        rewired(network, wiring_without(network, [layer.key]))
-    except LayerwiseError:
-        return False
-    return True
-
-
-def most_that_can_go(network: Network, open_: Collection[Layer]) -> int:
-    """How many of them can go if one layer of every stack stays."""
+def most_that_can_go(network: Network, open_: Collection[str], parts: Sequence[str] = ()) -> int:
+    """How many of them can go if one unit of every stack stays."""
     return sum(
-        min(len(stack.layers) - 1, sum(layer.stack == stack.name for layer in open_))
+        min(room_in(stack, parts), sum(key.startswith(f"{stack.name}/") for key in open_))
         for stack in network.stacks
     )
 
 
 def least_important(
-    network: Network, scores: Scores, count: int, open_: Collection[Layer]
+    network: Network, scores: Scores, count: int, open_: Collection[str], parts: Sequence[str] = ()
 ) -> list[str]:
-    """The layers that `drop` leaves out: the least important of all stacks, or a span of one."""
-    keys = {layer.key for layer in open_}
+    """The units that go: the least important of all stacks, or a span that `drop` chooses."""
     if scores.unit == "span":
         inside = {f"{network.stack.name}/{i}" for i in range(len(network.stack.layers))}
         fitting = {
-            k: v for k, v in scores.values.items() if k in inside and _span(k, count) <= keys
+            k: v for k, v in scores.values.items() if k in inside and _span(k, count) <= set(open_)
         }
         chosen = Scores(fitting, "span", scores.origin)
         wiring = find("drop", "stack").bind({"count": count})(network.stack, chosen)
-        return _left_out(network, {network.stack.name: [v.layer for v in wiring]})
-    room = {stack.name: len(stack.layers) - 1 for stack in network.stacks}
+        kept = {visit.layer for visit in wiring}
+        return [layer.key for layer in network.stack.layers if layer.index not in kept]
+    room = {stack.name: room_in(stack, parts) for stack in network.stacks}
     gone: list[str] = []
-    for key in sorted(keys, key=lambda k: (scores.values[k], k)):
+    for key in sorted(open_, key=lambda k: (scores.values[k], k)):
         name = key.partition("/")[0]
         if len(gone) < count and room[name]:
             room[name] -= 1
@@ -112,79 +106,152 @@ def _span(key: str, count: int) -> set[str]:
     return {f"{stack}/{i}" for i in range(int(first), int(first) + count)}
 
 
-def _left_out(network: Network, kept: dict[str, list[int]]) -> list[str]:
-    return [
-        layer.key
-        for stack in network.stacks
-        for layer in stack.layers
-        if stack.name in kept and layer.index not in kept[stack.name]
-    ]
+def merged(
+    request: Request, network: Network, name: str, count: int, progress: Progress
+) -> Planned:
+    """The plan in which a method merges so many layers of the longest stack."""
+    stack, method = network.stack, find(name, "stack")
+    if "similarity" not in method.given:
+        raise LayerwiseError(
+            f"--score {name}",
+            allowed="a method that chooses layers",
+            found="one that is told which",
+            fix="write the order into the plan, or choose --score laco",
+        )
+    if not 0 < count < len(stack.layers) or request.keep:
+        raise LayerwiseError(
+            f"--score {name}",
+            allowed=f"1 to {len(stack.layers) - 1} layers merged, and no --keep",
+            found=f"{count}, and --keep {' '.join(request.keep) or 'nothing'}",
+            fix="raise the budget; name layers that stay in a plan written by hand",
+        )
+    tick = counting(progress, "merging layers", 4 * len(stack.layers))
+    similarity = similarity_to(request, network, tick)
+    options = {**request.options(method.name), "count": count}
+    choose = method.bind(options, similarity=similarity)
+    wiring = choose(stack, Scores({}, "layer", ""))
+    return assemble_depth(request, network, {stack.name: entries_of(wiring)}, None)
 
 
-def wiring_without(network: Network, gone: Collection[str]) -> dict[str, list[int]]:
-    """The layers that stay, of every stack that loses one."""
-    kept = {s.name: [la.index for la in s.layers if la.key not in gone] for s in network.stacks}
-    return {s.name: kept[s.name] for s in network.stacks if len(kept[s.name]) < len(s.layers)}
+def similarity_to(
+    request: Request, network: Network, tick: Callable[[], None]
+) -> Callable[[Wiring], float]:
+    """Order -> mean cosine over documents of what the longest stack returns in it and as it is.
+
+    Before any norm behind the stack, of all tokens of a document as one vector.
+    """
+    name = network.stack.name
+    texts = texts_of(request.data)._replace(length=128)
+    batches = samples_of(load_reader(network), texts, "select", 8)
+    original = last_states(network, batches, name)
+
+    def similarity(wiring: Wiring) -> float:
+        order = {name: entries_of(wiring)}
+        kind = request.dtype
+        edited = open_network(request.model, wiring=order, device=request.device, dtype=kind)
+        found = last_states(edited, batches, name)
+        tick()
+        cosines = [torch.cosine_similarity(a, b, 0) for a, b in zip(original, found, strict=True)]
+        return float(torch.stack(cosines).mean().nan_to_num(-1.0))
+
+    return similarity
+
+
+def last_states(network: Network, batches: Sequence[Any], stack: str) -> list[torch.Tensor]:
+    """What the last layer of a stack returns for each batch, flat, with one layer in memory."""
+    last = next(s for s in network.stacks if s.name == stack).layers[-1]
+    found: list[torch.Tensor] = []
+    with torch.no_grad():
+        for stop in walk(network, batches):
+            if stop.kind == "leave" and stop.layer.path == last.path:
+                lanes = sorted(stop.lanes, key=lambda lane: lane.batch)
+                found = [hidden(lane.output).float().flatten().cpu() for lane in lanes]
+    return found
 
 
 def assemble_depth(
-    request: Request, network: Network, gone: Collection[str], scores: Scores | None
+    request: Request, network: Network, wiring: Mapping[str, list[Any]], scores: Scores | None
 ) -> Planned:
-    """The plan that leaves these layers out."""
-    sizes = layer_bytes(network)
-    rows = [
-        {
-            "layer": layer.key,
-            "option": "dropped" if layer.key in gone else "as is",
-            "bytes": 0 if layer.key in gone else sizes[layer.key],
-            "importance": scores.values.get(layer.key) if scores else None,
-        }
-        for layer in network.layers()
-    ]
+    """The plan of an order that shortens the network."""
+    sizes, kept = layer_bytes(network), visited(network, wiring)
     plan = Plan(
         model=identity(network),
         target=request.target,  # type: ignore[arg-type]
-        budget=request.budget.as_dict(),
+        budget={} if request.parts else request.budget.as_dict(),
         data=request.data,
-        wiring=wiring_without(network, gone),
+        wiring=dict(wiring),
         fixed=request.keep,
         export=request.options(request.target),
     )
-    nbytes = network.checkpoint.nbytes - sum(sizes[key] for key in gone)
+    shortened = rewired(network, wiring) if wiring else network
+    nbytes = network.checkpoint.nbytes - sum(sizes[key] for key in sizes.keys() - kept)
     target = TARGETS[request.target]
     if target.rest is not None:
-        kept, size = rewired(network, plan.wiring), network.stored.dtype.itemsize
-        nbytes = target.rest(kept, plan.export)
-        nbytes += sum(target.nbytes(m, (), size) for la in kept.layers() for m in la.matrices)
+        size = network.stored.dtype.itemsize
+        nbytes = target.rest(shortened, plan.export)
+        nbytes += sum(target.nbytes(m, (), size) for la in shortened.layers() for m in la.matrices)
+    rows = depth_rows(network, wiring, request.parts, scores)
     return Planned(plan, rows, nbytes, {}, None, scores, network.checkpoint.nbytes)
 
 
-def layer_bytes(network: Network) -> dict[str, int]:
-    """Stored bytes of every layer."""
-    infos = network.stored.checkpoint.tensors
-    return {
-        layer.key: sum(
-            infos[stored].nbytes
-            for stored, name in network.stored.owner.items()
-            if name.startswith(f"{layer.path}.")
-        )
-        for layer in network.layers()
+def depth_rows(
+    network: Network,
+    wiring: Mapping[str, list[Any]],
+    parts: Sequence[str],
+    scores: Scores | None,
+) -> list[dict[str, Any]]:
+    """What becomes of every layer, or of every part."""
+    sizes, kept = layer_bytes(network), visited(network, wiring)
+    into = {
+        f"{name}/{index}": f"merged into {name}/{entry['layer']}"
+        for name, entries in wiring.items()
+        for entry in entries
+        if isinstance(entry, dict)
+        for index in entry.get("mix", {})
     }
+    silent = {
+        f"{layer.key}/{part.name}"
+        for layer in network.layers()
+        for part in layer.parts
+        for entry in wiring.get(layer.stack, ())
+        if isinstance(entry, dict) and entry["layer"] == layer.index
+        if part.name not in entry.get("parts", [part.name])
+    }
+    rows = []
+    for key in units_of(network, parts):
+        layer = key.rpartition("/")[0] if parts else key
+        stays = layer in kept and key not in silent
+        rows.append(
+            {
+                "part" if parts else "layer": key,
+                "option": into.get(key, "as is" if stays else "dropped"),
+                "bytes": None if parts else sizes[key] * stays,
+                "importance": scores.values.get(key) if scores else None,
+            }
+        )
+    return rows
 
 
-def layers_to_drop(budget: Budget, network: Network) -> int:
-    """How many layers must go so that the largest of those that stay still fit.
+def units_to_drop(budget: Budget, network: Network, parts: Sequence[str] = ()) -> int:
+    """How many units must go so that the largest of those that stay still fit.
 
     Raises:
-        LayerwiseError: one layer alone exceeds the budget.
+        LayerwiseError: one layer alone exceeds the budget, or one of bytes is to be met by parts.
     """
-    depth = len(network.layers())
+    depth, what = len(units_of(network, parts)), "parts" if parts else "layers"
     if budget.depth is not None:
         if not 1 <= budget.depth <= depth:
             raise LayerwiseError(
-                "--depth", allowed=f"1 to {depth} layers", found=budget.depth, fix="choose within"
+                "--depth", allowed=f"1 to {depth} {what}", found=budget.depth, fix="choose within"
             )
         return depth - budget.depth
+    if parts:
+        raise LayerwiseError(
+            "--parts",
+            allowed="a budget by --depth; parts that are left out save time, not bytes",
+            found=", ".join(f"--{k} {v}" for k, v in budget.as_dict().items()),
+            fix="say how many of them stay, such as --depth 75%",
+        )
     whole = network.checkpoint.nbytes
     limit = budget.bytes if budget.bytes is not None else int((budget.size or 1.0) * whole)
     sizes = sorted(layer_bytes(network).values())
@@ -205,14 +272,14 @@ def search_depth(
     network: Network,
     name: str,
     count: int,
-    open_: Collection[Layer],
+    open_: Sequence[str],
     progress: Progress,
 ) -> tuple[str, ...]:
-    """Search the layers to leave out on the measured loss of the select split."""
+    """Search the units to leave out on the measured loss of the select split."""
     trials = trials_for(request, network)
-    keys = [layer.key for layer in open_]
+    keys = list(open_)
     total = sum(len(keys) - i for i in range(count)) + 1
-    tick = counting(progress, "searching layers", total)
+    tick = counting(progress, "searching parts" if request.parts else "searching layers", total)
 
     def evaluate(candidates: Sequence[tuple[str, ...]]) -> list[float]:
         return fan_out(trials.without, candidates, request.engine, tick)

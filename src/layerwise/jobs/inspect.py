@@ -17,7 +17,6 @@ from layerwise.core.reader import windows
 from layerwise.core.stack import Stack
 from layerwise.core.stats import Figures, Stats, observe
 from layerwise.core.stops import Batch
-from layerwise.jobs.depth import layer_bytes
 from layerwise.jobs.documents import (
     alone,
     check_batches,
@@ -31,6 +30,7 @@ from layerwise.jobs.inspected import Inspected
 from layerwise.jobs.rerun import Rerun
 from layerwise.jobs.session import Progress, load_reader, silent
 from layerwise.jobs.tail import Tail, network_end
+from layerwise.jobs.units import layer_bytes
 from layerwise.jobs.wanted import VIEWS, Wanted, announced, chosen, kind_of
 
 #: documents that are run again with layers replaced

@@ -13,23 +13,24 @@ from layerwise.core.errors import LayerwiseError
 from layerwise.core.fold import Fold, Folds
 from layerwise.core.journal import Journal
 from layerwise.core.method import find
-from layerwise.core.network import Network
+from layerwise.core.network import Network, fill
 from layerwise.core.open import open_network, refolded
 from layerwise.core.plan import Plan, chain_for, describe
 from layerwise.core.quality import Quality, measure_quality
 from layerwise.core.reader import windows
 from layerwise.core.stack import Layer
-from layerwise.core.visits import only_drops
 from layerwise.core.weight import Weight
 from layerwise.export import PACKED, TARGETS
 from layerwise.jobs.bits import plan_bits
-from layerwise.jobs.depth import able_to_go, assemble_depth, layers_to_drop, wiring_without
+from layerwise.jobs.depth import assemble_depth, units_to_drop
+from layerwise.jobs.heal import trained
 from layerwise.jobs.mixes import MIXES, mix_plan, written_bytes
 from layerwise.jobs.request import Planned, Request
 from layerwise.jobs.rewrite import as_rewritten
 from layerwise.jobs.session import Budget, Progress, load_reader, silent, texts_of
 from layerwise.jobs.solve import needs_of, put_outside, solve
 from layerwise.jobs.stock import streamed
+from layerwise.jobs.units import able_to_go, left_out, wiring_without
 
 
 class Contest(NamedTuple):
@@ -95,27 +96,30 @@ def build_naive(contest: Contest, progress: Progress = silent) -> Naive | None:
     """
     found = []
     if contest.plan.wiring:
-        found.append(naive_depth(contest))
+        found.append(naive_depth(contest, progress))
     if contest.plan.edits:
         found.append(naive_bits(contest, progress))
     built = [naive for naive in found if naive is not None]
     return min(built, key=lambda naive: naive.quality.estimate("kl").value, default=None)
 
 
-def naive_depth(contest: Contest) -> Naive | None:
-    """The best of: last k dropped, last k but the final one, the median of 5 random choices."""
-    if not contest.plan.edits and not all(map(only_drops, contest.plan.wiring.values())):
-        return None
+def naive_depth(contest: Contest, progress: Progress = silent) -> Naive | None:
+    """The best of: last k dropped, last k but the final one, the median of 5 random choices.
+
+    Of layers, or of parts of the kinds that the plan leaves out.
+    """
     network = contest.opened()
-    keys = [layer.key for layer in able_to_go(network, contest.plan.fixed)]
-    count = len(network.layers()) - sum(
-        len(contest.plan.wiring.get(stack.name, stack.layers)) for stack in network.stacks
-    )
+    fewer = ([], ()) if contest.plan.edits else left_out(network, contest.plan)
+    if fewer is None:
+        return None
+    count, parts = len(fewer[0]), fewer[1]
     if contest.plan.edits:
         try:
-            count = layers_to_drop(Budget(bytes=contest.nbytes), network)
+            count = units_to_drop(Budget(bytes=contest.nbytes), network)
         except LayerwiseError:
             return None
+    keys = able_to_go(network, contest.plan.fixed, parts)
+    what = f"{count} {' and '.join(parts)}".strip()
     generator = torch.Generator().manual_seed(contest.plan.data.seed)
     orders = (torch.randperm(len(keys), generator=generator).tolist() for _ in range(1000))
     drawn = ([keys[i] for i in order[:count]] for order in orders)
@@ -123,24 +127,40 @@ def naive_depth(contest: Contest) -> Naive | None:
     chosen = list(islice(whole, 5))
     tails = [keys[len(keys) - count :], keys[len(keys) - count - 1 : len(keys) - 1]]
 
-    def quality(gone: list[str]) -> Quality:
+    def built(gone: list[str]) -> Network:
         edited, target = contest.opened(wiring_without(network, gone)), contest.plan.target
         put_outside(edited, TARGETS[target].outside(edited, contest.plan.export))
-        return contest.qualities(edited)[1]
+        return edited
 
-    random = sorted((quality(gone) for gone in chosen), key=lambda q: q.estimate("loss").value)
-    found = [(f"{count} at random dropped, median of 5", random[len(random) // 2])]
+    def quality(gone: list[str]) -> Quality:
+        return contest.qualities(built(gone))[1]
+
+    loss = lambda item: item[0].estimate("loss").value  # noqa: E731
+    random = sorted(((quality(gone), gone) for gone in chosen), key=loss)
+    found = [(*random[len(random) // 2], f"{what} at random dropped, median of 5")]
     for name, gone in (
         ("last {} dropped", tails[0]),
         ("last {} but the final one dropped", tails[1]),
     ):
         if all(wiring_without(network, gone).values()):
-            found.append((name.format(count), quality(gone)))
-    name, best = min(found, key=lambda item: item[1].estimate("loss").value)
+            found.append((quality(gone), gone, name.format(what)))
+    best, gone, name = min(found, key=loss)
+    if contest.plan.heal:
+        name = f"{name}, healed equally"
+        best = healed_equally(contest, built(gone), progress)
     kind, budget = contest.plan.target, Budget(bytes=contest.nbytes)
     request = Request(contest.model, budget, kind, settings={kind: contest.plan.export})
-    planned = assemble_depth(request, network, tails[0], None)
+    planned = assemble_depth(request, network, wiring_without(network, tails[0]), None)
     return Naive(f"best naive: {name}", best, planned.nbytes)
+
+
+def healed_equally(contest: Contest, edited: Network, progress: Progress) -> Quality:
+    """What a network comes to by the training that the plan had."""
+    assert contest.plan.heal is not None
+    original, student = contest.opened().load(), edited.load()
+    found = trained(original, student, contest.plan, contest.plan.heal, progress=progress)
+    fill(student.module, found.tensors, student.device)
+    return contest.qualities(student)[1]
 
 
 def naive_bits(contest: Contest, progress: Progress) -> Naive | None:

@@ -60,6 +60,13 @@ def make_plan(request: Request, progress: Progress = silent) -> Planned:
                 fix="leave it out, or use a target and a budget by bits",
             )
         return plan_depth(request, network, progress)
+    if request.parts:
+        raise LayerwiseError(
+            f"--parts {'+'.join(request.parts)}",
+            allowed="a plan that leaves parts out",
+            found=f"one by bits for target {target.name}",
+            fix="give --depth, and target hf or compact",
+        )
     network = as_rewritten(network, request.rewrites)
     target.accepts(network)
     planned = plan_bits(request, network, target, progress)

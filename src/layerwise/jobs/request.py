@@ -29,6 +29,7 @@ class Request(NamedTuple):
     dtype: str = "auto"
     engine: Engine = Engine()
     rewrite: str = ""
+    parts: tuple[str, ...] = ()
 
     @property
     def rewrites(self) -> tuple[Step, ...]:
@@ -38,8 +39,11 @@ class Request(NamedTuple):
         return tuple(Step(name, self.options(name)) for name in found)
 
     def options(self, name: str) -> dict[str, Any]:
-        """What `--set name.option=value` said of a method."""
-        return dict(self.settings.get(name, {}))
+        """What `--set name.option=value` said of a method, by its name or an alias."""
+        found = dict(self.settings.get(name, {}))
+        for key in self.settings.keys() - {name, "menu"}:
+            found |= self.settings[key] if find(key).name == name else {}
+        return found
 
 
 class Planned(NamedTuple):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from layerwise.core.absent import silenced
 from layerwise.core.data import Texts
 from layerwise.core.fan import fan_out
 from layerwise.core.machine import check_memory
@@ -20,7 +21,7 @@ from layerwise.core.open import open_network, widened
 from layerwise.core.plan import Step
 from layerwise.core.quality import Quality, measure_quality
 from layerwise.core.reader import samples_of, windows
-from layerwise.core.stack import Layer
+from layerwise.core.stack import Layer, Visit
 from layerwise.core.stats import Probe, Scores, Stats, observe
 from layerwise.core.task import answer, forward_arguments, labels_of
 from layerwise.jobs.forecast import memory_of_models
@@ -183,9 +184,19 @@ class Trials:
         return {matrix.key: matrix.view(total[name]) for _, matrix, name in places}
 
     def without(self, gone: Collection[str]) -> float:
-        """Loss in nats per token when the named layers hand their input on."""
-        numbers = [i for i, layer in enumerate(self.layers) if layer.key in gone]
-        return self.quality({}, min(numbers, default=0), gone).estimate("loss").value
+        """Loss in nats per token without some layers, which hand their input on, or some parts."""
+        edits: dict[str, Tensor] = {}
+        numbers = []
+        for number, layer in enumerate(self.layers):
+            kept = tuple(p.name for p in layer.parts if f"{layer.key}/{p.name}" not in gone)
+            if layer.key in gone or len(kept) < len(layer.parts):
+                numbers.append(number)
+            if len(kept) < len(layer.parts):
+                held = layer.module.named_parameters(remove_duplicate=False)
+                own: dict[str, Tensor] = {name: p.detach() for name, p in held}
+                zeros = silenced(layer, Visit(layer.index, parts=kept), own)
+                edits |= {f"{layer.path}.{n}": t for n, t in zeros.items() if t is not own[n]}
+        return self.quality(edits, min(numbers, default=0), gone).estimate("loss").value
 
 
 @lru_cache(1)

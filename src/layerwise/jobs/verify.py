@@ -22,7 +22,6 @@ from layerwise.export import TARGETS
 from layerwise.export._gguf_file import FILE, GgufFile
 from layerwise.export.compressed_tensors import packed_linears, packed_records
 from layerwise.jobs.checks import decode_checks, rebuild_check, reload_checks
-from layerwise.jobs.depth import layer_bytes
 from layerwise.jobs.engine import engine_checks, in_llama
 from layerwise.jobs.forecast import memory_of_models
 from layerwise.jobs.measure import peak_memory, speeds
@@ -30,6 +29,7 @@ from layerwise.jobs.naive import Contest, build_naive
 from layerwise.jobs.session import Progress, load_reader, silent
 from layerwise.jobs.solve import put_outside
 from layerwise.jobs.stock import answers_of, load_stock, streamed
+from layerwise.jobs.units import layer_bytes
 from layerwise.run import quicken
 
 #: documents on which llama.cpp is compared with our own dequantized model
@@ -231,7 +231,7 @@ def layer_rows(case: Case) -> list[dict[str, Any]]:
     edited = open_network(case.model, wiring=plan.wiring) if plan.wiring else original
     report = case.folder / "report.json"
     known = json.loads(report.read_text()).get("rows", []) if report.exists() else []
-    errors = {row["layer"]: row.get("error") for row in known}
+    errors = {row["layer"]: row.get("error") for row in known if "layer" in row}
     nbytes, itemsize = TARGETS[plan.target].nbytes, original.stored.dtype.itemsize
     rows = []
     sizes, once = layer_bytes(original), TARGETS[plan.target].engine == "layerwise"

@@ -15,6 +15,7 @@ from layerwise.measure.residual import (
     depth_use,
     last_states,
     output_error,
+    part_cosine,
     residual_cosine,
     update_norm,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "mean_magnitude",
     "neuron_means",
     "output_error",
+    "part_cosine",
     "place_states",
     "pooled_states",
     "position_parts",

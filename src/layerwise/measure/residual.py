@@ -156,6 +156,42 @@ def _summed(added: Added, keep: Tensor) -> Float[Tensor, " four"]:
     return torch.stack([count, ratio.sum(), cosine.sum(), largest])
 
 
+@method("measure", paper="arXiv:2406.15786")
+def part_cosine() -> Probe:
+    """Mean cosine between the stream before a part and after it, token by token.
+
+    `mean_t cos(x[t], x[t] + a[t])`, where `a` is what the part adds to the stream `x`.
+
+    Returns:
+        A probe whose value per layer is a number from -1 to 1 per part; a part whose addition
+        cannot be followed has none.
+
+    Example:
+        >>> x, a = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]])
+        >>> probe = part_cosine()
+        >>> seen = Seen(x, x + a, None, None, {}, None, {"mlp": measured(x, a)})
+        >>> {k: round(v, 4) for k, v in probe.finish(probe.update({}, seen)).items()}
+        {'mlp': 0.7071}
+
+    Reference: He et al., 2024, arXiv:2406.15786.
+    """
+
+    def update(state: dict[str, tuple[float, int]], seen: Seen) -> dict[str, tuple[float, int]]:
+        found, keep = dict(state), kept(seen.inputs, seen.mask)
+        for part, measures in seen.added.items():
+            x, a, dot = (value[keep].double() for value in measures)
+            after = (x * x + 2 * dot + a * a).clamp_min(0).sqrt()
+            cosine = (x * x + dot) / (x * after).clamp_min(1e-16)
+            total, count = found.get(part, (0.0, 0))
+            found[part] = total + cosine.sum().item(), count + len(cosine)
+        return found
+
+    def finish(state: dict[str, tuple[float, int]]) -> dict[str, float]:
+        return {part: _mean(state[part]) for part in sorted(state)}
+
+    return Probe("layer", lambda key: {}, update, finish, watch=("added",), figures=True)
+
+
 @method("measure")
 def last_states() -> Probe:
     """Hidden states `[sequences, 2, dim]` of the last token, before and after each layer.

@@ -11,6 +11,7 @@ from layerwise.score.layers import (
     angular_distance,
     block_influence,
     layer_input_modification,
+    part_influence,
     removal,
     zscore_share,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "interactions",
     "layer_input_modification",
     "linearity",
+    "part_influence",
     "removal",
     "sensitivity",
     "trial_error",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from layerwise.core.errors import LayerwiseError
 from layerwise.core.method import method
 from layerwise.core.stack import Stack
 from layerwise.core.stats import Scores, Stats
@@ -120,6 +121,48 @@ def angular_distance(stack: Stack, stats: Stats, *, span: int = 1) -> Scores:
         cosine = torch.cosine_similarity(before.double(), after.double(), dim=-1)
         values[states[start][0]] = (cosine.clamp(-1, 1).arccos() / math.pi).mean().item()
     return Scores(values, "span", f"angular_distance, span {span}")
+
+
+@method("score", aliases=("llm_drop",), paper="arXiv:2406.15786", needs=("part_cosine",))
+def part_influence(stack: Stack, stats: Stats) -> Scores:
+    """Block influence of every part: `1 - mean_t cos(x[t], x[t] + f(x)[t])`.
+
+    Args:
+        stack: the layers.
+        stats: with `part_cosine` per layer.
+
+    Returns:
+        One score per part, under `layer/part`. A cosine does not see rescaling: what adds a
+        multiple of the stream scores 0.
+
+    Raises:
+        LayerwiseError: what a part adds cannot be followed.
+
+    Example:
+        >>> from torch.nn import Identity
+        >>> from layerwise.core.stack import Layer, Part
+        >>> parts = Part("attention", True, ()), Part("mlp", False, ())
+        >>> stack = Stack("decoder", "", (Layer("decoder", 0, "", Identity(), parts, ()),), ())
+        >>> stats = Stats({"part_cosine": {"decoder/0": {"attention": 0.7071, "mlp": 0.75}}})
+        >>> {k: round(v, 4) for k, v in part_influence(stack, stats).values.items()}
+        {'decoder/0/attention': 0.2929, 'decoder/0/mlp': 0.25}
+
+    Reference: He et al., 2024, arXiv:2406.15786; `x` is the stream before the part's norm, and
+    what a norm behind the part does is part of `f`.
+    """
+    values = {}
+    for layer in stack.layers:
+        found = stats["part_cosine"].get(layer.key, {})
+        for part in layer.parts:
+            if part.name not in found:
+                raise LayerwiseError(
+                    f"part_influence of {layer.key}",
+                    allowed="parts whose addition to the stream can be followed",
+                    found=f"none of {part.name}",
+                    fix="use --score greedy, which measures what is lost without a part",
+                )
+            values[f"{layer.key}/{part.name}"] = 1 - found[part.name]
+    return Scores(values, "part", "part_influence")
 
 
 @method("score", aliases=("measured",))

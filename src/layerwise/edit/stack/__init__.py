@@ -1,6 +1,7 @@
 """Edits of the execution order."""
 
+from layerwise.edit.stack.collapse import collapse
 from layerwise.edit.stack.drop import drop
 from layerwise.edit.stack.loop import recur, side_by_side
 
-__all__ = ["drop", "recur", "side_by_side"]
+__all__ = ["collapse", "drop", "recur", "side_by_side"]

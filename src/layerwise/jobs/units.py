@@ -1,0 +1,150 @@
+"""What a plan of depth may leave out: whole layers, or parts of them; and the order that remains.
+
+A unit is named by its key, `decoder/3` or `decoder/3/attention`.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from layerwise.core.errors import LayerwiseError
+from layerwise.core.network import Network
+from layerwise.core.open import rewired
+from layerwise.core.plan import Plan
+from layerwise.core.select import selects
+from layerwise.core.stack import Layer, Stack, Visit, plain_wiring
+from layerwise.core.visits import parse_wiring
+
+
+def units_of(network: Network, parts: Sequence[str] = ()) -> list[str]:
+    """The keys of all layers in network order, or those of all their parts of some names.
+
+    Raises:
+        LayerwiseError: no layer has a part of that name.
+    """
+    layers = network.layers()
+    known = list(dict.fromkeys(part.name for layer in layers for part in layer.parts))
+    for name in parts:
+        if name not in known:
+            raise LayerwiseError(
+                "--parts",
+                allowed=f"{', '.join(known)}, or several with + between them",
+                found=name,
+                fix="name parts of this network",
+            )
+    if not parts:
+        return [layer.key for layer in layers]
+    return [f"{la.key}/{p.name}" for la in layers for p in la.parts if p.name in parts]
+
+
+def able_to_go(
+    network: Network, keep: Collection[str] = (), parts: Sequence[str] = ()
+) -> list[str]:
+    """The units that can be left out.
+
+    Their layers keep the shape of their input, no selector pins them, and the architecture can be
+    built without them, which is tried for the layers of a stack that differ.
+    """
+    whole = [
+        layer
+        for stack in network.stacks
+        for layer in stack.layers
+        if layer.keeps_shape
+        and (parts or len({_kind(o) for o in stack.layers}) == 1 or _can_go(network, layer))
+    ]
+    pinned = {
+        key
+        for layer in whole
+        for matrix in layer.matrices
+        if any(selects(pattern, matrix) for pattern in keep)
+        for key in (layer.key, f"{layer.key}/{matrix.part}")
+    }
+    keys = {layer.key for layer in whole}
+    units = units_of(network, parts)
+    return [u for u in units if u not in pinned and (u.rpartition("/")[0] if parts else u) in keys]
+
+
+def _kind(layer: Layer) -> tuple[Any, ...]:
+    return tuple((name, p.shape) for name, p in layer.module.named_parameters())
+
+
+def _can_go(network: Network, layer: Layer) -> bool:
+    try:
+        rewired(network, wiring_without(network, [layer.key]))
+    except LayerwiseError:
+        return False
+    return True
+
+
+def room_in(stack: Stack, parts: Sequence[str] = ()) -> int:
+    """How many units of a stack can go if one layer, or one part of one, is to stay."""
+    return len(stack.layers if not parts else [p for la in stack.layers for p in la.parts]) - 1
+
+
+def wiring_without(network: Network, gone: Collection[str]) -> dict[str, list[Any]]:
+    """The order of every stack that loses a unit; empty where nothing of it would stay."""
+    found: dict[str, list[Any]] = {}
+    for stack in network.stacks:
+        entries = [_entry(layer, gone) for layer in stack.layers]
+        if entries != list(range(len(entries))):
+            found[stack.name] = [entry for entry in entries if entry is not None]
+    return found
+
+
+def _entry(layer: Layer, gone: Collection[str]) -> Any:
+    kept = [p.name for p in layer.parts if f"{layer.key}/{p.name}" not in gone]
+    if layer.key in gone or (layer.parts and not kept):
+        return None
+    return layer.index if len(kept) == len(layer.parts) else {"layer": layer.index, "parts": kept}
+
+
+def left_out(network: Network, plan: Plan) -> tuple[list[str], tuple[str, ...]] | None:
+    """The units that a plan leaves out and, if these are parts, their names.
+
+    There is no answer for orders that do more than shorten the network.
+    """
+    orders: dict[str, dict[int, Visit]] = {}
+    for stack in network.stacks:
+        entries, depth = plan.wiring.get(stack.name), len(stack.layers)
+        wiring = parse_wiring(entries, depth, "wiring") if entries else plain_wiring(depth)
+        numbers = [visit.layer for visit in wiring]
+        if numbers != sorted(set(numbers)) or any(v.parallel is not None for v in wiring):
+            return None
+        orders[stack.name] = {visit.layer: visit for visit in wiring}
+    visits = {la.key: orders[la.stack].get(la.index) for la in network.layers()}
+    if all(visit is None or visit.parts is None for visit in visits.values()):
+        return [key for key, visit in visits.items() if visit is None], ()
+    gone = [
+        f"{layer.key}/{part.name}"
+        for layer in network.layers()
+        for part in layer.parts
+        if not _runs(visits[layer.key], part.name)
+    ]
+    return gone, tuple(dict.fromkeys(key.rpartition("/")[2] for key in gone))
+
+
+def _runs(visit: Visit | None, part: str) -> bool:
+    return visit is not None and (visit.parts is None or part in visit.parts)
+
+
+def layer_bytes(network: Network) -> dict[str, int]:
+    """Stored bytes of every layer."""
+    infos = network.stored.checkpoint.tensors
+    return {
+        layer.key: sum(
+            infos[stored].nbytes
+            for stored, name in network.stored.owner.items()
+            if name.startswith(f"{layer.path}.")
+        )
+        for layer in network.layers()
+    }
+
+
+def visited(network: Network, wiring: Mapping[str, Sequence[Any]]) -> set[str]:
+    """The keys of the layers that run at all in an order."""
+    found = set()
+    for stack in network.stacks:
+        entries = wiring.get(stack.name)
+        depth = len(stack.layers)
+        order = parse_wiring(entries, depth, "wiring") if entries else plain_wiring(depth)
+        found |= {f"{stack.name}/{visit.layer}" for visit in order}
+    return found
