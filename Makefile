@@ -15,7 +15,7 @@ demo: setup
 	$(BIN)/layerwise demo
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --maxprocesses 2
+	$(BIN)/python -m pytest -n 2 --maxprocesses 2 --dist worksteal
 
 check: setup
 	$(BIN)/ruff format --check src tests benchmarks examples docs
