@@ -57,7 +57,7 @@ class Quickened(NamedTuple):
 def product_of(record: Quantized, dtype: torch.dtype) -> Product | None:
     """The kernel that holds a record exactly: 8 bits a row, or 4 bits with a group it knows.
 
-    None where there is none. Scales are held in the dtype of the inputs.
+    None where there is none, and for other inputs than bfloat16, where they are slow.
 
     Example:
         >>> codes = torch.randint(-8, 8, (16, 64), dtype=torch.int8)
@@ -68,7 +68,7 @@ def product_of(record: Quantized, dtype: torch.dtype) -> Product | None:
         True
     """
     rows, columns = record.codes.shape
-    if record.zero is not None or rows % 16:
+    if dtype != torch.bfloat16 or record.zero is not None or rows % 16:
         return None
     if record.scale.shape[1] == 1 and record.group in (0, columns):
         codes, scale = record.codes.contiguous(), record.scale[:, 0].to(dtype)
