@@ -48,7 +48,7 @@ def run(
     kind = "float32" if drafts and dtype == "auto" else dtype
     network = opened(output, order, device, kind, check, save)
     if packed and not order:
-        compute_packed(output, network)
+        say_packed(output, network)
     if drafts and network.dtype.itemsize < 4:
         output.warnings.append(
             f"in {dtype} several tokens at once may round otherwise than one by one, so that the "
@@ -108,14 +108,13 @@ def opened(output: Output, order: Any, device: str, dtype: str, check: bool, sav
     return resident
 
 
-def compute_packed(output: Output, network: Any) -> None:
+def say_packed(output: Output, network: Any) -> None:
     """Let a folder of packed integers compute on them, as far as that is faster here."""
-    from layerwise.export.compressed_tensors import packed_linears
-    from layerwise.run import quicken
+    from layerwise.jobs.stock import compute_packed
 
-    records = packed_linears(Path(output.model), network)
-    if records:
-        output.say(str(quicken(network.module, records)))
+    found = compute_packed(network.module, Path(output.model), network)
+    if found.of:
+        output.say(str(found))
 
 
 def check_cache(output: Output, network: Any, resident: Any) -> None:

@@ -22,6 +22,8 @@ from layerwise.core.stops import hidden
 from layerwise.core.task import answer, forward_arguments
 from layerwise.core.visits import FOLDED
 from layerwise.core.weight import Weight
+from layerwise.export.compressed_tensors import packed_linears
+from layerwise.run.kernels import Quickened, quicken
 
 DENSE = "some architectures cannot use packed weights there: choose --target hf for this one"
 
@@ -41,6 +43,22 @@ def load_stock(folder: Path, dtype: str, device: torch.device) -> nn.Module:
         module = kind.from_pretrained(folder, dtype=getattr(torch, dtype))
     # some formats unpack to bfloat16, whatever was asked for
     return nn.Module.to(unpacked(module), device, getattr(torch, dtype)).eval()
+
+
+def compute_packed(module: nn.Module, folder: Path, network: Network) -> Quickened:
+    """Let the linear modules of a folder compute on the integers that it holds packed.
+
+    They do where that is faster, as `quicken` has it; nothing is read for other models than those
+    in bfloat16 on a processor, for which there are no fast kernels.
+
+    Args:
+        module: the folder's model, loaded.
+        folder: what `apply` wrote.
+        network: opened from the same structure, for the places of its matrices.
+    """
+    first = next(module.parameters())
+    fitting = first.dtype == torch.bfloat16 and first.device.type == "cpu"
+    return quicken(module, packed_linears(folder, network) if fitting else {})
 
 
 def standing_in(

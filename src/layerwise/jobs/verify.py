@@ -20,7 +20,7 @@ from layerwise.core.quality import Estimate, Quality, measure_quality
 from layerwise.core.reader import samples_of
 from layerwise.export import TARGETS
 from layerwise.export._gguf_file import FILE, GgufFile
-from layerwise.export.compressed_tensors import packed_linears, packed_records
+from layerwise.export.compressed_tensors import packed_records
 from layerwise.jobs.checks import decode_checks, rebuild_check, reload_checks
 from layerwise.jobs.engine import engine_checks, in_llama
 from layerwise.jobs.forecast import memory_of_models
@@ -28,9 +28,8 @@ from layerwise.jobs.measure import peak_memory, speeds
 from layerwise.jobs.naive import Contest, build_naive
 from layerwise.jobs.session import Progress, load_reader, silent
 from layerwise.jobs.solve import put_outside
-from layerwise.jobs.stock import answers_of, load_stock, streamed
+from layerwise.jobs.stock import answers_of, compute_packed, load_stock, streamed
 from layerwise.jobs.units import layer_bytes
-from layerwise.run import quicken
 
 #: documents on which llama.cpp is compared with our own dequantized model
 CHECKED = 8
@@ -142,7 +141,7 @@ def _resident(case: Case) -> Measured:
     if case.plan.wiring:
         checks += rebuild_check(original, case.network, case.plan, edited, case.batches[0])
     if settings.speed:
-        packed = quicken(edited, packed_linears(case.folder, case.network))
+        packed = compute_packed(edited, case.folder, case.network)
         rows[1]["what"] += f"; {packed}" if packed.count else ""
         found = speeds([original, edited], case.batches)
         for row, (prefill, decode) in zip(rows, found, strict=True):

@@ -87,10 +87,10 @@ def quicken(network: nn.Module, records: Mapping[str, Quantized]) -> Quickened:
 
     Every kind of matrix (shape, bits, groups) is timed once against its dense product, on 1, 16
     and 128 rows; it is used up to the number of rows at which it is faster. Dense weights stay for
-    more rows. Nothing is replaced on other devices than the CPU.
+    more rows.
 
     Args:
-        network: a resident model; modules of it are replaced.
+        network: a resident model on the CPU; modules of it are replaced.
         records: what its linear modules hold, by their path in it.
 
     Returns:
@@ -100,7 +100,7 @@ def quicken(network: nn.Module, records: Mapping[str, Quantized]) -> Quickened:
     count = 0
     for path, record in records.items():
         dense = network.get_submodule(path)
-        if not isinstance(dense, nn.Linear) or dense.weight.device.type != "cpu":
+        if not isinstance(dense, nn.Linear):
             continue
         product = product_of(record, dense.weight.dtype)
         if product is None:
