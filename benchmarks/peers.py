@@ -9,12 +9,7 @@ the written folder, without imports. All three are loaded again and asked for th
 way, by the code of its own environment.
 """
 
-import json
-import os
-import subprocess
 import sys
-import venv
-from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.apart import environment, found_by
 from benchmarks.models import Model, models
 from benchmarks.timing import table
 from layerwise.core.data import Texts
@@ -30,6 +26,8 @@ from layerwise.core.open import open_network
 from layerwise.core.reader import samples_of, windows
 from layerwise.jobs.session import load_reader
 
+#: what every environment has as this one has it
+SAME = (f"torch=={torch.__version__.partition('+')[0]}", "safetensors")
 SAMPLES, LENGTH, DOCUMENTS, THREADS = 64, 256, 32, 1
 
 #: around what each of them does: text in, seconds and loss out
@@ -129,33 +127,15 @@ PEERS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
 }
 
 
-def environment(folder: Path, packages: Sequence[str]) -> Path:
-    """The interpreter of an environment of its own, with the same torch."""
-    python = folder / "bin" / "python"
-    if not python.exists():
-        venv.create(folder, with_pip=True)
-        own = [f"torch=={torch.__version__.partition('+')[0]}", "safetensors", *packages]
-        subprocess.run([python, "-m", "pip", "install", "-q", *own], check=True)
-    return python
-
-
 def measured(python: Path, code: dict[str, str], folder: Path, text: Path) -> dict[str, Any]:
     """What one of them says, or the end of its error."""
     script = FRAME
     for name, lines in code.items():
         script = script.replace(f"{{{name}}}", lines)
+    env = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(THREADS)}
     with TemporaryDirectory() as place:
-        words = [python, "-c", script, folder, Path(place, "out"), text, str(THREADS)]
-        kept = {"PYTHONPATH"} if python != Path(sys.executable) else set()
-        own = {k: v for k, v in os.environ.items() if k not in kept}
-        own |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(THREADS)}
-        done = subprocess.run(
-            list(map(str, words)), capture_output=True, text=True, cwd=place, env=own, check=False
-        )
-    found = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
-    if not found:
-        return {"error": done.stderr.strip().splitlines()[-1][:160] if done.stderr else "no output"}
-    return json.loads(found[-1].removeprefix("FOUND"))
+        words = folder, Path(place, "out"), text, THREADS
+        return found_by(python, script, *words, cwd=place, env=env)
 
 
 def text_of(model: Model, path: Path) -> None:
@@ -176,7 +156,8 @@ def main(folder: str, repeats: int = 3) -> None:
             text_of(model, text)
             runs = {"layerwise": (Path(sys.executable), OURS)}
             for name, (code, packages) in PEERS.items():
-                runs[name] = (environment(Path(folder, name).resolve(), packages), code)
+                place_of = Path(folder, name).resolve()
+                runs[name] = (environment(place_of, (*SAME, *packages)), code)
             found: dict[str, list[dict[str, Any]]] = {name: [] for name in runs}
             for _ in range(repeats):
                 for name, (python, code) in runs.items():

@@ -6,16 +6,13 @@ The package is installed there and nowhere else; torch comes from this environme
 all matrices of the demo model: alpha, the largest eigenvalue, the stable rank, and alpha-hat.
 """
 
-import json
-import os
-import subprocess
 import sys
-import venv
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 
+from benchmarks.apart import environment, found_by
 from benchmarks.timing import table
 from layerwise.core.open import open_network
 from layerwise.describe.weights import squared_values, tail_index
@@ -43,22 +40,14 @@ print("FOUND" + json.dumps({"version": weightwatcher.__version__, "rows": rows})
 
 def theirs(folder: Path, matrices: dict[str, torch.Tensor]) -> dict:
     """What the package says of some matrices."""
-    python = folder / "bin" / "python"
-    if not python.exists():
-        venv.create(folder, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", "weightwatcher"], check=True)
+    python = environment(folder, ["weightwatcher"])
     with TemporaryDirectory() as place:
         held, here = Path(place) / "matrices.pt", Path(torch.__file__).parents[1]
         torch.save(matrices, held)
-        command = [python, "-c", THEIRS, str(held), str(here)]
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        done = subprocess.run(
-            command, capture_output=True, text=True, cwd=place, env=environment, check=False
-        )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
-    if not lines:
-        raise SystemExit(f"weightwatcher failed:\n{done.stderr[-2000:]}")
-    return json.loads(lines[0].removeprefix("FOUND"))
+        found = found_by(python, THEIRS, held, here, cwd=place)
+    if "error" in found:
+        raise SystemExit(f"weightwatcher failed: {found['error']}")
+    return found
 
 
 def ours(weight: torch.Tensor) -> dict[str, float]:
