@@ -51,11 +51,7 @@ def check_rebuilt(stacks: Sequence[Stack], origins: Mapping[str, Layer]) -> None
     """
     for layer in (layer for stack in stacks for layer in stack.layers):
         before = origins.get(layer.path)
-        here, there = (
-            {n: p.shape for n, p in la.module.named_parameters()} if la else {}
-            for la in (layer, before)
-        )
-        if before is None or here != there:
+        if before is None or layer.shapes != before.shapes:
             name = before.key if before else "no layer"
             raise LayerwiseError(
                 f"wiring, layer {layer.key}",

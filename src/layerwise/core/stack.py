@@ -86,6 +86,11 @@ class Layer:
         """Selector of this layer: `decoder/3`."""
         return f"{self.stack}/{self.index}"
 
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """The shapes of its parameters by name: layers of one kind have the same."""
+        return {name: p.shape for name, p in self.module.named_parameters()}
+
 
 class Group(NamedTuple):
     """A fusion group: the matrices that share one option of a plan."""

@@ -207,11 +207,7 @@ def check_mixes(layers: Sequence[Layer], wiring: Wiring) -> None:
     """
     for visit in wiring:
         for index, _ in visit.mix or ():
-            here, there = (
-                {name: p.shape for name, p in layers[i].module.named_parameters()}
-                for i in (visit.layer, index)
-            )
-            if here != there:
+            if layers[visit.layer].shapes != layers[index].shapes:
                 raise LayerwiseError(
                     f"wiring, mix of {layers[visit.layer].key}",
                     allowed="layers with the same tensors",

@@ -190,7 +190,7 @@ def assemble_depth(
         size = network.stored.dtype.itemsize
         nbytes = target.rest(shortened, plan.export)
         nbytes += sum(target.nbytes(m, (), size) for la in shortened.layers() for m in la.matrices)
-    rows = depth_rows(network, wiring, request.parts, scores)
+    rows = depth_rows(network, wiring, request.parts, scores, sizes, kept)
     return Planned(plan, rows, nbytes, {}, None, scores, network.checkpoint.nbytes)
 
 
@@ -199,9 +199,10 @@ def depth_rows(
     wiring: Mapping[str, list[Any]],
     parts: Sequence[str],
     scores: Scores | None,
+    sizes: Mapping[str, int],
+    kept: Collection[str],
 ) -> list[dict[str, Any]]:
-    """What becomes of every layer, or of every part."""
-    sizes, kept = layer_bytes(network), visited(network, wiring)
+    """What becomes of every layer, or of every part: their bytes, and those that run at all."""
     into = {
         f"{name}/{index}": f"merged into {name}/{entry['layer']}"
         for name, entries in wiring.items()

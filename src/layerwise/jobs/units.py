@@ -11,7 +11,7 @@ from layerwise.core.network import Network
 from layerwise.core.open import rewired
 from layerwise.core.plan import Plan
 from layerwise.core.select import selects
-from layerwise.core.stack import Layer, Stack, Visit, plain_wiring
+from layerwise.core.stack import Layer, Stack, Visit, Wiring, plain_wiring
 from layerwise.core.visits import parse_wiring
 
 
@@ -48,8 +48,7 @@ def able_to_go(
         layer
         for stack in network.stacks
         for layer in stack.layers
-        if layer.keeps_shape
-        and (parts or len({_kind(o) for o in stack.layers}) == 1 or _can_go(network, layer))
+        if layer.keeps_shape and (parts or _of_one_kind(stack) or _can_go(network, layer))
     ]
     pinned = {
         key
@@ -63,8 +62,8 @@ def able_to_go(
     return [u for u in units if u not in pinned and (u.rpartition("/")[0] if parts else u) in keys]
 
 
-def _kind(layer: Layer) -> tuple[Any, ...]:
-    return tuple((name, p.shape) for name, p in layer.module.named_parameters())
+def _of_one_kind(stack: Stack) -> bool:
+    return all(layer.shapes == stack.layers[0].shapes for layer in stack.layers)
 
 
 def _can_go(network: Network, layer: Layer) -> bool:
@@ -97,20 +96,29 @@ def _entry(layer: Layer, gone: Collection[str]) -> Any:
     return layer.index if len(kept) == len(layer.parts) else {"layer": layer.index, "parts": kept}
 
 
+def orders(network: Network, wiring: Mapping[str, Sequence[Any]]) -> dict[str, Wiring]:
+    """The order of every stack by its name; every layer once where none is given."""
+    found = {}
+    for stack in network.stacks:
+        entries, depth = wiring.get(stack.name), len(stack.layers)
+        found[stack.name] = (
+            parse_wiring(entries, depth, "wiring") if entries else plain_wiring(depth)
+        )
+    return found
+
+
 def left_out(network: Network, plan: Plan) -> tuple[list[str], tuple[str, ...]] | None:
     """The units that a plan leaves out and, if these are parts, their names.
 
     There is no answer for orders that do more than shorten the network.
     """
-    orders: dict[str, dict[int, Visit]] = {}
-    for stack in network.stacks:
-        entries, depth = plan.wiring.get(stack.name), len(stack.layers)
-        wiring = parse_wiring(entries, depth, "wiring") if entries else plain_wiring(depth)
+    found: dict[str, Visit] = {}
+    for name, wiring in orders(network, plan.wiring).items():
         numbers = [visit.layer for visit in wiring]
         if numbers != sorted(set(numbers)) or any(v.parallel is not None for v in wiring):
             return None
-        orders[stack.name] = {visit.layer: visit for visit in wiring}
-    visits = {la.key: orders[la.stack].get(la.index) for la in network.layers()}
+        found |= {f"{name}/{visit.layer}": visit for visit in wiring}
+    visits = {layer.key: found.get(layer.key) for layer in network.layers()}
     if all(visit is None or visit.parts is None for visit in visits.values()):
         return [key for key, visit in visits.items() if visit is None], ()
     gone = [
@@ -141,10 +149,5 @@ def layer_bytes(network: Network) -> dict[str, int]:
 
 def visited(network: Network, wiring: Mapping[str, Sequence[Any]]) -> set[str]:
     """The keys of the layers that run at all in an order."""
-    found = set()
-    for stack in network.stacks:
-        entries = wiring.get(stack.name)
-        depth = len(stack.layers)
-        order = parse_wiring(entries, depth, "wiring") if entries else plain_wiring(depth)
-        found |= {f"{stack.name}/{visit.layer}" for visit in order}
-    return found
+    found = orders(network, wiring).items()
+    return {f"{name}/{visit.layer}" for name, order in found for visit in order}
