@@ -155,7 +155,7 @@ def draft_of(
 ) -> Any:
     """The draft that was asked for: a setting, the best, or none."""
     from layerwise.core.method import find
-    from layerwise.jobs.pays import choose_draft
+    from layerwise.jobs.pays import choose_draft, exit_draft
     from layerwise.jobs.speculate import Draft
 
     if not text:
@@ -168,11 +168,9 @@ def draft_of(
         output.more["draft"] = why
         return draft
     kind, numbers, length = _read_draft(text)
-    stack = network.stacks[-1]
     if kind == "exit":
-        steps = find("early_exit", "run").bind({"exit": numbers[0]})(stack)
-    else:
-        steps = find("skip_steps", "run").bind({"skip": tuple(numbers)})(stack)
+        return exit_draft(network, numbers[0], length)
+    steps = find("skip_steps", "run").bind({"skip": tuple(numbers)})(network.stacks[-1])
     return Draft(steps, length, text)
 
 

@@ -15,7 +15,7 @@ from layerwise.core.reader import Reader
 from layerwise.core.task import config_value
 from layerwise.jobs.measure import generates
 from layerwise.jobs.session import load_reader
-from layerwise.jobs.speculate import Draft, Sampling, Tally, speculated
+from layerwise.jobs.speculate import Draft, Sampling, Tally, speculated, until
 
 
 class Generated(NamedTuple):
@@ -210,13 +210,7 @@ def _stock(
             streamer=show,
         )
     begin = 1 if network.task == "seq2seq" else width
-    return [_until(row, ends) for row in found[:, begin:].tolist()]
-
-
-def _until(tokens: list[int], ends: set[int]) -> list[int]:
-    """The tokens up to the first that ends a text."""
-    last = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokens[: last + 1]
+    return [until(row, ends) for row in found[:, begin:].tolist()]
 
 
 def _shown(reader: Reader | None, tell: Callable[[str], None], skip: bool) -> BaseStreamer:

@@ -243,11 +243,16 @@ def speculated(
         while left > 0 and written[-1] not in ends:
             count = min(draft.length, left - 1) if draft.left_out else 0
             found = _round(session, written[-1], length, count, sampling, generator, tally)
-            last = next((i for i, token in enumerate(found) if token in ends), len(found))
-            written = found[: last + 1]
+            written = until(found, ends)
             length, left = length + len(found), left - len(written)
             tally.written += len(written)
             yield written
+
+
+def until(tokens: list[int], ends: set[int]) -> list[int]:
+    """The tokens up to the first that ends a text."""
+    last = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[: last + 1]
 
 
 def _round(
