@@ -50,6 +50,9 @@ KNOWN = {
     "gemma3_text": Known("gemma3", shift=1.0, period=6),
 }
 
+#: llama.cpp looks for a token where the model is called so, and stops if it is missing
+NAMED = {"phi": "<|endoftext|>"}
+
 #: key of GGUF -> fields of a configuration, of which the first that is there counts
 _WHOLE = {
     "context_length": ("max_position_embeddings",),

@@ -16,6 +16,7 @@ from layerwise.core.stack import Layer, Matrix, Stack
 from layerwise.core.target import Target
 from layerwise.core.weight import Packed, Weight
 from layerwise.export._gguf_models import (
+    NAMED,
     Names,
     heads_of,
     hyper_parameters,
@@ -129,8 +130,7 @@ def _opened(network: Network, path: Path, places: Sequence[Place], facts: Mappin
     words = tokenizer_entries(folder, rows)
     for key, value in {**words, **facts}.items():
         _add(writer, key, value)
-    # llama.cpp looks for tokens of Phi-3 by the name of the model, and stops where they lack
-    if "phi" not in folder.name.lower() or "<|endoftext|>" in words.get(TOKENS, ()):
+    if all(t in words.get(TOKENS, ()) for n, t in NAMED.items() if n in folder.name.lower()):
         writer.add_name(folder.name)
     for name, shape, kind in places:
         number = GGMLQuantizationType(format_of(kind).number)
