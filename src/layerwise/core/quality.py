@@ -98,11 +98,9 @@ def measure_quality(
         for batch in batches:
             before, labels = original(batch), labels_of(batch)
             inputs = len(next(iter(batch.values())))
-            for rows, model in zip(sums, (None, *edited), strict=True):
-                if model is None:
-                    found = compare(None, before, labels)
-                else:
-                    found = compare(before, model(batch), labels)
+            compared = [compare(None, before, labels)]
+            compared += [compare(before, model(batch), labels) for model in edited]
+            for rows, found in zip(sums, compared, strict=True):
                 rows.extend(found if len(found) == inputs else [found.sum(0)])
     gathered = (torch.stack(rows).numpy().T for rows in sums)
     return tuple(Quality(n, loss, np.maximum(kl, 0.0), agree) for n, loss, kl, agree in gathered)

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from layerwise.core.calls import snapshot, tensors_in
-from layerwise.core.fold import Fold, Folds
+from layerwise.core.fold import Folds
 from layerwise.core.hollow import CONVOLUTIONS, operands
 from layerwise.core.instead import swapped
 from layerwise.core.stack import Layer, Matrix
@@ -72,10 +72,6 @@ class Trial:
             output = functional_call(self.module, tensors, args, kwargs, strict=False)
         given = [t for t in tensors_in(output) if t.is_floating_point()]
         return Run(given, {name: torch.cat(rows) for name, rows in seen.rows.items()})
-
-    def scaled(self, parameter: str, factors: Tensor, inputs: bool) -> Fold:
-        """A matrix with its columns, or its rows, multiplied."""
-        return Fold(self.axis(parameter, inputs), factors)
 
 
 class _Inputs(TorchFunctionMode):

@@ -10,7 +10,6 @@ from typing import Any
 from msgspec import convert, structs
 
 from layerwise.core.errors import LayerwiseError, refusing
-from layerwise.core.fan import Engine
 from layerwise.core.journal import Journal
 from layerwise.core.machine import check_memory
 from layerwise.core.network import Network
@@ -156,28 +155,15 @@ def apply_healed(
     out: Path,
     *,
     device: str = "auto",
-    dtype: str = "auto",
-    other_weights: bool = False,
-    check: bool = True,
-    engine: Engine = Engine(),
     progress: Progress = silent,
+    **options: Any,
 ) -> Applied:
-    """Apply a plan as `apply_plan` does, and heal what came of it if the plan says so."""
+    """Apply a plan with the options of `apply_plan`, and heal what came of it if it says so."""
     bare = structs.replace(plan, heal=None)
     edited = beside(out, "edited") if plan.heal else out
     check_new(out)
     if plan.heal is None or not edited.exists():
-        applied = apply_plan(
-            model,
-            bare,
-            edited,
-            device=device,
-            dtype=dtype,
-            other_weights=other_weights,
-            check=check,
-            engine=engine,
-            progress=progress,
-        )
+        applied = apply_plan(model, bare, edited, device=device, progress=progress, **options)
         if plan.heal is None:
             return applied
     nbytes, history = heal_folder(model, edited, out, plan.heal, device=device, progress=progress)
