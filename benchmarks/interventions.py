@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.timing import interleaved, table
+from benchmarks.timing import interleaved, over, rounds, summary, table
 from layerwise.core.network import Network
 from layerwise.core.open import open_network
 from layerwise.intervene import activation_patching, keeping, scale, sites
@@ -41,14 +41,14 @@ def main() -> None:
             network.run, batch, [scale(a, 1.5) for a in sites(network, "mlp")]
         ),
     }
-    found = interleaved(tasks, repeats=15)
-    plain = found["plain forward"][0]
-    rows = [
-        (n, f"{1e3 * s:.0f} ms", f"{1e3 * e:.0f}", f"{s / plain:.3f}")
-        for n, (s, e) in found.items()
-    ]
+    found = rounds(tasks, repeats=30)
+    plain = found["plain forward"]
+    rows = []
+    for name, seconds in found.items():
+        middle, spread = summary(seconds)
+        rows.append((name, f"{1e3 * middle:.0f} ms", f"{1e3 * spread:.0f}", over(seconds, plain)))
     title = f"Capturing and changing, demo model, float32, {BATCH} x {LENGTH} tokens"
-    table(title, ("what", "time", "spread", "ratio"), rows)
+    table(title, ("what", "time", "spread", "ratio, round by round"), rows)
     _sweeps(network)
 
 

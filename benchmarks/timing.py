@@ -9,10 +9,8 @@ from typing import Any
 PRINTED: list[str] = []
 
 
-def interleaved(
-    tasks: Mapping[str, Callable[[], Any]], repeats: int = 7
-) -> dict[str, tuple[float, float]]:
-    """Seconds of each task: median and half the spread between the quartiles."""
+def rounds(tasks: Mapping[str, Callable[[], Any]], repeats: int = 7) -> dict[str, list[float]]:
+    """Seconds of each task in every round, after one that does not count."""
     times: dict[str, list[float]] = {name: [] for name in tasks}
     for task in tasks.values():
         task()
@@ -21,10 +19,24 @@ def interleaved(
             began = time.perf_counter()
             task()
             times[name].append(time.perf_counter() - began)
-    return {name: _summary(found) for name, found in times.items()}
+    return times
 
 
-def _summary(found: list[float]) -> tuple[float, float]:
+def interleaved(
+    tasks: Mapping[str, Callable[[], Any]], repeats: int = 7
+) -> dict[str, tuple[float, float]]:
+    """Seconds of each task: median and half the spread between the quartiles."""
+    return {name: summary(found) for name, found in rounds(tasks, repeats).items()}
+
+
+def over(found: list[float], base: list[float]) -> str:
+    """Median of a ratio taken round by round, and half the spread between its quartiles."""
+    middle, spread = summary([a / b for a, b in zip(found, base, strict=True)])
+    return f"{middle:.3f} ± {spread:.3f}"
+
+
+def summary(found: list[float]) -> tuple[float, float]:
+    """Median, and half the spread between the quartiles."""
     quarters = statistics.quantiles(found, n=4)
     return statistics.median(found), (quarters[2] - quarters[0]) / 2
 
