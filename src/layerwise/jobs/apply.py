@@ -126,9 +126,9 @@ def apply_plan(
             note_answer(open_network(model, wiring=plan.wiring, dtype="float32"), batch, part)
         plan.save(part / "plan.yaml")
         save_folds(part, done.folds)
-        reports = {key: line["report"] for key, line in journal.lines.items()}
-        rows = [layer_row(network, la, plan, reports.get(la.key, {})) for la in network.layers()]
-        unseen = [key for report in reports.values() for key in report["unseen"]]
+        made = solver.reports
+        rows = [layer_row(network, la, plan, made.get(la.key, {})) for la in network.layers()]
+        unseen = [key for report in made.values() for key in report["unseen"]]
         warnings = [without_data(unseen)] if unseen else []
         if check:
             sound = must_run if target.engine == "llama.cpp" else must_be_sound

@@ -22,6 +22,10 @@ from layerwise.core.weight import Dense, Weight
 from layerwise.jobs.session import Progress, silent
 
 
+#: seconds in which a layer that needs no data may be solved again, after a job was stopped
+QUICK = 0.5
+
+
 class Task(NamedTuple):
     """A matrix to solve, on its own."""
 
@@ -112,6 +116,7 @@ class Solver:
         self.errors: dict[str, float] = {}
         self.unseen: list[str] = []
         self.began = 0.0
+        self.reports = {key: line["report"] for key, line in journal.lines.items()}
 
     def finished(self, layer: Layer) -> Mapping[str, Weight]:
         """The records of a layer; one that no data was needed for, or came to, is solved now."""
@@ -175,23 +180,39 @@ class Solver:
                 stop.substitute(matrix, record.dense())
 
     def finish(self, layer: Layer) -> None:
-        """Write the layer to the journal, and which matrices no data came to."""
-        report = {
+        """Write the layer to the journal, and which matrices no data came to.
+
+        One that needs no data and took no time is not written: it would be read as slowly.
+        """
+        seconds = monotonic() - self.began
+        self.reports[layer.key] = {
             "errors": self.errors,
             "bytes": sum(r.nbytes for r in self.records.values()),
             "unseen": self.unseen,
-            "seconds": monotonic() - self.began,
+            "seconds": seconds,
         }
-        self.journal.write(layer.key, self.records, report)
+        if self.probes or seconds > QUICK:
+            self.journal.write(layer.key, self.records, self.reports[layer.key])
 
 
 def relative_error(weight: Any, record: Weight, moment: Any) -> float:
     """`tr(E H E^T) / tr(W H W^T)`, with the identity where there is no second moment."""
-    w = weight.float()
-    e = record.dense().float() - w
-    if moment is None:
-        return (e.norm() / w.norm().clamp_min(1e-150)).square().item()
-    return ((e @ moment) * e).sum().item() / max(((w @ moment) * w).sum().item(), 1e-300)
+    above = below = torch.zeros((), device=weight.device)
+    for made, rows in zip(record.dense().split(ROWS), weight.split(ROWS), strict=True):
+        w = rows.float()
+        e = made.float() - w
+        above = above + _energy(e, moment)
+        below = below + _energy(w, moment)
+    return (above / below.clamp_min(1e-30)).item()
+
+
+#: rows of a matrix that are looked at together, so that they stay in a processor's cache
+ROWS = 64
+
+
+def _energy(rows: Tensor, moment: Tensor | None) -> Tensor:
+    seen = rows if moment is None else rows @ moment
+    return torch.dot(seen.flatten(), rows.flatten())
 
 
 def solve(

@@ -117,7 +117,12 @@ def round_column(values: Float[Tensor, " out"], grid: Grid, index: int) -> tuple
 
 def round_to_grid(weight: Float[Tensor, "out in"], grid: Grid) -> Int[Tensor, "out in"]:
     """Nearest codes of a whole matrix."""
-    half, (rows, columns) = 2 ** (grid.bits - 1), weight.shape
-    codes = in_groups(weight.float(), grid.group) / grid.scale[..., None]  # [out, groups, width]
-    codes = codes.round_().add_(grid.zero[..., None]).clamp_(-half, half - 1).to(torch.int8)
-    return codes.reshape(rows, -1)[:, :columns].contiguous()
+    half, columns = 2 ** (grid.bits - 1), weight.shape[1]
+    found = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    step = max(1, TOGETHER // columns)
+    for at in range(0, len(weight), step):
+        some = slice(at, at + step)
+        codes = in_groups(weight[some].float(), grid.group) / grid.scale[some, :, None]
+        codes.round_().add_(grid.zero[some, :, None]).clamp_(-half, half - 1)
+        found[some] = codes.flatten(1)[:, :columns]  # of [rows, groups, width]
+    return found
