@@ -21,7 +21,6 @@ from layerwise.core.stops import Batch, Stop
 from layerwise.core.weight import Dense, Weight
 from layerwise.jobs.session import Progress, silent
 
-
 #: seconds in which a layer that needs no data may be solved again, after a job was stopped
 QUICK = 0.5
 
