@@ -10,7 +10,7 @@ from layerwise.core.errors import LayerwiseError
 from layerwise.core.method import method
 
 
-def _smallest(menus: Mapping[str, Menu], budget: int) -> Choice:
+def smallest(menus: Mapping[str, Menu], budget: int) -> Choice:
     """Every group at its smallest option; an impossible budget is answered here."""
     choice = {
         group: min(range(len(menu.options)), key=lambda i, m=menu: m.options[i].bytes)
@@ -21,7 +21,7 @@ def _smallest(menus: Mapping[str, Menu], budget: int) -> Choice:
             "budget",
             allowed=f"at least {cost(menus, choice):,} bytes for the allocatable matrices",
             found=f"{budget:,}",
-            fix="raise the budget, allow smaller options with --set menu.bits, or unpin matrices",
+            fix="raise the budget, allow smaller options with --set menu.NAME, or unpin matrices",
         )
     return choice
 
@@ -41,7 +41,7 @@ def uniform(damage: Damage, menus: Mapping[str, Menu], budget: int) -> Choice:
     Raises:
         LayerwiseError: even the smallest options exceed the budget.
     """
-    choice = _smallest(menus, budget)
+    choice = smallest(menus, budget)
     labels = {option.label: option.bytes for menu in menus.values() for option in menu.options}
     for label in sorted(labels, key=lambda name: labels[name]):
         trial = {g: _closest(menu, label, choice[g]) for g, menu in menus.items()}
@@ -62,7 +62,7 @@ def _closest(menu: Menu, label: str, otherwise: int) -> int:
     return found[0] if found else otherwise
 
 
-@method("allocate", aliases=("two_level",), paper="arXiv:2406.17415")
+@method("allocate", aliases=("two_level",), paper="arXiv:2406.17415", needs=("scores",))
 def threshold(damage: Damage, menus: Mapping[str, Menu], budget: int) -> Choice:
     """Two neighbouring options: the more important groups get the larger while it fits.
 
@@ -79,7 +79,7 @@ def threshold(damage: Damage, menus: Mapping[str, Menu], budget: int) -> Choice:
 
     Reference: Dumitru et al., 2024, arXiv:2406.17415.
     """
-    base = _smallest(menus, budget)
+    base = smallest(menus, budget)
     labels = {option.label: option.bytes for menu in menus.values() for option in menu.options}
     for label in sorted(labels, key=lambda name: labels[name]):
         trial = {g: _closest(menu, label, base[g]) for g, menu in menus.items()}
@@ -96,7 +96,7 @@ def threshold(damage: Damage, menus: Mapping[str, Menu], budget: int) -> Choice:
     return choice
 
 
-@method("allocate", aliases=("equal_loss",), paper="arXiv:2506.05664")
+@method("allocate", aliases=("equal_loss",), paper="arXiv:2506.05664", needs=("scores",))
 def waterfill(damage: Damage, menus: Mapping[str, Menu], budget: int) -> Choice:
     r"""The same loss per weight everywhere: every group falls to one level, the lowest that fits.
 
@@ -116,7 +116,7 @@ def waterfill(damage: Damage, menus: Mapping[str, Menu], budget: int) -> Choice:
     Reference: Zhang et al., 2025, arXiv:2506.05664, equations for columns; here for groups, with
     the budget kept exactly.
     """
-    choice = _smallest(menus, budget)
+    choice = smallest(menus, budget)
     loss = {g: [v / menu.options[0].bytes for v in damage.values[g]] for g, menu in menus.items()}
     levels = sorted({v for row in loss.values() for v in row})
     low, high = 0, len(levels)
@@ -147,7 +147,7 @@ def _below(menu: Menu, loss: Sequence[float], level: float) -> int:
     return min(able)[1] if able else min(range(len(loss)), key=loss.__getitem__)
 
 
-@method("allocate", aliases=("multiple_choice",), paper="arXiv:2006.10518")
+@method("allocate", aliases=("multiple_choice",), paper="arXiv:2006.10518", needs=("scores",))
 def knapsack(damage: Damage, menus: Mapping[str, Menu], budget: int) -> Choice:
     r"""Exact multiple-choice knapsack: the least predicted damage within the budget.
 
@@ -167,14 +167,14 @@ def knapsack(damage: Damage, menus: Mapping[str, Menu], budget: int) -> Choice:
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
 
-    smallest = _smallest(menus, budget)
+    least = smallest(menus, budget)
     cells = [(g, i) for g, menu in menus.items() for i in range(len(menu.options))]
     losses = np.array([damage.values[g][i] for g, i in cells])
     # Whole units above the smallest choice, and half a unit of room for the tolerance of HiGHS.
-    above = [menus[g].options[i].bytes - menus[g].options[smallest[g]].bytes for g, i in cells]
+    above = [menus[g].options[i].bytes - menus[g].options[least[g]].bytes for g, i in cells]
     unit = math.gcd(*above) or 1
     sizes = np.array(above, dtype=float) / unit
-    room = (budget - cost(menus, smallest)) // unit + 0.5
+    room = (budget - cost(menus, least)) // unit + 0.5
     row = {g: n for n, g in enumerate(menus)}
     pick = csr_array(
         (np.ones(len(cells)), ([row[g] for g, _ in cells], range(len(cells)))),
@@ -192,7 +192,7 @@ def knapsack(damage: Damage, menus: Mapping[str, Menu], budget: int) -> Choice:
         options={"mip_rel_gap": 0.0},
     )
     if solved.x is None:
-        return smallest
+        return least
     choice = {g: i for (g, i), x in zip(cells, solved.x, strict=True) if x > 0.5}
     # HiGHS keeps constraints to a tolerance; a choice a few bytes over is not within the budget.
     while cost(menus, choice) > budget:
