@@ -1,5 +1,6 @@
 """Sparse and low-rank plans as whole jobs: exact budgets, folders that layerwise opens again."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -128,3 +129,17 @@ def test_broken_records_are_one_clear_error(tiny, tmp_path: Path) -> None:
     records.write_text(records.read_text().replace('"Sparse"', '"Spares"', 1))
     with pytest.raises(LayerwiseError, match=r"records\.json"):
         layerwise.open(out)
+
+
+def test_a_search_takes_only_what_lowers_the_loss(tiny, tmp_path: Path) -> None:
+    """LASER: the trace's best of all edits that were tried, and nothing where none is better."""
+    model = tiny("gpt2")
+    fields = {"budget": Budget(size=1.0), "method": "low_rank", "target": "hf", "score": "greedy"}
+    settings = {"low_rank": {"metric": "none"}, "menu": {"share": [0.05, 0.5]}}
+    planned = make_plan(request(model, **fields, settings=settings, keep=("*/1-9",)))
+    tried, before, after = re.findall(r"[\d.]+", planned.note)
+    assert int(tried) >= 8
+    assert float(after) <= float(before)
+    assert bool(planned.plan.edits) == (float(after) < float(before))
+    with pytest.raises(LayerwiseError, match="--size 100%"):
+        make_plan(request(model, **{**fields, "budget": Budget(size=0.9), "target": "compact"}))

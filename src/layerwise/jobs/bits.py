@@ -11,20 +11,33 @@ from layerwise.core.plan import Edit, Plan
 from layerwise.core.stack import Group
 from layerwise.core.stats import Scores
 from layerwise.core.target import Target
+from layerwise.jobs.edits import search_edits
 from layerwise.jobs.menus import make_menus, option_errors, units, worth_it
 from layerwise.jobs.request import Planned, Request, identity
 from layerwise.jobs.scoring import make_scores
 from layerwise.jobs.session import Progress
 
 
-def plan_bits(request: Request, network: Network, target: Target, progress: Progress) -> Planned:
-    """A chain per fusion group, exact costs within the budget."""
-    menus = worth_it(make_menus(request, network, target))
-    groups = {g.key: g for g in units(network, target)}
+def plan_bits(
+    request: Request,
+    network: Network,
+    target: Target,
+    progress: Progress,
+    scores: Scores | None = None,
+) -> Planned:
+    """A chain per fusion group, exact costs within the budget; scores may be known already."""
+    menus, groups = make_menus(request, network, target), {g.key: g for g in units(network, target)}
+    if request.score and find(request.score).family == "search":
+        limit = limit_for(request, network, menus, groups, target)
+        found = search_edits(request, network, in_unit(menus, request), limit, progress)
+        planned = assemble(request, network, target, menus, None, found.choice, None)
+        return planned._replace(note=str(found))
+    menus = worth_it(menus)
     limit = limit_for(request, network, menus, groups, target)
     allocator = find(request.allocator, "allocate")
     name = request.score or ("sensitivity" if "scores" in allocator.needs else "")
-    scores = make_scores(request, network, name, progress) if name and allocator.needs else None
+    if scores is None and name and allocator.needs:
+        scores = make_scores(request, network, name, progress)
     errors = {g: (0.0,) * len(m.options) for g, m in menus.items()}
     if allocator.needs:
         errors = option_errors(network, menus, groups, progress)
@@ -100,7 +113,7 @@ def assemble(
     network: Network,
     target: Target,
     menus: Mapping[str, Menu],
-    damage: Damage,
+    damage: Damage | None,
     choice: Choice,
     scores: Scores | None,
 ) -> Planned:
@@ -109,7 +122,7 @@ def assemble(
     members = {group.key: group.matrices for group in units(network, target)}
     for group, menu in menus.items():
         option = menu.options[choice[group]]
-        believed = damage.values[group][choice[group]]
+        believed = damage.values[group][choice[group]] if damage else None
         stack, layer, _ = group.split("/", 2)
         rows.append(
             {
@@ -117,7 +130,7 @@ def assemble(
                 "group": group,
                 "option": option.label,
                 "bytes": option.bytes,
-                "importance": damage.importance.get(group),
+                "importance": damage.importance.get(group) if damage else None,
                 "damage": believed,
             }
         )

@@ -24,6 +24,8 @@ def reached(planned: Planned) -> str:
         words.append(f"{planned.bits:.2f} bits per weight of the matrices that may change")
     if planned.zeros:
         words.append(f"{planned.zeros:.1%} of these weights zero")
+    if planned.note:
+        words.append(planned.note)
     total = sum(row.get("damage") or 0.0 for row in planned.rows)
     if total:
         words.append(f"predicted damage {total:.3g}")

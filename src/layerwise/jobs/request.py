@@ -49,7 +49,8 @@ class Request(NamedTuple):
 class Planned(NamedTuple):
     """A plan, the menus and damage behind it, and what it is expected to cost.
 
-    `bits` and `zeros` are of a weight of the matrices that may change, on average.
+    `bits` and `zeros` are of a weight of the matrices that may change, on average; `note` says
+    what a search went through.
     """
 
     plan: Plan
@@ -61,6 +62,7 @@ class Planned(NamedTuple):
     original: int
     bits: float | None = None
     zeros: float = 0.0
+    note: str = ""
 
 
 def identity(network: Network) -> Identity:
