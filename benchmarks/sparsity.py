@@ -29,7 +29,7 @@ RATIOS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("LAMP", "global_threshold", "", {}),
     ("OWL", "spread_ratios", "outlier_share", {}),
     ("DLP", "spread_ratios", "median_share", {"spread_ratios": {"width": 0.15}}),
-    ("ECoFLaP", "proportional", "directional_change", {}),
+    ("ECoFLaP", "proportional", "directional_change", {"directional_change": {"draws": 2}}),
     ("measured", "knapsack", "sensitivity", {"sensitivity": {"trial": "magnitude"}}),
 )
 #: shares in steps of 2%

@@ -54,7 +54,7 @@ def activation_edits(
         LayerwiseError: there is no such method, or it refuses its options.
 
     Example:
-        >>> import layerwise
+        >>> import layerwise, torch
         >>> network = layerwise.open("demo")
         >>> edits = activation_edits(network, Stats({}), "top_k", {"basis": "none"})
         >>> ids = torch.arange(8)[None]

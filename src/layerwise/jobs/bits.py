@@ -89,7 +89,8 @@ def limit_for(
     least = sum(min(o.bytes for o in menu.options) for menu in counted.values())
     if budget.sparsity is not None:
         limit = weights + pinned - math.ceil(budget.sparsity * weights - 1e-6)
-        reachable = f"--sparsity {1 - (least - pinned) / max(weights, 1):.1%}"
+        most = math.floor(1000 * (1 - (least - pinned) / max(weights, 1))) / 10
+        reachable = f"--sparsity {most}%"
     elif budget.bits is not None:
         limit = int(budget.bits * weights / 8) + pinned
         reachable = f"--bits {8 * (least - pinned) / max(weights, 1):.3f}"
