@@ -156,11 +156,21 @@ def test_full_rank_is_the_weight_and_the_metric_helps() -> None:
     assert torch.equal(ranked.dense(), again.dense())
 
 
+def test_a_second_moment_that_is_none_is_refused() -> None:
+    weight, stats = problem(40, 60)
+    stats["second_moment"][3, 4] = torch.nan
+    for name in ("low_rank", "quantized_factors", "sparsegpt"):
+        with pytest.raises(LayerwiseError, match="second_moment"):
+            run_chain(weight, stats, [Step(name)])
+
+
 def test_ranks_beside_rounding_make_up_for_it() -> None:
     weight, stats = problem(40, 60)
     rounded = run_chain(weight, stats, [Step("gptq", {"bits": 2})])
     both = run_chain(weight, stats, [Step("gptq", {"bits": 2}), Step("low_rank", {"rank": 4})])
     assert isinstance(both, Sum) and torch.equal(both.a.codes, rounded.codes)
+    half = run_chain(weight.bfloat16(), stats, [Step("gptq"), Step("low_rank", {"rank": 4})])
+    assert half.b.a.value.dtype == torch.bfloat16
     assert damage(both, weight, stats) < 0.9 * damage(rounded, weight, stats)
     whole = run_chain(weight, stats, [Step("gptq", {"bits": 2}), Step("low_rank", {"share": 1.0})])
     torch.testing.assert_close(whole.dense(), weight, rtol=0, atol=1e-5)

@@ -44,13 +44,15 @@ def test_compact_holds_records_and_is_opened_again(
     model, out = tiny(kind), tmp_path / "out"
     asked = request(model, budget=Budget(size=0.7), method=method, score="lim")
     planned = make_plan(asked)
-    applied = apply_plan(model, planned.plan, out)
+    applied = apply_plan(model, planned.plan, out, check=method == "sparsegpt")
     assert applied.nbytes == planned.nbytes == Checkpoint(out).nbytes
     assert applied.nbytes <= 0.7 * Checkpoint(model).nbytes
-    found = verify(model, out, QUICK)
+    found = verify(model, out, QUICK._replace(naive=method == "sparsegpt"))
     assert all(check["ok"] for check in found.checks), found.checks
-    assert [row["name"] for row in found.rows] == ["original", "plan", "naive"]
-    assert found.rows[2]["bytes"] <= found.rows[1]["bytes"] == applied.nbytes
+    assert found.rows[1]["bytes"] == applied.nbytes
+    if method == "sparsegpt":
+        assert found.rows[2]["name"] == "naive"
+        assert found.rows[2]["bytes"] <= applied.nbytes
     edited = layerwise.open(out, dtype="float32").load()
     assert edited.module(input_ids=torch.arange(9)[None]).logits.isfinite().all()
 
@@ -68,7 +70,7 @@ def test_a_budget_of_zeros_in_a_dense_folder(tiny, tmp_path: Path) -> None:
     planned = make_plan(asked)
     assert "% of these weights zero" in reached(planned)
     assert 0.55 <= planned.zeros < 0.555
-    apply_plan(model, planned.plan, out)
+    apply_plan(model, planned.plan, out, check=False)
     network = layerwise.open(out)
     zeros = total = 0
     for layer in network.layers():
@@ -82,9 +84,8 @@ def test_a_budget_of_zeros_in_a_dense_folder(tiny, tmp_path: Path) -> None:
     assert found.rows[2]["kl"] == pytest.approx(found.rows[1]["kl"], rel=1e-4)
 
 
-@pytest.mark.parametrize("score", ["owl", "ecoflap"])
-def test_ratios_by_every_score_meet_the_budget(tiny, score: str) -> None:
-    chosen = {"ecoflap": "proportional"}.get(score, "spread_ratios")
+@pytest.mark.parametrize(("score", "chosen"), [("owl", "spread_ratios"), ("", "lamp")])
+def test_ratios_meet_the_budget(tiny, score: str, chosen: str) -> None:
     asked = request(
         tiny("llama"),
         budget=Budget(sparsity=0.6),
@@ -92,7 +93,7 @@ def test_ratios_by_every_score_meet_the_budget(tiny, score: str) -> None:
         target="hf",
         score=score,
         allocator=chosen,
-        settings={"ecoflap": {"draws": 1}},
+        settings={},
     )
     planned = make_plan(asked)
     assert 0.6 <= planned.zeros < 0.62
@@ -105,7 +106,7 @@ def test_what_cannot_be_met_is_said(tiny, tmp_path: Path) -> None:
     for fields, words in (
         ({"budget": Budget(size=0.5), "target": "hf", "method": "wanda"}, "zeros at their full"),
         ({"budget": Budget(sparsity=0.5), "target": "hf"}, "with --method"),
-        ({"budget": Budget(sparsity=0.95), "method": "wanda"}, "at most --sparsity 79.6%"),
+        ({"budget": Budget(sparsity=0.95), "method": "wanda"}, "at most --sparsity 79.5%"),
         ({"budget": Budget(size=0.01), "method": "low_rank"}, "at least --bytes"),
         ({"budget": Budget(size=0.9), "method": "gaussian"}, r"--size 100\.0%"),
     ):
@@ -135,10 +136,11 @@ def test_a_search_takes_only_what_lowers_the_loss(tiny, tmp_path: Path) -> None:
     """LASER: the trace's best of all edits that were tried, and nothing where none is better."""
     model = tiny("gpt2")
     fields = {"budget": Budget(size=1.0), "method": "low_rank", "target": "hf", "score": "greedy"}
-    settings = {"low_rank": {"metric": "none"}, "menu": {"share": [0.05, 0.5]}}
-    planned = make_plan(request(model, **fields, settings=settings, keep=("*/1-9",)))
+    settings = {"low_rank": {"metric": "none"}, "menu": {"share": [0.05, 0.9]}}
+    keep = ("*/1-9", "*/0/attention")
+    planned = make_plan(request(model, **fields, settings=settings, keep=keep))
     tried, before, after = re.findall(r"[\d.]+", planned.note)
-    assert int(tried) >= 8
+    assert int(tried) >= 4
     assert float(after) <= float(before)
     assert bool(planned.plan.edits) == (float(after) < float(before))
     with pytest.raises(LayerwiseError, match="--size 100%"):

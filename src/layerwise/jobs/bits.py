@@ -3,14 +3,16 @@
 import math
 from collections.abc import Mapping
 
+from layerwise.core.chain import kind_left
 from layerwise.core.damage import Choice, Damage, Menu, cost, predict_damage
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.method import find
 from layerwise.core.network import Network
-from layerwise.core.plan import Edit, Plan
+from layerwise.core.plan import Edit, Plan, Step
 from layerwise.core.stack import Group
 from layerwise.core.stats import Scores
 from layerwise.core.target import Target
+from layerwise.core.weight import Sparse
 from layerwise.jobs.edits import search_edits
 from layerwise.jobs.menus import make_menus, option_errors, units, worth_it
 from layerwise.jobs.request import Planned, Request, identity
@@ -37,7 +39,7 @@ def plan_bits(
     allocator = find(request.allocator, "allocate")
     name = request.score or ("sensitivity" if "scores" in allocator.needs else "")
     if scores is None and name and allocator.needs:
-        scores = make_scores(request, network, name, progress)
+        scores = make_scores(with_trial(request, name, target), network, name, progress)
     errors = {g: (0.0,) * len(m.options) for g, m in menus.items()}
     if allocator.needs:
         errors = option_errors(network, menus, groups, progress)
@@ -48,6 +50,20 @@ def plan_bits(
     choose = allocator.bind(request.options(allocator.name))
     choice = choose(damage, in_unit(menus, request), limit)
     return assemble(request, network, target, menus, damage, choice, scores)
+
+
+def with_trial(request: Request, name: str, target: Target) -> Request:
+    """The request with zeros as the trial of its score, where its first method leaves zeros.
+
+    What the user named stays, and so does what the score itself takes.
+    """
+    first = (request.method or target.method).partition(",")[0].rpartition("+")[2]
+    score = find(name, "score")
+    own = request.options(score.name)
+    if "trial" not in score.options or "trial" in own or kind_left(Step(first)) is not Sparse:
+        return request
+    settings = {**request.settings, score.name: {**own, "trial": "magnitude"}}
+    return request._replace(settings=settings)
 
 
 def in_unit(menus: Mapping[str, Menu], request: Request) -> Mapping[str, Menu]:

@@ -13,7 +13,7 @@ from layerwise.core.errors import LayerwiseError
 from layerwise.core.method import method
 from layerwise.core.weight import Dense, Product, Sum, Weight
 from layerwise.edit.weight._grid import check_bits
-from layerwise.edit.weight._solve import mean_squares
+from layerwise.edit.weight._solve import mean_squares, must_be_moment
 from layerwise.edit.weight.gptq import gptq
 from layerwise.edit.weight.rtn import rtn
 
@@ -57,6 +57,7 @@ def _root(stats: Mapping[str, Any], metric: Metric) -> tuple[Tensor | None, Tens
     inverse. Roots of ill-conditioned moments lose half of the digits: float64.
     """
     if metric == "full" and "second_moment" in stats:
+        must_be_moment(stats["second_moment"], "low_rank")
         sizes, axes = torch.linalg.eigh(stats["second_moment"].double())
         if sizes[-1] <= 0:
             return None, None
@@ -144,7 +145,7 @@ def low_rank(
         A `Product`, or the `Sum` of what the step before left and a `Product`.
 
     Raises:
-        LayerwiseError: `share` or `rank` are out of range.
+        LayerwiseError: `share` or `rank` are out of range, or the second moment is none.
 
     Example:
         >>> w, h = torch.diag(torch.tensor([1.0, 2.0])), torch.diag(torch.tensor([100.0, 1.0]))
@@ -161,7 +162,7 @@ def low_rank(
     alone = isinstance(before, Dense)
     missed = weight if alone else target.float() - before.dense().float()
     factors = spectrum(missed, stats, metric).factors(chosen)
-    product = Product(*(Dense(factor.to(weight.dtype).contiguous()) for factor in factors))
+    product = Product(*(Dense(factor.to(target.dtype).contiguous()) for factor in factors))
     return product if alone else Sum(before, product)
 
 
