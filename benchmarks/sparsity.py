@@ -34,7 +34,7 @@ RATIOS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
 )
 #: shares in steps of 2%
 SHARES = {"menu": {"share": [i / 50 for i in range(1, 50)]}}
-SIZES = (2.5, 3.0, 4.0)
+SIZES = (2.5, 3.0)
 #: what is compared at the same bytes, and by which methods; others go by the first
 MENUS = (
     ("bits, uniform", "uniform", "gptq"),
@@ -91,7 +91,7 @@ def ratios(bench: Bench) -> None:
 
 def ranks(bench: Bench) -> None:
     """KL of every menu at every size, in the bytes of the target `compact`."""
-    menu = {"menu": {"group": [128], "share": [i / 10 for i in range(1, 10)]}}
+    menu = {"menu": {"group": [128], "share": [0.05, *(i / 10 for i in range(1, 10))]}}
     request = Request(bench.model.folder, Budget(), "compact", data=bench.data, settings=menu)
     scores = make_scores(request, bench.network, "sensitivity", silent)
     rows = []
