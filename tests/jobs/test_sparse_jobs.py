@@ -17,7 +17,7 @@ from layerwise.jobs.verify import Settings, verify
 
 SMALL = DataSpec(samples=4, length=64)
 QUICK = Settings(documents=2, length=32, speed=False, memory=False)
-MENU = {"menu": {"share": [0.2, 0.4, 0.6, 0.8]}}
+MENU = {"menu": {"share": [0.2, 0.4, 0.6, 0.8], "bits": [4], "group": [32]}}
 
 
 @pytest.fixture(autouse=True)
