@@ -22,6 +22,8 @@ NAMES = (
     "scale",
     "allocation",
     "solvers",
+    "sparsity",
+    "activation",
     "inspect",
     "interventions",
     "heal",

@@ -111,8 +111,8 @@ class Bench:
     def __init__(self, model: Model, samples: int, documents: int, length: int) -> None:
         self.model, self.network = model, open_network(model.folder)
         reader = load_reader(self.network)
-        data = DataSpec(source=model.data, samples=samples, length=length)
-        self.calibration = windows(reader, texts_of(data), "calibrate")
+        self.data = DataSpec(source=model.data, samples=samples, length=length)
+        self.calibration = windows(reader, texts_of(self.data), "calibrate")
         texts = Texts(model.data, 0, 0, length)
         self.batches = samples_of(reader, texts, "evaluate", documents)
         self.sizes = sum(m.size for stack in self.network.stacks for m in stack.matrices())
@@ -127,18 +127,22 @@ class Bench:
         edits = [Edit("*", way.chain)]
         if way.spare:
             edits.append(Edit(way.spare, way.chain[1:]))
-        batches: Sequence[Any] = self.calibration if needs_of(edits) else []
+        plan = Plan(identity(self.network), rewrites=way.rewrites, edits=tuple(edits))
+        found, nbytes = self.measure(plan)
+        return found, 8 * nbytes / self.sizes
+
+    def measure(self, plan: Plan) -> tuple[Quality, int]:
+        """Quality under a plan, and the bytes of its records."""
+        batches: Sequence[Any] = self.calibration if needs_of(plan.edits) else []
         network = open_network(self.model.folder)
         with tempfile.TemporaryDirectory() as folder, Journal(Path(folder), {}) as journal:
-            plan = Plan(identity(network), rewrites=way.rewrites, edits=tuple(edits))
             folds = rewrite(network, plan, self.calibration, journal).folds
-            solver = solve(refolded(network, folds), edits, batches, journal)
+            solver = solve(refolded(network, folds), plan.edits, batches, journal)
             wide = refolded(self.opened(), folds)
             with streamed(wide, self.batches, solver.finished) as answers:
                 before = self.original
                 _, found = measure_quality(self.batches, lambda b: before[id(b)], answers)
-            nbytes = sum(line["report"]["bytes"] for line in journal.lines.values())
-        return found, 8 * nbytes / self.sizes
+            return found, sum(line["report"]["bytes"] for line in journal.lines.values())
 
 
 def main(few: bool = False, only: Sequence[str] = ()) -> None:

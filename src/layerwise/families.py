@@ -1,9 +1,10 @@
 """Every family, imported: after this the registry is complete."""
 
 from layerwise import allocate, describe, export, measure, run, score, search
-from layerwise.edit import rewrite, stack, weight
+from layerwise.edit import activation, rewrite, stack, weight
 
 __all__ = [
+    "activation",
     "allocate",
     "describe",
     "export",

@@ -26,10 +26,14 @@ Bits = Annotated[
     float | None, typer.Option(help="Mean bits per weight of the allocatable matrices.")
 ]
 Depth = Annotated[str, typer.Option(help="Layers, or --parts, that may remain: 9 or 75%.")]
+Sparsity = Annotated[str, typer.Option(help="Share of the weights that is to be zero: 60%.")]
 Parts = Annotated[str, typer.Option(help="Count parts, not layers: attention, mlp, attention+mlp.")]
-Target = Annotated[str, typer.Option(help="hf, compressed-tensors or gguf.")]
+Target = Annotated[str, typer.Option(help="hf, compressed-tensors, gguf or compact.")]
 Method = Annotated[
-    str, typer.Option(help="How matrices are edited: gptq, rtn, comq, qep+gptq; ggml for gguf.")
+    str,
+    typer.Option(
+        help="How matrices are edited: gptq, qep+gptq, sparsegpt, low_rank; ggml for gguf."
+    ),
 ]
 Rewrite = Annotated[
     str, typer.Option(help="Folded in before: awq, smoothquant, rotate_stream, rotate_stream+awq.")
@@ -43,4 +47,6 @@ EngineName = Annotated[
 Workers = Annotated[int, typer.Option(min=0, help="How many at once; 0 for what the cores feed.")]
 Streamed = Annotated[bool, typer.Option("--streamed", help="Verify with one layer in memory.")]
 Check = Annotated[bool, typer.Option(help="Reload the result before it gets its name.")]
-Allocator = Annotated[str, typer.Option(help="knapsack, threshold or uniform.")]
+Allocator = Annotated[
+    str, typer.Option(help="knapsack, threshold, uniform; spread, lamp ... for sparsity.")
+]

@@ -27,11 +27,12 @@ def request_of(given: dict[str, Any]) -> Any:
     from layerwise.jobs.plan import Request
     from layerwise.jobs.session import Budget, parse_bits, parse_bytes, parse_share
 
-    named = [n for n in ("size", "bytes_", "bits", "depth") if given[n] not in ("", None)]
+    units = ("size", "bytes_", "bits", "depth", "sparsity")
+    named = [n for n in units if given[n] not in ("", None)]
     if len(named) != 1:
         raise LayerwiseError(
             "budget",
-            allowed="exactly one of --size, --bytes, --bits, --depth",
+            allowed="exactly one of --size, --bytes, --bits, --depth, --sparsity",
             found=", ".join("--" + n.rstrip("_") for n in named) or "none",
             fix="give one, such as --size 25%",
         )
@@ -43,11 +44,13 @@ def request_of(given: dict[str, Any]) -> Any:
         parse_bytes(given["bytes_"]) if given["bytes_"] else None,
         parse_bits(given["bits"]) if given["bits"] is not None else None,
         depth,
+        parse_share(given["sparsity"], "--sparsity") if given["sparsity"] else None,
     )
+    dense = given["depth"] or given["sparsity"]
     return Request(
         given["model"],
         budget,
-        target=given["target"] or ("hf" if given["depth"] else "compressed-tensors"),
+        target=given["target"] or ("hf" if dense else "compressed-tensors"),
         method=given["method"],
         score=given["score"],
         allocator=given["allocator"],

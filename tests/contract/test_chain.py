@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 import layerwise.families as families
+from layerwise.core.chain import run_chain
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.frame import innermost
 from layerwise.core.gaussian import gaussian_grid
 from layerwise.core.plan import Step
 from layerwise.core.weight import Dense, Weight, flatten, unflatten
-from layerwise.jobs.solve import run_chain
 
 assert families
 GPTQ = ("gptq", {"bits": 3, "group": 32})

@@ -13,7 +13,7 @@ from layerwise.core.errors import LayerwiseError
 from layerwise.core.method import Method, find, methods
 from layerwise.core.network import Network
 from layerwise.core.plan import Step
-from layerwise.core.stack import Layer, Part, Stack, plain_wiring
+from layerwise.core.stack import Layer, Matrix, Part, Stack, plain_wiring
 from layerwise.core.stats import Scores, Seen, Stats, observe
 from layerwise.core.stream import measured as measured_of
 
@@ -43,6 +43,10 @@ def score(method: Method, stats: Stats, stack: Stack, **options: Any) -> Scores:
     def evaluate(trials: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
         return [(float(len(str(sorted(chains)))), 0.1) for chains in trials]
 
+    def losses(trials: Sequence[Mapping[str, Any]]) -> list[float]:
+        found = [next(iter(chains.items())) for chains in trials]
+        return [2 + step.options["step"] * len(key) for key, (step,) in found]
+
     def without(trials: Sequence[tuple[str, ...]]) -> list[float]:
         return [2.0 + sum((int(k.split("/")[1]) - 1.5) ** 2 for k in gone) for gone in trials]
 
@@ -52,7 +56,7 @@ def score(method: Method, stats: Stats, stack: Stack, **options: Any) -> Scores:
     def tried(weight: Tensor, found: Mapping[str, Tensor], chain: tuple[Step, ...]) -> Tensor:
         return weight * 0.9
 
-    given = {"fetch": fetch, "evaluate": evaluate, "without": without}
+    given = {"fetch": fetch, "evaluate": evaluate, "without": without, "losses": losses}
     given |= {"squares": squares, "tried": tried}
     return method.bind(options, **given)(stack, stats)
 
@@ -209,3 +213,37 @@ def test_errors_are_weighed_by_gradients_and_by_inputs(network: Network, stats: 
     outputs = 0.01 * torch.trace(weight @ moment @ weight.T).item()
     found = score(find("trial_error"), stats, network.stack)
     assert found.values[matrix.fusion] == pytest.approx(outputs, rel=1e-3)
+
+
+def test_outliers_and_medians_of_a_layer() -> None:
+    """Of 1, 1, 1, 1 and 6 one stands out at twice the mean; the medians are 1 and 3."""
+    weights = {"decoder/0": [[1.0, 1, 1, 1, 6]], "decoder/1": [[3.0, 3, 3, 3, 3]]}
+    layers = tuple(
+        Layer(
+            "decoder",
+            i,
+            "",
+            Identity(),
+            (),
+            (Matrix(f"decoder/{i}", "", "w", "", None, (1, 5), False, f"in{i}", ""),),
+        )
+        for i in range(2)
+    )
+    stack = Stack("decoder", "", layers, plain_wiring(2))
+    stats = Stats({"second_moment_diagonal": {"in0": torch.ones(5), "in1": torch.ones(5)}})
+    fetch = lambda key: {f"{key}/.w": torch.tensor(weights[key])}  # noqa: E731
+    owl = find("owl").bind({"factor": 2.0}, fetch=fetch)(stack, stats)
+    assert owl.values == pytest.approx({"decoder/0": 20.0, "decoder/1": 0.0})
+    dlp = find("dlp").bind({}, fetch=fetch)(stack, stats)
+    assert dlp.values == pytest.approx({"decoder/0": 0.75, "decoder/1": 0.25})
+
+
+def test_slopes_along_noise(network: Network) -> None:
+    """A loss that rises by 3 per step has slope 3, in every draw; a layer's groups share it."""
+    losses = lambda trials: [3 * s.options["step"] for t in trials for (s,) in t.values()]  # noqa: E731
+    found = find("ecoflap").bind({"draws": 2}, losses=losses)(network.stack, Stats({}))
+    first = [g for g in network.stack.groups() if g.key.startswith("decoder/0/")]
+    assert sum(found.values[g.key] for g in first) == pytest.approx(6.0 * len(first))
+    assert found.values[first[0].key] / first[0].size == pytest.approx(
+        found.values[first[1].key] / first[1].size
+    )

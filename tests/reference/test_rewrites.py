@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from layerwise.core.chain import run_chain
 from layerwise.core.method import find
 from layerwise.core.mixing import Stream
 from layerwise.core.plan import Step
 from layerwise.core.rotation import hadamard
 from layerwise.core.seam import Place
-from layerwise.jobs.solve import run_chain
 
 GRID = {"bits": 3, "group": 16}
 

@@ -9,13 +9,13 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
+from layerwise.core.chain import run_chain
 from layerwise.core.gaussian import gaussian_grid
 from layerwise.core.method import find
 from layerwise.core.plan import Step
 from layerwise.core.stats import Seen
 from layerwise.core.weight import Dense, Quantized, Weight
 from layerwise.edit.weight.learn import _parametrisations
-from layerwise.jobs.solve import run_chain
 from layerwise.measure.importance import normalised
 
 

@@ -1,5 +1,14 @@
 """Allocate: what each group gets within one budget."""
 
 from layerwise.allocate.choose import knapsack, threshold, uniform, waterfill
+from layerwise.allocate.ratios import global_threshold, proportional, spread_ratios
 
-__all__ = ["knapsack", "threshold", "uniform", "waterfill"]
+__all__ = [
+    "global_threshold",
+    "knapsack",
+    "proportional",
+    "spread_ratios",
+    "threshold",
+    "uniform",
+    "waterfill",
+]

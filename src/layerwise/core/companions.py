@@ -17,6 +17,7 @@ _OWN = {
     "report.json",
     "report.html",
     "wiring.yaml",
+    "records.json",
 }
 
 

@@ -9,11 +9,15 @@ from layerwise.core.stats import Scores
 
 
 class Option(NamedTuple):
-    """A chain of methods and the bytes it takes in the target; no step means as it is."""
+    """A chain of methods and the bytes it takes in the target; no step means as it is.
+
+    `weights` counts those that may differ from 0.
+    """
 
     chain: tuple[Step, ...]
     bytes: int
     label: str
+    weights: int = 0
 
 
 class Menu(NamedTuple):
@@ -38,20 +42,22 @@ Choice = dict[str, int]
 
 
 def predict_damage(
-    scores: Scores, errors: Mapping[str, tuple[float, ...]], owner: Mapping[str, str]
+    scores: Scores | None, errors: Mapping[str, tuple[float, ...]], owner: Mapping[str, str]
 ) -> Damage:
     r"""Damage of a group under an option: its sensitivity times the option's relative error.
 
     Measured scores (nats) are linear in the squared relative error, so that
     `damage[g][o] = score[g] * error[g][o] / error of the trial` (linearity theorem, arXiv
     2411.17525). Other scores only rank: they are mapped onto 1 to 2, so that the least important
-    unit counts half as much as the most.
+    unit counts half as much as the most. Without scores all groups count 1.
 
     Args:
-        scores: per group, or per layer.
+        scores: per group, or per layer, or none.
         errors: relative squared output error per group and option; 0 for "as it is".
         owner: group -> the unit of the scores that it belongs to.
     """
+    if scores is None:
+        return Damage(errors, dict.fromkeys(errors, 1.0))
     values = list(scores.values.values())
     low, high = min(values), max(values)
     spread = high - low or 1.0

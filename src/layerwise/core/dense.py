@@ -4,6 +4,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from transformers import (
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from layerwise.core.checkpoint import read_header
+from layerwise.core.compact import RECORDS, make_dense
 from layerwise.core.companions import ADAPTER, copy_companions, files_in
 from layerwise.core.config import model_class, read_config
 from layerwise.core.errors import LayerwiseError, refusing
@@ -58,6 +60,9 @@ def recipe_for(folder: Path, find_base: Callable[[str], Path]) -> Recipe | None:
         return _gguf(folder / GGUF)
     if (folder / ADAPTER).is_file():
         return _adapter(folder, find_base)
+    if (folder / RECORDS).is_file():
+        what = f"{folder} holds weights that are sparse, of low rank or packed"
+        return Recipe(what, tuple(files_in(folder)), ("compact",), partial(make_dense, folder))
     config = folder / "config.json"
     if config.is_file() and trusted("pickles") and _only_pickles(folder):
         by = ("pickles", transformers.__version__)

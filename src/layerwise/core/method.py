@@ -1,7 +1,7 @@
 """The registry: one record per method, made only by `@method`."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin
@@ -49,6 +49,8 @@ class Size(NamedTuple):
 #: what a method costs beyond the pass over the data, in words that follow its name; from the
 #: sizes and the values of all its options
 Cost = Callable[[Size, Mapping[str, Any]], str]
+#: squared errors of a matrix under several settings of all options, without statistics
+Errors = Callable[[Any, Sequence[Mapping[str, Any]]], list[float]]
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Method:
     given: tuple[str, ...]
     cost: Cost | None = None
     gives: Mapping[str, str] = field(default_factory=dict)
+    errors: Errors | None = None
 
     def costs(self, size: Size, options: Mapping[str, Any]) -> str:
         """What it costs beyond the pass, with some options set; nothing if it costs no more."""
@@ -111,12 +114,14 @@ def method(
     needs: tuple[str, ...] = (),
     cost: Cost | None = None,
     gives: Mapping[str, str] = {},
+    errors: Errors | None = None,
 ) -> Callable[[F], F]:
     """Register a function as a method of a family, under its own name.
 
     The signature is the configuration: positional arguments are the family's, keywords with a
     default are the user's options, keywords without one are given by the engine. What costs more
-    than the pass over the data says so through `cost`, before it starts.
+    than the pass over the data says so through `cost`, before it starts. An edit of a matrix may
+    tell the `errors` of many settings at once.
 
     Raises:
         LayerwiseError: the family is unknown, the positional arguments are not the family's, or
@@ -148,6 +153,7 @@ def method(
             given=tuple(k for k, p in keywords.items() if p.default is p.empty),
             cost=cost,
             gives=gives,
+            errors=errors,
         )
         for key in (title, *aliases):
             if key in _METHODS:

@@ -68,7 +68,7 @@ class DataSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 #: a plan of a model with 10,000 matrices has some 100,000 values
 MOST_VALUES = 10**7
 #: units of a budget
-UNITS = ("size", "bytes", "bits", "depth")
+UNITS = ("size", "bytes", "bits", "depth", "sparsity")
 
 
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -246,6 +246,7 @@ def label(chain: tuple[Step, ...]) -> str:
         text += f" {options['bits']} bits" if "bits" in options else ""
         text += f" {options['type']}" if "type" in options else ""
         text += f" g{options['group']}" if "group" in options else ""
+        text += f" share {options['share']:g}" if "share" in options else ""
         words.append(text)
     return " + ".join(words) or "as is"
 

@@ -23,11 +23,12 @@ class Target(NamedTuple):
     whether stock transformers loads what was edited as modules without a `weight`.
 
     `fused` tells whether matrices of a fusion group must share their option. `method` edits
-    matrices where nobody names another one. `types` are what a menu offers in place of bits and
-    groups. `outside` gives, of a network and the plan's options of the export, what is written of
-    tensors that belong to no layer, by their name in memory, and `rest` the bytes of all that is
-    no matrix of a layer; `accepts` refuses networks that the format does not know. `engine` runs
-    what was written: transformers, llama.cpp, or layerwise itself.
+    matrices where nobody names another one; without it a plan leaves layers out instead. `types`
+    are what a menu offers in place of bits and groups. `outside` gives, of a network and the plan's
+    options of the export, what is written of tensors that belong to no layer, by their name in
+    memory, and `rest` the bytes of all that is no matrix of a layer; `accepts` refuses networks
+    that the format does not know. `engine` runs what was written: transformers, llama.cpp, or
+    layerwise itself.
     """
 
     name: str

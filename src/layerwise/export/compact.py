@@ -1,52 +1,108 @@
-"""Folders that hold every layer once, and beside them the order in which layers run."""
+"""Folders for layerwise alone: records of weights as they are, or every layer once and an order."""
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
+from layerwise.core.chain import outcome
+from layerwise.core.compact import RECORDS, STORED, to_stored
+from layerwise.core.errors import LayerwiseError
 from layerwise.core.machine import write_whole
 from layerwise.core.method import method
 from layerwise.core.network import Network
 from layerwise.core.plan import Plan, Step
-from layerwise.core.stack import Matrix, Stack
+from layerwise.core.stack import Layer, Matrix, Stack
 from layerwise.core.target import Target
 from layerwise.core.visits import FOLDED, folded
-from layerwise.export._writer import Finished, dense_tensors, write_folder
+from layerwise.core.weight import Weight
+from layerwise.export._writer import Finished, on_disk, write_folder
 
 
 @method("export", name="compact")
 def compact_(
     stack: Stack, plan: Plan, path: Path, *, network: Network, layers: Iterable[Finished]
 ) -> int:
-    """Write dense safetensors with every layer that runs once, and the order in `wiring.yaml`.
+    """Write every layer that runs once, edited matrices as the records that edits left of them.
 
-    `layerwise.open` and `layerwise run` execute the order; a stock engine would run every layer
-    once. Orders that stock engines can hold are written out by the target `hf`.
+    Sparse matrices are their values and a bit mask, those of low rank two factors, integers their
+    codes in as many bits as they have; `records.json` says which. The order is in `wiring.yaml`.
+    `layerwise.open` and `layerwise run` make the weights dense and execute the order; no stock
+    engine does. Orders that stock engines can hold are written out by the target `hf`.
 
     Args:
         stack: the layers.
         plan: what was applied.
         path: the folder to write.
         network: given; the network whose weights are written, without its order.
-        layers: given; every layer once.
+        layers: given; every layer once, with what the edits made of its matrices.
 
     Returns:
         Bytes of all tensors.
+
+    Raises:
+        LayerwiseError: an edited matrix is stored in other pieces than it is computed in.
     """
-    nbytes = write_folder(network, path, layers, dense_tensors)
+    held: dict[str, Any] = {}
+
+    def convert(layer: Layer, tensors: dict[str, Tensor], records: Mapping[str, Weight]) -> Any:
+        result = dict(tensors)
+        for matrix in layer.matrices:
+            if matrix.key in records:
+                name = f"{layer.path}.{matrix.parameter}"
+                whole = result.pop(name)
+                entry, own = _stored(network, matrix, whole, records[matrix.key])
+                held[_on_disk(network, name, matrix)] = entry
+                result |= {f"{name}:{field}": tensor for field, tensor in own.items()}
+        return result
+
+    nbytes = write_folder(network, path, layers, convert)
+    if held:
+        write_whole(path / RECORDS, json.dumps(held, indent=1))
     orders = {name: folded(order)[1] for name, order in plan.wiring.items()}
     write_whole(path / FOLDED, yaml.safe_dump(orders, sort_keys=False, default_flow_style=None))
     return nbytes
 
 
+def _stored(
+    network: Network, matrix: Matrix, whole: Tensor, record: Weight
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    tree, tensors = to_stored(record)
+    dtype = str(network.stored.dtype).removeprefix("torch.")
+    place = {"shape": list(whole.shape), "transposed": matrix.transposed, "dtype": dtype}
+    return {**place, "record": tree}, tensors
+
+
+def _on_disk(network: Network, name: str, matrix: Matrix) -> str:
+    """The name on disk of what a matrix leaves under its name in memory."""
+    (found,) = on_disk(network, {f"{name}:x": torch.zeros(1)})
+    if not found.endswith(":x"):
+        raise LayerwiseError(
+            f"compact, {matrix.key}",
+            allowed="matrices that are stored under a name of their own",
+            found=found,
+            fix="keep it as it is, or use target hf",
+        )
+    return found.removesuffix(":x")
+
+
 def _nbytes(matrix: Matrix, chain: Sequence[Step], itemsize: int) -> int:
-    return matrix.size * itemsize
+    if not chain:
+        return matrix.size * itemsize
+    return outcome(chain, matrix.shape, torch.float32 if itemsize == 4 else torch.bfloat16).nbytes
 
 
 def _refuses(matrix: Matrix, module: nn.Module, chain: Sequence[Step]) -> str | None:
-    return "an edit of weights, which would be solved for another order" if chain else None
+    if not chain:
+        return None
+    if matrix.expert is not None:
+        return "one of several experts in a parameter, which are stored in other pieces"
+    left = outcome(chain, (8, 256), torch.float32).kinds - STORED
+    return f"a record of {', '.join(sorted(left))}, which it does not hold" if left else None
 
 
-TARGET = Target("compact", False, _refuses, _nbytes, engine="layerwise")
+TARGET = Target("compact", True, _refuses, _nbytes, method="", engine="layerwise")

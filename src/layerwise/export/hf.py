@@ -40,4 +40,4 @@ def _refuses(matrix: Matrix, module: nn.Module, chain: Sequence[Step]) -> str | 
     return None
 
 
-TARGET = Target("hf", False, _refuses, _nbytes)
+TARGET = Target("hf", False, _refuses, _nbytes, method="")

@@ -21,6 +21,13 @@ def check_plan(network: Network, plan: Plan, other_weights: bool) -> Target:
     find(plan.target, "export").bind(plan.export)
     check_target(network, plan, target)
     check_visits(network, target)
+    if plan.edits and plan.wiring and target.engine == "layerwise":
+        raise LayerwiseError(
+            f"plan, wiring with target {target.name}",
+            allowed="an order of layers as they are",
+            found="an edit of weights, which would be solved for another order",
+            fix="leave out the edits or the order, or use target hf",
+        )
     try_chains(plan.edits)
     if plan.rewrites and plan.export.get("imatrix"):
         raise LayerwiseError(

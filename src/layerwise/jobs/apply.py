@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +39,7 @@ from layerwise.jobs.forecast import disk_to_apply, memory_to_rewrite, memory_to_
 from layerwise.jobs.imatrix import given_by
 from layerwise.jobs.rewrite import as_rewritten, rewrite
 from layerwise.jobs.session import Progress, check_new, load_reader, silent, texts_of
-from layerwise.jobs.solve import Solver, needs_of, put_outside, solve
+from layerwise.jobs.solve import needs_of, put_outside, solve
 from layerwise.jobs.stock import streamed
 
 
@@ -100,8 +101,8 @@ def apply_plan(
     target = check_plan(network, plan, other_weights)
     given = given_by(network, plan.export.get("imatrix", ""))
     needs = [] if given else needs_of(plan.edits)
-    read = needs or plan.rewrites
-    batches = windows(load_reader(network), texts_of(plan.data), "calibrate") if read else []
+    asked = needs or plan.rewrites
+    batches = windows(load_reader(network), texts_of(plan.data), "calibrate") if asked else []
     part, journal_folder = beside(out, "part"), beside(out, "journal")
     rewriting = memory_to_rewrite(network, plan.rewrites)
     check_memory(memory_to_solve(network, batches, needs) | rewriting)
@@ -116,13 +117,15 @@ def apply_plan(
         solver = solve(network, plan.edits, batches, journal, progress, engine, given)
         if part.exists():
             shutil.rmtree(part)
-        records = solver.finished if target.by_bits else stored_dense(solver)
-        layers = passing(network, records, batch, part / CHECK, progress, outside)
+        rounded = partial(stored_dense, network.stored.dtype)
+        records = solver.finished if target.by_bits else lambda la: rounded(solver.finished(la))
+        read = rounded if target.engine == "layerwise" else dict
+        layers = passing(network, records, batch, part / CHECK, progress, outside, read)
         export = find(plan.target, "export").bind(
             plan.export, network=network, layers=layers, outside=outside
         )
         nbytes = export(network.stack, plan, part)
-        if target.engine == "layerwise":
+        if target.engine == "layerwise" and plan.wiring:
             note_answer(open_network(model, wiring=plan.wiring, dtype="float32"), batch, part)
         plan.save(part / "plan.yaml")
         save_folds(part, done.folds)
@@ -180,14 +183,9 @@ def without_data(unseen: Sequence[str]) -> str:
     )
 
 
-def stored_dense(solver: Solver) -> Callable[[Layer], Mapping[str, Weight]]:
-    """The records of a layer as a dense target stores them: in the dtype of the checkpoint."""
-    dtype = solver.network.stored.dtype
-
-    def records(layer: Layer) -> dict[str, Weight]:
-        return {k: Dense(r.dense().to(dtype)) for k, r in solver.finished(layer).items()}
-
-    return records
+def stored_dense(dtype: torch.dtype, records: Mapping[str, Weight]) -> dict[str, Weight]:
+    """Records as a dense target stores them, and as layerwise reads others: in one dtype."""
+    return {key: Dense(record.dense().to(dtype)) for key, record in records.items()}
 
 
 def own_batch(network: Network, plan: Plan) -> Batch:
@@ -221,11 +219,13 @@ def passing(
     check: Path,
     progress: Progress = silent,
     outside: Mapping[str, Weight] = {},
+    read: Callable[[Mapping[str, Weight]], Mapping[str, Weight]] = dict,
 ) -> Iterator[Finished]:
     """Every layer once, on the way of one batch through the edited network.
 
-    The batch and the answer to it are written to `check`, for whoever reloads the folder. It is
-    held in float32: the weights as they are written, computed as a float32 reload computes.
+    `read` makes of records what a reader makes of them. The batch and the answer to it are written
+    to `check`, for whoever reloads the folder. It is held in float32: the weights as they are
+    written, computed as a float32 reload computes.
     """
     wide = widened(network)
     put_outside(wide, outside)
@@ -238,7 +238,7 @@ def passing(
             continue
         first = layer.key not in made
         made[layer.key] = records(layer)
-        stop.substitute_all(made[layer.key])
+        stop.substitute_all(read(made[layer.key]))
         if first:
             yield _finished(network, layer, made[layer.key])
             progress("writing layers", len(made), total)

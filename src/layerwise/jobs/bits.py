@@ -1,54 +1,79 @@
-"""Plans of bits: a chain of methods per fusion group, exact bytes within the budget."""
+"""Plans of weights: a chain of methods per fusion group, exact costs within the budget."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+import math
+from collections.abc import Mapping
 
-from torch import Tensor
-
-from layerwise.core.damage import Choice, Damage, Menu, Option, cost, predict_damage
+from layerwise.core.chain import kind_left
+from layerwise.core.damage import Choice, Damage, Menu, cost, predict_damage
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.method import find
 from layerwise.core.network import Network
-from layerwise.core.plan import Edit, Plan, Step, label
-from layerwise.core.select import selects
-from layerwise.core.stack import Group, Matrix
+from layerwise.core.plan import Edit, Plan, Step
+from layerwise.core.stack import Group
 from layerwise.core.stats import Scores
-from layerwise.core.target import Refuses, Target, refusals
+from layerwise.core.target import Target
+from layerwise.core.weight import Sparse
+from layerwise.jobs.edits import search_edits
+from layerwise.jobs.menus import make_menus, option_errors, units, worth_it
 from layerwise.jobs.request import Planned, Request, identity
 from layerwise.jobs.scoring import make_scores
 from layerwise.jobs.session import Progress
-from layerwise.jobs.solve import nearest, run_chain
-
-#: weights of a matrix on which an encoder is priced that searches for its scales
-PRICED = 1 << 17
 
 
-def plan_bits(request: Request, network: Network, target: Target, progress: Progress) -> Planned:
-    """A chain per fusion group, exact bytes within the budget."""
-    menus = make_menus(request, network, target)
-    groups = {g.key: g for g in units(network, target)}
-    limit = bytes_for(request, network, menus, groups, target)
+def plan_bits(
+    request: Request,
+    network: Network,
+    target: Target,
+    progress: Progress,
+    scores: Scores | None = None,
+) -> Planned:
+    """A chain per fusion group, exact costs within the budget; scores may be known already."""
+    menus, groups = make_menus(request, network, target), {g.key: g for g in units(network, target)}
+    if request.score and find(request.score).family == "search":
+        limit = limit_for(request, network, menus, groups, target)
+        found = search_edits(request, network, in_unit(menus, request), limit, progress)
+        planned = assemble(request, network, target, menus, None, found.choice, None)
+        return planned._replace(note=str(found))
+    menus = worth_it(menus)
+    limit = limit_for(request, network, menus, groups, target)
     allocator = find(request.allocator, "allocate")
-    scores = None
-    if allocator.name == "uniform":
-        values = {g: (0.0,) * len(m.options) for g, m in menus.items()}
-        damage = Damage(values, dict.fromkeys(menus, 0.0))
-    else:
-        scores = make_scores(request, network, request.score or "sensitivity", progress)
+    name = request.score or ("sensitivity" if "scores" in allocator.needs else "")
+    if scores is None and name and allocator.needs:
+        scores = make_scores(with_trial(request, name, target), network, name, progress)
+    errors = {g: (0.0,) * len(m.options) for g, m in menus.items()}
+    if allocator.needs:
         errors = option_errors(network, menus, groups, progress)
-        first = {g.key: g.matrices[0] for g in groups.values()}
-        owner = {k: m.layer if m.layer in scores.values else m.fusion for k, m in first.items()}
-        damage = predict_damage(scores, errors, owner)
-    choice = allocator.bind(request.options(allocator.name))(damage, menus, limit)
+    first = {g.key: g.matrices[0] for g in groups.values()}
+    known = scores.values if scores else {}
+    owner = {k: m.layer if m.layer in known else m.fusion for k, m in first.items()}
+    damage = predict_damage(scores, errors, owner)
+    choose = allocator.bind(request.options(allocator.name))
+    choice = choose(damage, in_unit(menus, request), limit)
     return assemble(request, network, target, menus, damage, choice, scores)
 
 
-def units(network: Network, target: Target) -> list[Group]:
-    """What gets an option of its own: fusion groups, or matrices where the format allows it."""
-    groups = [group for stack in network.stacks for group in stack.groups()]
-    if target.fused:
-        return groups
-    return [Group(m.key, (m,)) for group in groups for m in group.matrices]
+def with_trial(request: Request, name: str, target: Target) -> Request:
+    """The request with zeros as the trial of its score, where its first method leaves zeros.
+
+    What the user named stays, and so does what the score itself takes.
+    """
+    first = (request.method or target.method).partition(",")[0].rpartition("+")[2]
+    score = find(name, "score")
+    own = request.options(score.name)
+    if "trial" not in score.options or "trial" in own or kind_left(Step(first)) is not Sparse:
+        return request
+    settings = {**request.settings, score.name: {**own, "trial": "magnitude"}}
+    return request._replace(settings=settings)
+
+
+def in_unit(menus: Mapping[str, Menu], request: Request) -> Mapping[str, Menu]:
+    """Menus as an allocator sees them: sizes in the unit of the budget, bytes or weights."""
+    if request.budget.sparsity is None:
+        return menus
+    return {
+        group: Menu(group, tuple(option._replace(bytes=option.weights) for option in menu.options))
+        for group, menu in menus.items()
+    }
 
 
 def outside_of(request: Request, network: Network, target: Target) -> int:
@@ -60,85 +85,29 @@ def outside_of(request: Request, network: Network, target: Target) -> int:
     return network.stored.nbytes - sum(target.nbytes(m, (), size) for m in matrices)
 
 
-def make_menus(request: Request, network: Network, target: Target) -> dict[str, Menu]:
-    """Options of every fusion group that the target can hold, with exact bytes."""
-    options = request.options("menu")
-    bits = options.get("bits", [2, 3, 4, 5, 6, 8])
-    widths = options.get("group", [32, 128])
-    chains: list[tuple[Step, ...]] = [()]
-    for method in (request.method or target.method).split(","):
-        named = types_of(method, target)
-        if named:
-            axes: list[dict[str, Any]] = [{"type": t} for t in listed(options.get("type", named))]
-        else:
-            axes = [{"bits": b, "group": g} for b in listed(bits) for g in listed(widths)]
-        chains += [chain_of(request, method, axis) for axis in axes]
-    itemsize = network.stored.dtype.itemsize
-    refuses = refusals(target, network)
-    menus = {}
-    for group in units(network, target):
-        held = [c for c in chains if _held(group, c, refuses, request.keep)]
-        priced = [
-            Option(c, sum(target.nbytes(m, c, itemsize) for m in group.matrices), label(c))
-            for c in held
-        ]
-        ordered = sorted(priced, key=lambda o: (bool(o.chain), -o.bytes))
-        menus[group.key] = Menu(group.key, tuple(ordered))
-    return menus
-
-
-def types_of(method: str, target: Target) -> list[str]:
-    """The types that a chain can round to; none where it is chosen by bits and groups."""
-    for name in method.split("+"):
-        option = find(name, "weight").options.get("type")
-        if option is not None:
-            return list(target.types or get_args(option.annotation))
-    return []
-
-
-def listed(value: Any) -> list[Any]:
-    """A value, or several, as a list."""
-    return value if isinstance(value, list) else [value]
-
-
-def chain_of(request: Request, method: str, grid: Mapping[str, Any]) -> tuple[Step, ...]:
-    """The steps of a method such as `qep+gptq`, with the grid for those that have one."""
-    steps = []
-    for name in method.split("+"):
-        found = find(name, "weight")
-        own = dict(grid) if grid.keys() <= found.options.keys() else {}
-        steps.append(Step(name, request.options(found.name) | own))
-    return tuple(steps)
-
-
-def _held(group: Group, chain: tuple[Step, ...], refuses: Refuses, keep: Sequence[str]) -> bool:
-    """Whether every matrix of a group may take a chain."""
-    return not chain or not any(
-        any(selects(pattern, matrix) for pattern in keep)
-        or matrix.role == "router"
-        or refuses(matrix, chain)
-        for matrix in group.matrices
-    )
-
-
-def bytes_for(
+def limit_for(
     request: Request,
     network: Network,
     menus: Mapping[str, Menu],
     groups: Mapping[str, Group],
     target: Target,
 ) -> int:
-    """The budget in bytes of the allocatable matrices.
+    """The budget of the allocatable matrices: in bytes, or in weights that are not zero.
 
     Raises:
         LayerwiseError: it is below what the smallest options need; the reachable value is shown.
     """
     budget, whole = request.budget, network.checkpoint.nbytes
     outside = outside_of(request, network, target)
+    counted = in_unit(menus, request)
     weights = sum(groups[g].size for g, menu in menus.items() if len(menu.options) > 1)
-    pinned = sum(menu.options[0].bytes for menu in menus.values() if len(menu.options) == 1)
-    least = sum(min(o.bytes for o in menu.options) for menu in menus.values())
-    if budget.bits is not None:
+    pinned = sum(menu.options[0].bytes for menu in counted.values() if len(menu.options) == 1)
+    least = sum(min(o.bytes for o in menu.options) for menu in counted.values())
+    if budget.sparsity is not None:
+        limit = weights + pinned - math.ceil(budget.sparsity * weights - 1e-6)
+        most = math.floor(1000 * (1 - (least - pinned) / max(weights, 1))) / 10
+        reachable = f"--sparsity {most}%"
+    elif budget.bits is not None:
         limit = int(budget.bits * weights / 8) + pinned
         reachable = f"--bits {8 * (least - pinned) / max(weights, 1):.3f}"
     else:
@@ -148,54 +117,12 @@ def bytes_for(
     if least > limit:
         raise LayerwiseError(
             "budget",
-            allowed=f"at least {reachable}",
+            allowed=f"at {'most' if budget.sparsity else 'least'} {reachable}",
             found=", ".join(f"--{k} {v}" for k, v in budget.as_dict().items()),
-            fix="raise it, unpin what --keep pins, or allow smaller options with --set menu.bits",
+            fix="meet that, unpin what --keep pins, or allow smaller options with --set menu.bits "
+            "or menu.share",
         )
     return limit
-
-
-def option_errors(
-    network: Network, menus: Mapping[str, Menu], groups: Mapping[str, Group], progress: Progress
-) -> dict[str, tuple[float, ...]]:
-    """Squared error of every option, with its grid rounded to nearest, relative to the weights.
-
-    Relative to those of the whole fusion group, which is what sensitivities are measured on.
-    """
-    errors: dict[str, tuple[float, ...]] = {}
-    layers = network.layers()
-    inside: dict[str, list[Group]] = {layer.key: [] for layer in layers}
-    for group in groups.values():
-        inside[group.matrices[0].layer].append(group)
-    for done, layer in enumerate(layers, 1):
-        tensors = network.fetch(layer)
-        norms: dict[str, float] = {}
-        for matrix in layer.matrices:
-            weight = matrix.view(tensors[matrix.parameter]).float()
-            norms[matrix.fusion] = norms.get(matrix.fusion, 0.0) + weight.square().sum().item()
-        for group in inside[layer.key]:
-            below = norms[group.matrices[0].fusion]
-            errors[group.key] = tuple(
-                _error(group.matrices, tensors, option.chain) / max(below, 1e-300)
-                for option in menus[group.key].options
-            )
-        progress("pricing options", done, len(layers))
-    return errors
-
-
-def _error(
-    matrices: Sequence[Matrix], tensors: Mapping[str, Tensor], chain: tuple[Step, ...]
-) -> float:
-    if not chain:
-        return 0.0
-    plain = nearest(chain)
-    above = 0.0
-    for matrix in matrices:
-        weight = matrix.view(tensors[matrix.parameter])
-        some = weight if plain != chain else weight[:: max(1, matrix.size // PRICED)]
-        error = run_chain(some, {}, plain).dense().float() - some.float()
-        above += error.square().sum().item() * len(weight) / len(some)
-    return above
 
 
 def assemble(
@@ -203,7 +130,7 @@ def assemble(
     network: Network,
     target: Target,
     menus: Mapping[str, Menu],
-    damage: Damage,
+    damage: Damage | None,
     choice: Choice,
     scores: Scores | None,
 ) -> Planned:
@@ -212,7 +139,7 @@ def assemble(
     members = {group.key: group.matrices for group in units(network, target)}
     for group, menu in menus.items():
         option = menu.options[choice[group]]
-        believed = damage.values[group][choice[group]]
+        believed = damage.values[group][choice[group]] if damage else None
         stack, layer, _ = group.split("/", 2)
         rows.append(
             {
@@ -220,7 +147,7 @@ def assemble(
                 "group": group,
                 "option": option.label,
                 "bytes": option.bytes,
-                "importance": damage.importance.get(group),
+                "importance": damage.importance.get(group) if damage else None,
                 "damage": believed,
             }
         )
@@ -243,5 +170,7 @@ def assemble(
     open_ = {group: menu for group, menu in menus.items() if len(menu.options) > 1}
     weights = sum(m.size for group in open_ for m in members[group])
     bits = 8 * cost(open_, choice) / weights if weights else None
+    left = sum(menu.options[choice[group]].weights for group, menu in open_.items())
+    zeros = 1 - left / weights if weights else 0.0
     total = cost(menus, choice) + outside
-    return Planned(plan, rows, total, menus, damage, scores, whole, bits)
+    return Planned(plan, rows, total, menus, damage, scores, whole, bits, zeros)

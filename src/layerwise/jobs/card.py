@@ -17,8 +17,8 @@ model = AutoModelForCausalLM.from_pretrained("{}")
 layerwise run {} "..."
 ```
 
-The layers are held once each; `wiring.yaml` says in which order they run. Stock engines do not
-read it and would compute something else.""",
+The layers are held once each, edited matrices as `records.json` says; `wiring.yaml` says in which
+order they run. Stock engines read neither and would compute something else, if anything.""",
     "llama.cpp": """```sh
 llama-cli -m {}/model.gguf
 ```""",

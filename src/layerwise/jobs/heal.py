@@ -98,7 +98,7 @@ def heal_folder(
     plan = read_plan(folder / "plan.yaml")
     original = open_network(model, device=device, dtype="float32")
     check_model(plan, original.checkpoint.structure, original.checkpoint.weights)
-    if plan.edits or plan.heal or TARGETS[plan.target].by_bits:
+    if plan.edits or plan.heal or TARGETS[plan.target].method:
         raise LayerwiseError(
             f"heal {folder}",
             allowed="a folder with fewer layers or parts, whose weights are as they were",

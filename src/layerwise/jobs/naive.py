@@ -9,17 +9,18 @@ from typing import Any, NamedTuple
 import torch
 from msgspec import structs
 
+from layerwise.core.chain import kind_left, weights_left
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.fold import Fold, Folds
 from layerwise.core.journal import Journal
 from layerwise.core.method import find
 from layerwise.core.network import Network, fill
 from layerwise.core.open import open_network, refolded
-from layerwise.core.plan import Plan, chain_for, describe
+from layerwise.core.plan import Plan, Step, chain_for, describe
 from layerwise.core.quality import Quality, measure_quality
 from layerwise.core.reader import windows
 from layerwise.core.stack import Layer
-from layerwise.core.weight import Weight
+from layerwise.core.weight import Quantized, Weight
 from layerwise.export import PACKED, TARGETS
 from layerwise.jobs.bits import plan_bits
 from layerwise.jobs.depth import assemble_depth, units_to_drop
@@ -184,21 +185,30 @@ def naive_bits(contest: Contest, progress: Progress) -> Naive | None:
 def plan_uniform(contest: Contest, network: Network) -> Planned | None:
     """One option everywhere, the largest that fits, the rest in order; none may get so small.
 
-    A dense target stores no fewer bytes for fewer bits; there both plans are priced packed.
+    A dense target stores no fewer bytes for fewer bits, nor for zeros: there both plans are priced
+    packed, or have as many zeros.
     """
     model, plan = contest.model, contest.plan
-    target = TARGETS[plan.target] if TARGETS[plan.target].by_bits else PACKED
-    steps = [edit.chain[-1] for edit in plan.edits if edit.chain]
-    if not all({"bits", "type"} & find(step.method, "weight").options.keys() for step in steps):
-        return None  # a grid that is not chosen by bits has no uniform plan of another size
-    grid = ("bits", "group", "type")
+    chains = [alone(edit.chain) for edit in plan.edits if edit.chain]
+    grid = ("bits", "group", "type", "share")
+    for chain in chains:
+        known = [find(step.method, "weight").options.keys() for step in chain]
+        if not {"bits", "type", "share"} & set().union(*known):
+            return None  # a grid that is not chosen by bits has no uniform plan of another size
+    steps = [step for chain in chains for step in chain]
     rest = {s.method: {k: v for k, v in s.options.items() if k not in grid} for s in steps}
-    widths = sorted({s.options.get("group", 128) for s in steps})
+    grouped = [s for s in steps if "group" in find(s.method, "weight").options]
+    widths = sorted({s.options.get("group", 128) for s in grouped} or {128})
+    target, budget = TARGETS[plan.target], Budget(bytes=contest.nbytes)
+    if not target.by_bits:
+        zeros = zeros_of(contest)
+        sizes = PACKED, Budget(bytes=packed_size(contest))
+        target, budget = (target, Budget(sparsity=zeros)) if zeros else sizes
     request = Request(
         model,
-        Budget(bytes=contest.nbytes if target is not PACKED else packed_size(contest)),
+        budget,
         target=plan.target,
-        method=",".join(rest),
+        method=",".join(dict.fromkeys("+".join(s.method for s in chain) for chain in chains)),
         allocator="uniform",
         data=plan.data,
         keep=plan.fixed,
@@ -209,7 +219,21 @@ def plan_uniform(contest: Contest, network: Network) -> Planned | None:
         planned = plan_bits(request, network, target, silent)
     except LayerwiseError:
         return None
+    if not planned.plan.edits:
+        return None
     return planned._replace(plan=structs.replace(planned.plan, rewrites=plan.rewrites))
+
+
+def alone(chain: Sequence[Step]) -> Sequence[Step]:
+    """The solver of a chain: its last step where that rounds to integers, else all of it."""
+    return chain[-1:] if kind_left(chain[-1]) is Quantized else chain
+
+
+def zeros_of(contest: Contest) -> float:
+    """The share of the weights of all matrices that are zero by the plan."""
+    matrices = [m for stack in open_network(contest.model).stacks for m in stack.matrices()]
+    left = (weights_left(chain_for(contest.plan.edits, m), m.shape) for m in matrices)
+    return contest.plan.budget.get("sparsity") or 1 - sum(left) / sum(m.size for m in matrices)
 
 
 def packed_size(contest: Contest) -> int:

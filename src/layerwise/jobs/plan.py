@@ -4,6 +4,7 @@ from layerwise.core.errors import LayerwiseError, nearest
 from layerwise.core.method import find
 from layerwise.core.open import open_network
 from layerwise.core.select import check_selector
+from layerwise.core.target import Target
 from layerwise.export import TARGETS
 from layerwise.jobs.bits import plan_bits
 from layerwise.jobs.depth import plan_depth
@@ -21,6 +22,10 @@ def reached(planned: Planned) -> str:
     words.append(f"{100 * planned.nbytes / planned.original:.1f}% of the original's")
     if planned.bits is not None:
         words.append(f"{planned.bits:.2f} bits per weight of the matrices that may change")
+    if planned.zeros:
+        words.append(f"{planned.zeros:.1%} of these weights zero")
+    if planned.note:
+        words.append(planned.note)
     total = sum(row.get("damage") or 0.0 for row in planned.rows)
     if total:
         words.append(f"predicted damage {total:.3g}")
@@ -28,7 +33,7 @@ def reached(planned: Planned) -> str:
 
 
 def make_plan(request: Request, progress: Progress = silent) -> Planned:
-    """Make a plan: by depth if the budget is one of depth or the target is dense, else by bits.
+    """Make a plan: by depth if the budget says so or no method edits matrices, else of weights.
 
     Raises:
         LayerwiseError: the target, a method or an option is unknown, or the budget cannot be met.
@@ -37,21 +42,16 @@ def make_plan(request: Request, progress: Progress = silent) -> Planned:
         raise LayerwiseError(
             "--target", allowed=", ".join(TARGETS), found=request.target, fix="choose one of these"
         )
-    target = TARGETS[request.target]
-    if request.budget.bits is not None and not target.by_bits:
-        raise LayerwiseError(
-            f"--bits with target {target.name}",
-            allowed="a target that stores fewer bytes for fewer bits",
-            found="dense weights",
-            fix="use --target compressed-tensors, or a budget by --size or --depth",
-        )
+    target, budget = TARGETS[request.target], request.budget
     request = request._replace(method=request.method or target.method)
+    if budget.depth is None:
+        check_unit(request, target)
     check_settings(request)
     network = open_network(request.model, device=request.device, dtype=request.dtype)
     target.accepts(network)
     for pattern in request.keep:
         check_selector(pattern, [m for s in network.stacks for m in s.matrices()], "--keep")
-    if request.budget.depth is not None or not target.by_bits:
+    if budget.depth is not None or not request.method:
         if request.rewrites:
             raise LayerwiseError(
                 f"--rewrite {request.rewrite}",
@@ -80,8 +80,37 @@ def make_plan(request: Request, progress: Progress = silent) -> Planned:
     return planned
 
 
-#: what `--set menu.NAME` may say
-MENU = ("bits", "group", "type")
+def check_unit(request: Request, target: Target) -> None:
+    """A budget must be one that edits of weights can meet in the target.
+
+    Raises:
+        LayerwiseError: it is not, or it is not said how matrices are to be edited.
+    """
+    unit, amount = next(iter(request.budget.as_dict().items()), ("size", 1.0))
+    dense = bool(request.method) and not target.by_bits and unit != "sparsity"
+    if dense and (unit, amount) != ("size", 1.0):
+        raise LayerwiseError(
+            f"--{unit} with target {target.name}",
+            allowed="a target that stores fewer bytes for fewer bits, ranks or weights",
+            found="dense weights, zeros at their full size",
+            fix="use --target compressed-tensors or compact, or a budget by --sparsity or --depth",
+        )
+    if unit in ("bits", "sparsity") and not request.method:
+        raise LayerwiseError(
+            f"--{unit} with target {target.name}",
+            allowed="with --method, which says how matrices are edited",
+            found="without",
+            fix="give for instance --method sparsegpt, or --target compressed-tensors for bits",
+        )
+
+
+#: what `--set menu.NAME` may say, and the type of its values
+MENU: dict[str, tuple[type, ...]] = {
+    "bits": (int,),
+    "group": (int,),
+    "type": (str,),
+    "share": (int, float),
+}
 
 
 def check_settings(request: Request) -> None:
@@ -96,11 +125,12 @@ def check_settings(request: Request) -> None:
             continue
         for option, value in options.items():
             values = value if isinstance(value, list) else [value]
-            kind = str if option == "type" else int
-            if option not in MENU or not values or not all(type(v) is kind for v in values):
+            kinds = MENU.get(option, ())
+            if not kinds or not values or not all(type(v) in kinds for v in values):
                 raise LayerwiseError(
                     f"--set menu.{option}={value}",
                     allowed="menu.bits or menu.group with one number or a list, such as [3, 4]; "
+                    "menu.share with shares, such as [0.4, 0.5]; "
                     "menu.type with GGML types for target gguf, such as [Q4_K, Q6_K]",
                     found=value if option in MENU else f"option {option!r}",
                     fix=nearest(option, set(MENU) - {option}, "write for instance menu.bits=[3,4]"),

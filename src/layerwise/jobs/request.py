@@ -47,7 +47,11 @@ class Request(NamedTuple):
 
 
 class Planned(NamedTuple):
-    """A plan, the menus and damage behind it, and what it is expected to cost."""
+    """A plan, the menus and damage behind it, and what it is expected to cost.
+
+    `bits` and `zeros` are of a weight of the matrices that may change, on average; `note` says
+    what a search went through.
+    """
 
     plan: Plan
     rows: list[dict[str, Any]]
@@ -57,6 +61,8 @@ class Planned(NamedTuple):
     scores: Scores | None
     original: int
     bits: float | None = None
+    zeros: float = 0.0
+    note: str = ""
 
 
 def identity(network: Network) -> Identity:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 from torch import Tensor
 
+from layerwise.core.chain import nearest, run_chain
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.fold import Folds, from_tensors, joined, to_tensors
 from layerwise.core.journal import Journal
@@ -23,7 +24,6 @@ from layerwise.core.stops import Batch
 from layerwise.core.trial import Trial
 from layerwise.core.weight import Dense
 from layerwise.jobs.session import Progress, silent
-from layerwise.jobs.solve import nearest, run_chain
 from layerwise.jobs.stock import streamed
 from layerwise.jobs.turning import turned, untied
 

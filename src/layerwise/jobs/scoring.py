@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from layerwise.core.absent import silenced
+from layerwise.core.chain import run_chain
 from layerwise.core.data import Texts
 from layerwise.core.fan import fan_out
 from layerwise.core.machine import check_memory
@@ -27,7 +28,6 @@ from layerwise.core.task import answer, forward_arguments, labels_of
 from layerwise.jobs.forecast import memory_of_models
 from layerwise.jobs.request import Request
 from layerwise.jobs.session import Progress, load_reader, texts_of
-from layerwise.jobs.solve import run_chain
 from layerwise.jobs.stock import standing_in
 
 #: what the kept outputs of the original's layers may take
@@ -143,6 +143,14 @@ class Trials:
 
     def chains(self, chains: Mapping[str, tuple[Step, ...]]) -> tuple[float, float]:
         """KL and relative squared error of trial chains, by fusion group."""
+        found, error = self._tried(chains)
+        return found.estimate("kl").value, error
+
+    def loss(self, chains: Mapping[str, tuple[Step, ...]]) -> float:
+        """Loss in nats per token under trial chains, by fusion group."""
+        return self._tried(chains)[0].estimate("loss").value
+
+    def _tried(self, chains: Mapping[str, tuple[Step, ...]]) -> tuple[Quality, float]:
         edits: dict[str, Tensor] = {}
         above = below = 0.0
         first = len(self.network.layers())
@@ -161,7 +169,7 @@ class Trials:
                 above += (dense.float() - weight.float()).square().sum().item()
                 below += weight.float().square().sum().item()
                 matrix.view(value).copy_(dense)
-        return self.quality(edits, first).estimate("kl").value, above / max(below, 1e-300)
+        return self.quality(edits, first), above / max(below, 1e-300)
 
     def squares(self, progress: Callable[[int, int], None]) -> dict[str, Tensor]:
         """`T g^2` of every matrix, the mean over documents of `T` tokens; `g` is of their mean."""
@@ -229,19 +237,23 @@ def make_scores(request: Request, network: Network, name: str, progress: Progres
     if probes:
         batches = windows(load_reader(network), texts, "calibrate")
         stats = observe(network, batches, probes, partial(progress, "measuring layers"))
-    if {"evaluate", "without", "squares"} & set(method.given):
+    if {"evaluate", "losses", "without", "squares"} & set(method.given):
         trials = trials_for(request, network)
 
         def evaluate(edits: Sequence[Mapping[str, tuple[Step, ...]]]) -> list[tuple[float, float]]:
             tick = counting(progress, "trial edits", len(edits))
             return fan_out(trials.chains, edits, request.engine, tick)
 
+        def losses(edits: Sequence[Mapping[str, tuple[Step, ...]]]) -> list[float]:
+            tick = counting(progress, "trial edits", len(edits))
+            return fan_out(trials.loss, edits, request.engine, tick)
+
         def without(gone: Sequence[tuple[str, ...]]) -> list[float]:
             tick = counting(progress, "leaving layers out", len(gone))
             return fan_out(trials.without, gone, request.engine, tick)
 
         squares = partial(trials.squares, partial(progress, "gradients"))
-        given = {"evaluate": evaluate, "without": without, "squares": squares}
+        given = {"evaluate": evaluate, "losses": losses, "without": without, "squares": squares}
     layers = {layer.key: layer for layer in network.layers()}
 
     def fetch(key: str) -> dict[str, Tensor]:

@@ -115,6 +115,7 @@ class Budget(NamedTuple):
     bytes: int | None = None
     bits: float | None = None
     depth: int | None = None
+    sparsity: float | None = None
 
     def as_dict(self) -> dict[str, float]:
         """The one that is set, by its unit."""

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from layerwise.core.chain import run_chain
 from layerwise.core.errors import refusing
 from layerwise.core.fan import Engine, fan_out
-from layerwise.core.frame import innermost, put_inside, seen_inside
 from layerwise.core.journal import Journal
 from layerwise.core.lockstep import walk
 from layerwise.core.method import find
@@ -18,7 +18,7 @@ from layerwise.core.plan import Edit, Step, chain_for
 from layerwise.core.stack import Layer, Matrix
 from layerwise.core.stats import Gathering
 from layerwise.core.stops import Batch, Stop
-from layerwise.core.weight import Dense, Weight
+from layerwise.core.weight import Weight
 from layerwise.jobs.session import Progress, silent
 
 #: seconds in which a layer that needs no data may be solved again, after a job was stopped
@@ -39,35 +39,6 @@ def solve_matrix(task: Task) -> tuple[Weight, float]:
     weight = task.weight.to(task.dtype).contiguous()
     record = run_chain(weight, task.stats, task.chain)
     return record, relative_error(weight, record, task.stats.get("second_moment"))
-
-
-def run_chain(weight: Any, stats: Mapping[str, Any], chain: Sequence[Step]) -> Weight:
-    """Apply the methods of a chain one after another; each sees the dense form of the last.
-
-    Inside the frames that earlier steps have put around it. What asks for them is given the record
-    of the step `before`, and the `target`: the last matrix of the chain that was not rounded.
-    """
-    record: Weight = Dense(weight)
-    target = weight
-    for step in chain:
-        found, held = find(step.method, "weight"), innermost(record)
-        target = held.value if isinstance(held, Dense) else target
-        edit = found.bind(step.options, before=held, target=target)
-        record = put_inside(record, edit(held.dense(), seen_inside(record, stats)))
-        renamed = {new: stats[old] for new, old in found.gives.items() if old in stats}
-        stats = {**stats, **renamed}
-    return record
-
-
-def nearest(chain: Sequence[Step]) -> tuple[Step, ...]:
-    """A chain as plain rounding to the grid of its last step, or itself where that has no bits.
-
-    It says what a grid costs at a fraction of the time; the steps before the last round nothing.
-    """
-    if not chain or "bits" not in find(chain[-1].method, "weight").options:
-        return tuple(chain)
-    known = find("rtn").options
-    return (Step("rtn", {k: v for k, v in chain[-1].options.items() if k in known}),)
 
 
 def try_chains(edits: Sequence[Edit]) -> None:

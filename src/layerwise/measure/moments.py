@@ -161,6 +161,45 @@ def largest_magnitude() -> Probe:
     return Probe("input", lambda key: None, update, lambda state: state)
 
 
+#: bins of a histogram of magnitudes, per octave and in all, from 2^-40 up
+OCTAVE, BINS = 64, 64 * 80
+
+
+@method("measure", paper="arXiv:2408.14690")
+def magnitude_quantiles() -> Probe:
+    """Sizes that every thousandth of the entries of an input group do not reach, within 1.1%.
+
+    Returns:
+        A probe whose value per input group is `[1001]`: at place `n` the magnitude below which
+        `n / 1000` of all entries lie; 0 at place 0.
+
+    Example:
+        >>> probe, rows = magnitude_quantiles(), torch.arange(1.0, 101.0)[:, None]
+        >>> seen = Seen(rows, None, None, None, {}, None)
+        >>> found = probe.finish(probe.update(probe.init(""), seen))
+        >>> bool(49 < found[500] < 52), len(found)
+        (True, 1001)
+
+    Reference: Liu et al., 2024, arXiv:2408.14690.
+    """
+
+    def update(state: Tensor | None, seen: Seen) -> Tensor:
+        sizes = seen.inputs.detach().float().abs().clamp_min(2.0**-40)
+        bins = ((sizes.log2() + 40) * OCTAVE).long().clamp(0, BINS - 1)
+        counts = torch.bincount(bins.flatten(), minlength=BINS)
+        return counts if state is None else state + counts
+
+    def finish(counts: Tensor) -> Tensor:
+        below = counts.double().cumsum(0)
+        wanted = torch.linspace(0, 1, 1001, dtype=torch.float64, device=below.device) * below[-1]
+        places = torch.searchsorted(below, wanted, right=True).clamp_max(BINS - 1)
+        found = torch.exp2(places / OCTAVE - 40)
+        found[0] = 0.0
+        return found
+
+    return Probe("input", lambda key: None, update, finish)
+
+
 @method("measure")
 def second_moment_diagonal() -> Probe:
     """Diagonal of the second moment, `mean x_i^2`, `[in]`: what an importance matrix holds.

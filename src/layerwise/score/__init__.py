@@ -15,14 +15,18 @@ from layerwise.score.layers import (
     removal,
     zscore_share,
 )
+from layerwise.score.ratios import directional_change, median_share, outlier_share
 
 __all__ = [
     "angular_distance",
     "block_influence",
+    "directional_change",
     "fisher",
     "interactions",
     "layer_input_modification",
     "linearity",
+    "median_share",
+    "outlier_share",
     "part_influence",
     "removal",
     "sensitivity",

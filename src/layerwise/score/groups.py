@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from layerwise.core.method import method
-from layerwise.core.plan import Step
+from layerwise.core.method import find, method
+from layerwise.core.plan import Step, label
 from layerwise.core.stack import Group, Stack
 from layerwise.core.stats import Scores, Stats
 
@@ -18,8 +18,11 @@ Evaluate = Callable[[Sequence[Mapping[str, tuple[Step, ...]]]], list[tuple[float
 Tried = Callable[[Tensor, Mapping[str, Tensor], tuple[Step, ...]], Tensor]
 
 
-def _chain(trial: str, bits: int, group: int) -> tuple[Step, ...]:
-    return (Step(trial, {"bits": bits, "group": group}),)
+def _chain(trial: str, bits: int, group: int, share: float = 0.5) -> tuple[Step, ...]:
+    """The trial, with as much of the setting as it knows."""
+    known = find(trial, "weight").options
+    setting = {"bits": bits, "group": group, "share": share}
+    return (Step(trial, {key: value for key, value in setting.items() if key in known}),)
 
 
 @method("score", aliases=("kl",))
@@ -31,6 +34,7 @@ def sensitivity(
     trial: str = "rtn",
     bits: int = 3,
     group: int = 64,
+    share: float = 0.5,
 ) -> Scores:
     """Measured KL of a trial edit, one group at a time, the rest of the model as it is.
 
@@ -42,16 +46,17 @@ def sensitivity(
         trial: the method that is tried.
         bits: of the trial.
         group: columns of the trial that share a scale.
+        share: what a trial that removes weights or ranks keeps.
 
     Returns:
         One score per fusion group, in nats, with the error that gave rise to it.
     """
-    chain = _chain(trial, bits, group)
+    chain = _chain(trial, bits, group, share)
     keys = [member.key for member in stack.groups()]
     found = dict(zip(keys, evaluate([{key: chain} for key in keys]), strict=True))
     values = {key: kl for key, (kl, _) in found.items()}
     errors = {key: error for key, (_, error) in found.items()}
-    return Scores(values, "group", f"sensitivity to {trial} at {bits} bits", errors)
+    return Scores(values, "group", f"sensitivity to {label(chain)}", errors)
 
 
 @method("score", aliases=("higgs_alpha",), paper="arXiv:2411.17525")

@@ -1,6 +1,6 @@
 """Solvers on `(W, H)`: whatever the grid, the error counted is `tr(E H E^T)`, `E = W - Q`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -28,6 +28,14 @@ def prepared(
     hessian.diagonal()[dead] = hessian.diagonal()[~dead].mean().nan_to_num(1.0)
     work[:, dead] = 0.0
     return work, hessian
+
+
+def mean_squares(stats: Mapping[str, Any]) -> Float[Tensor, " in"] | None:
+    """Mean square of every input, by what is known of them; None where nothing is."""
+    found = stats.get("second_moment_diagonal")
+    if found is None and "second_moment" in stats:
+        return stats["second_moment"].diagonal()
+    return found
 
 
 def must_be_moment(hessian: Float[Tensor, "in in"], name: str) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from layerwise.core.ggml import encode, fitting
 from layerwise.core.method import method
 from layerwise.core.weight import Packed
+from layerwise.edit.weight._solve import mean_squares
 
 
 @method("weight", needs=("second_moment_diagonal",))
@@ -44,8 +45,5 @@ def ggml(
 
     Reference: llama.cpp, ggml-quants.c, run as it is.
     """
-    moment = stats.get("second_moment_diagonal")
-    if moment is None and "second_moment" in stats:
-        moment = stats["second_moment"].diagonal()
     kind = fitting(type, weight.shape[1])
-    return Packed(encode(weight, kind.name, moment), kind.name, weight.shape[1])
+    return Packed(encode(weight, kind.name, mean_squares(stats)), kind.name, weight.shape[1])
