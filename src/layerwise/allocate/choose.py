@@ -1,19 +1,16 @@
 """Allocators: damage, menus and a budget in bytes in; one option per group out."""
 
-import math
 from collections.abc import Mapping, Sequence
-
-import numpy as np
 
 from layerwise.core.damage import Choice, Damage, Menu, cost
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.method import method
 
 
-def _smallest(menus: Mapping[str, Menu], budget: int) -> Choice:
-    """Every group at its smallest option; an impossible budget is answered here."""
+def smallest(menus: Mapping[str, Menu], budget: int) -> Choice:
+    """Every group at its smallest option, every unit there; an impossible budget is answered."""
     choice = {
-        group: min(range(len(menu.options)), key=lambda i, m=menu: m.options[i].bytes)
+        group: min((o.bytes, i) for i, o in enumerate(menu.options) if not o.gone)[1]
         for group, menu in menus.items()
     }
     if cost(menus, choice) > budget:
@@ -41,7 +38,7 @@ def uniform(damage: Damage, menus: Mapping[str, Menu], budget: int) -> Choice:
     Raises:
         LayerwiseError: even the smallest options exceed the budget.
     """
-    choice = _smallest(menus, budget)
+    choice = smallest(menus, budget)
     labels = {option.label: option.bytes for menu in menus.values() for option in menu.options}
     for label in sorted(labels, key=lambda name: labels[name]):
         trial = {g: _closest(menu, label, choice[g]) for g, menu in menus.items()}
@@ -79,7 +76,7 @@ def threshold(damage: Damage, menus: Mapping[str, Menu], budget: int) -> Choice:
 
     Reference: Dumitru et al., 2024, arXiv:2406.17415.
     """
-    base = _smallest(menus, budget)
+    base = smallest(menus, budget)
     labels = {option.label: option.bytes for menu in menus.values() for option in menu.options}
     for label in sorted(labels, key=lambda name: labels[name]):
         trial = {g: _closest(menu, label, base[g]) for g, menu in menus.items()}
@@ -116,7 +113,7 @@ def waterfill(damage: Damage, menus: Mapping[str, Menu], budget: int) -> Choice:
     Reference: Zhang et al., 2025, arXiv:2506.05664, equations for columns; here for groups, with
     the budget kept exactly.
     """
-    choice = _smallest(menus, budget)
+    choice = smallest(menus, budget)
     loss = {g: [v / menu.options[0].bytes for v in damage.values[g]] for g, menu in menus.items()}
     levels = sorted({v for row in loss.values() for v in row})
     low, high = 0, len(levels)
@@ -145,70 +142,3 @@ def _below(menu: Menu, loss: Sequence[float], level: float) -> int:
     """The smallest option that loses no more than a level; the least loss if there is none."""
     able = [(o.bytes, i) for i, o in enumerate(menu.options) if loss[i] <= level]
     return min(able)[1] if able else min(range(len(loss)), key=loss.__getitem__)
-
-
-@method("allocate", aliases=("multiple_choice",), paper="arXiv:2006.10518")
-def knapsack(damage: Damage, menus: Mapping[str, Menu], budget: int) -> Choice:
-    r"""Exact multiple-choice knapsack: the least predicted damage within the budget.
-
-    `min sum_go d_go x_go` with `sum_o x_go = 1` for every group, `sum_go bytes_go x_go <= budget`
-    and `x` binary, solved to optimality by HiGHS.
-
-    Args:
-        damage: predicted rise of the loss per group and option.
-        menus: the options of every group.
-        budget: bytes for all groups together.
-
-    Raises:
-        LayerwiseError: even the smallest options exceed the budget.
-
-    Reference: Hubara et al., 2020, arXiv:2006.10518, as an integer programme over exact bytes.
-    """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array
-
-    smallest = _smallest(menus, budget)
-    cells = [(g, i) for g, menu in menus.items() for i in range(len(menu.options))]
-    losses = np.array([damage.values[g][i] for g, i in cells])
-    # Whole units above the smallest choice, and half a unit of room for the tolerance of HiGHS.
-    above = [menus[g].options[i].bytes - menus[g].options[smallest[g]].bytes for g, i in cells]
-    unit = math.gcd(*above) or 1
-    sizes = np.array(above, dtype=float) / unit
-    room = (budget - cost(menus, smallest)) // unit + 0.5
-    row = {g: n for n, g in enumerate(menus)}
-    pick = csr_array(
-        (np.ones(len(cells)), ([row[g] for g, _ in cells], range(len(cells)))),
-        shape=(len(menus), len(cells)),
-    )
-    scale = losses.max() or 1.0
-    solved = milp(
-        losses / scale,
-        constraints=[
-            LinearConstraint(pick, 1, 1),
-            LinearConstraint(sizes[None], -np.inf, room),
-        ],
-        integrality=np.ones(len(cells)),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 0.0},
-    )
-    if solved.x is None:
-        return smallest
-    choice = {g: i for (g, i), x in zip(cells, solved.x, strict=True) if x > 0.5}
-    # HiGHS keeps constraints to a tolerance; a choice a few bytes over is not within the budget.
-    while cost(menus, choice) > budget:
-        group = min(choice, key=lambda g: _step_damage(damage, menus[g], choice[g]))
-        choice[group] = _next_smaller(menus[group], choice[group])
-    return choice
-
-
-def _next_smaller(menu: Menu, now: int) -> int:
-    smaller = [
-        (o.bytes, i) for i, o in enumerate(menu.options) if o.bytes < menu.options[now].bytes
-    ]
-    return max(smaller)[1] if smaller else now
-
-
-def _step_damage(damage: Damage, menu: Menu, now: int) -> float:
-    after = _next_smaller(menu, now)
-    rise = damage.values[menu.group][after] - damage.values[menu.group][now]
-    return rise if after != now else np.inf

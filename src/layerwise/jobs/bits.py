@@ -5,7 +5,7 @@ from typing import Any, get_args
 
 from torch import Tensor
 
-from layerwise.core.damage import Choice, Damage, Menu, Option, cost, predict_damage
+from layerwise.core.damage import Choice, Damage, Menu, Option, cost, predict_damage, staying
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.method import find
 from layerwise.core.network import Network
@@ -18,6 +18,7 @@ from layerwise.jobs.request import Planned, Request, identity
 from layerwise.jobs.scoring import make_scores
 from layerwise.jobs.session import Progress
 from layerwise.jobs.solve import nearest, run_chain
+from layerwise.jobs.units import wiring_without
 
 #: weights of a matrix on which an encoder is priced that searches for its scales
 PRICED = 1 << 17
@@ -34,13 +35,24 @@ def plan_bits(request: Request, network: Network, target: Target, progress: Prog
         values = {g: (0.0,) * len(m.options) for g, m in menus.items()}
         damage = Damage(values, dict.fromkeys(menus, 0.0))
     else:
-        scores = make_scores(request, network, request.score or "sensitivity", progress)
-        errors = option_errors(network, menus, groups, progress)
-        first = {g.key: g.matrices[0] for g in groups.values()}
-        owner = {k: m.layer if m.layer in scores.values else m.fusion for k, m in first.items()}
-        damage = predict_damage(scores, errors, owner)
+        scores, damage = predicted(request, network, menus, groups, progress)
     choice = allocator.bind(request.options(allocator.name))(damage, menus, limit)
     return assemble(request, network, target, menus, damage, choice, scores)
+
+
+def predicted(
+    request: Request,
+    network: Network,
+    menus: Mapping[str, Menu],
+    groups: Mapping[str, Group],
+    progress: Progress,
+) -> tuple[Scores, Damage]:
+    """What the scores say of every group, and the damage of its options."""
+    scores = make_scores(request, network, request.score or "sensitivity", progress)
+    errors = option_errors(network, menus, groups, progress)
+    first = {g.key: g.matrices[0] for g in groups.values()}
+    owner = {k: m.layer if m.layer in scores.values else m.fusion for k, m in first.items()}
+    return scores, predict_damage(scores, errors, owner)
 
 
 def units(network: Network, target: Target) -> list[Group]:
@@ -134,10 +146,11 @@ def bytes_for(
         LayerwiseError: it is below what the smallest options need; the reachable value is shown.
     """
     budget, whole = request.budget, network.checkpoint.nbytes
-    outside = outside_of(request, network, target)
-    weights = sum(groups[g].size for g, menu in menus.items() if len(menu.options) > 1)
-    pinned = sum(menu.options[0].bytes for menu in menus.values() if len(menu.options) == 1)
-    least = sum(min(o.bytes for o in menu.options) for menu in menus.values())
+    held = sum(menu.options[0].bytes for g, menu in menus.items() if g not in groups)
+    outside = outside_of(request, network, target) - held
+    weights = sum(group.size for g, group in groups.items() if len(menus[g].options) > 1)
+    pinned = held + sum(menus[g].options[0].bytes for g in groups if len(menus[g].options) == 1)
+    least = least_bytes(menus)
     if budget.bits is not None:
         limit = int(budget.bits * weights / 8) + pinned
         reachable = f"--bits {8 * (least - pinned) / max(weights, 1):.3f}"
@@ -153,6 +166,20 @@ def bytes_for(
             fix="raise it, unpin what --keep pins, or allow smaller options with --set menu.bits",
         )
     return limit
+
+
+def least_bytes(menus: Mapping[str, Menu]) -> int:
+    """Bytes of the smallest choice, in which one unit stays."""
+    inside: dict[str, int] = {}
+    units: list[int] = []
+    for menu in reversed(menus.values()):  # a unit comes before what it holds
+        stays = [o.bytes for o in menu.options if not o.gone]
+        size = min(stays) + inside.pop(menu.group, 0)
+        if len(stays) < len(menu.options):
+            units.append(size)
+        else:
+            inside[menu.inside] = inside.get(menu.inside, 0) + size
+    return inside.get("", 0) + min(units, default=0)
 
 
 def option_errors(
@@ -210,10 +237,18 @@ def assemble(
     """The plan of a choice, and its table."""
     edits, rows = [], []
     members = {group.key: group.matrices for group in units(network, target)}
-    for group, menu in menus.items():
-        option = menu.options[choice[group]]
+    there = staying(menus, choice)
+    gone = {g for g in there if menus[g].options[choice[g]].gone}
+    wiring = wiring_without(network, gone)
+    places = {
+        f"{name}/{layer}": f"{name}/{place}"
+        for name, order in wiring.items()
+        for place, layer in enumerate(order)
+    }
+    for group in there:
+        option = menus[group].options[choice[group]]
         believed = damage.values[group][choice[group]]
-        stack, layer, _ = group.split("/", 2)
+        stack, layer = group.split("/")[:2]
         rows.append(
             {
                 "layer": f"{stack}/{layer}",
@@ -226,22 +261,26 @@ def assemble(
         )
         if option.chain:
             for matrix in members[group]:
-                edits.append(Edit(matrix.key, option.chain))
+                place = places.get(matrix.layer, matrix.layer)
+                edits.append(Edit(place + matrix.key.removeprefix(matrix.layer), option.chain))
             edits[-1] = Edit(edits[-1].select, option.chain, option.bytes, believed)
     plan = Plan(
         model=identity(network),
         target=request.target,  # type: ignore[arg-type]
         budget=request.budget.as_dict(),
         data=request.data,
+        wiring=wiring,
         rewrites=request.rewrites,
         edits=tuple(edits),
         fixed=request.keep,
         export=request.options(target.name) if target.types else {},
     )
     whole = network.checkpoint.nbytes
-    outside = outside_of(request, network, target)
-    open_ = {group: menu for group, menu in menus.items() if len(menu.options) > 1}
+    held = {g for g in menus if g not in members}
+    outside = outside_of(request, network, target) - sum(menus[g].options[0].bytes for g in held)
+    open_ = [g for g, menu in menus.items() if len(menu.options) > 1 and g not in held]
     weights = sum(m.size for group in open_ for m in members[group])
-    bits = 8 * cost(open_, choice) / weights if weights else None
+    taken = sum(menus[g].options[choice[g]].bytes for g in open_ if g in there)
     total = cost(menus, choice) + outside
+    bits = 8 * taken / weights if weights else None
     return Planned(plan, rows, total, menus, damage, scores, whole, bits)

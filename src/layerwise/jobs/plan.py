@@ -7,6 +7,7 @@ from layerwise.core.select import check_selector
 from layerwise.export import TARGETS
 from layerwise.jobs.bits import plan_bits
 from layerwise.jobs.depth import plan_depth
+from layerwise.jobs.joint import plan_joint
 from layerwise.jobs.request import Planned, Request
 from layerwise.jobs.rewrite import as_rewritten
 from layerwise.jobs.session import Progress, silent
@@ -69,7 +70,8 @@ def make_plan(request: Request, progress: Progress = silent) -> Planned:
         )
     network = as_rewritten(network, request.rewrites)
     target.accepts(network)
-    planned = plan_bits(request, network, target, progress)
+    planner = plan_joint if "layer" in request.allow else plan_bits
+    planned = planner(request, network, target, progress)
     if all(len(menu.options) == 1 for menu in planned.menus.values()):
         raise LayerwiseError(
             f"target {target.name} for {type(network.module).__name__}",

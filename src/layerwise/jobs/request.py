@@ -1,6 +1,6 @@
 """What a user asks of the planner, and what it answers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ class Request(NamedTuple):
     engine: Engine = Engine()
     rewrite: str = ""
     parts: tuple[str, ...] = ()
+    allow: tuple[str, ...] = ()
 
     @property
     def rewrites(self) -> tuple[Step, ...]:
@@ -47,7 +48,10 @@ class Request(NamedTuple):
 
 
 class Planned(NamedTuple):
-    """A plan, the menus and damage behind it, and what it is expected to cost."""
+    """A plan, the menus and damage behind it, and what it is expected to cost.
+
+    `edge` has a row for every plan that was weighed against it.
+    """
 
     plan: Plan
     rows: list[dict[str, Any]]
@@ -57,6 +61,7 @@ class Planned(NamedTuple):
     scores: Scores | None
     original: int
     bits: float | None = None
+    edge: Sequence[Mapping[str, Any]] = ()
 
 
 def identity(network: Network) -> Identity:

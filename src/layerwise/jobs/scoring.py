@@ -141,15 +141,22 @@ class Trials:
         original = lambda batch: self._original[numbers[id(batch)]]  # noqa: E731
         return measure_quality(self.batches, original, edited)[1]
 
-    def chains(self, chains: Mapping[str, tuple[Step, ...]]) -> tuple[float, float]:
-        """KL and relative squared error of trial chains, by fusion group."""
+    def chains(
+        self, chains: Mapping[str, tuple[Step, ...]], gone: Collection[str] = ()
+    ) -> tuple[float, float]:
+        """KL and relative squared error of trial chains, by fusion group or matrix.
+
+        Layers that are `gone` hand their input on.
+        """
         edits: dict[str, Tensor] = {}
         above = below = 0.0
         first = len(self.network.layers())
         for number, layer in enumerate(self.network.layers()):
             parameters = dict(layer.module.named_parameters(remove_duplicate=False))
+            first = min(first, number) if layer.key in gone else first
             for matrix in layer.matrices:
-                if matrix.fusion not in chains:
+                chain = chains.get(matrix.key, chains.get(matrix.fusion))
+                if chain is None or layer.key in gone:
                     continue
                 first = min(first, number)
                 name = f"{layer.path}.{matrix.parameter}"
@@ -157,11 +164,12 @@ class Trials:
                 value = edits.setdefault(name, original.clone())
                 weight = matrix.view(original)
                 stored = weight.to(self.dtype).contiguous()
-                dense = run_chain(stored, {}, chains[matrix.fusion]).dense()
+                dense = run_chain(stored, {}, chain).dense()
                 above += (dense.float() - weight.float()).square().sum().item()
                 below += weight.float().square().sum().item()
                 matrix.view(value).copy_(dense)
-        return self.quality(edits, first).estimate("kl").value, above / max(below, 1e-300)
+        kl = self.quality(edits, first, gone).estimate("kl").value
+        return kl, above / max(below, 1e-300)
 
     def squares(self, progress: Callable[[int, int], None]) -> dict[str, Tensor]:
         """`T g^2` of every matrix, the mean over documents of `T` tokens; `g` is of their mean."""
