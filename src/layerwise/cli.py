@@ -10,6 +10,7 @@ import typer
 from layerwise.console import Output, app, command, quiet
 from layerwise.options import (
     Allocator,
+    Allow,
     Bits,
     Bytes,
     Check,
@@ -94,6 +95,7 @@ def plan(
     bits: Bits = None,
     depth: Depth = "",
     parts: Parts = "",
+    allow: Allow = "bits",
     target: Target = "",
     method: Method = "",
     rewrite: Rewrite = "",
@@ -183,6 +185,7 @@ def compress(
     bits: Bits = None,
     depth: Depth = "",
     parts: Parts = "",
+    allow: Allow = "bits",
     target: Target = "",
     method: Method = "",
     rewrite: Rewrite = "",

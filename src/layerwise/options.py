@@ -27,6 +27,7 @@ Bits = Annotated[
 ]
 Depth = Annotated[str, typer.Option(help="Layers, or --parts, that may remain: 9 or 75%.")]
 Parts = Annotated[str, typer.Option(help="Count parts, not layers: attention, mlp, attention+mlp.")]
+Allow = Annotated[str, typer.Option(help="What the budget may take: bits, or bits,layer.")]
 Target = Annotated[str, typer.Option(help="hf, compressed-tensors or gguf.")]
 Method = Annotated[
     str, typer.Option(help="How matrices are edited: gptq, rtn, comq, qep+gptq; ggml for gguf.")

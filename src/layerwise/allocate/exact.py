@@ -15,9 +15,7 @@ Row = tuple[dict[int, float], float, float]
 
 
 @method("allocate", aliases=("multiple_choice",), paper="arXiv:2006.10518")
-def knapsack(
-    damage: Damage, menus: Mapping[str, Menu], budget: int, *, gone: int = -1
-) -> Choice:
+def knapsack(damage: Damage, menus: Mapping[str, Menu], budget: int, *, gone: int = -1) -> Choice:
     r"""Exact multiple-choice knapsack: the least predicted damage within the budget.
 
     `min sum_go d_go x_go + sum_uv d_uv z_uv` with `sum_go bytes_go x_go <= budget` and binary `x`,
@@ -57,7 +55,7 @@ def knapsack(
     matrix = csr_array(([v for _, _, v in entries], at), shape=(len(rows), count))
     solved = milp(
         losses / (np.abs(losses).max() or 1.0),
-        constraints=LinearConstraint(matrix, [r[1] for r in rows], [r[2] for r in rows]),
+        constraints=LinearConstraint(matrix, *np.array([row[1:] for row in rows]).T),
         integrality=[1] * len(cells) + [0] * len(damage.pairs),
         bounds=Bounds(0, 1),
         options={"mip_rel_gap": 0.0},
@@ -88,9 +86,7 @@ def _numbers(cells: Mapping[tuple[str, int], int], menu: Menu, gone: bool) -> li
     return [cells[menu.group, i] for i, o in enumerate(menu.options) if o.gone == gone]
 
 
-def _one_option(
-    cells: Mapping[tuple[str, int], int], menus: Mapping[str, Menu], menu: Menu
-) -> Row:
+def _one_option(cells: Mapping[tuple[str, int], int], menus: Mapping[str, Menu], menu: Menu) -> Row:
     """One option of a menu is chosen; none where the unit around it does not stay."""
     row = dict.fromkeys((cells[menu.group, i] for i in range(len(menu.options))), 1.0)
     if not menu.inside:
@@ -102,7 +98,11 @@ def _both(number: int, pair: tuple[str, str], out: Mapping[str, list[int]]) -> l
     """A column that is 1 if both units of a pair are gone, and 0 if one of them stays."""
     one, other = (dict.fromkeys(out[unit], -1.0) for unit in pair)
     z = {number: 1.0}
-    return [({**z, **one}, -np.inf, 0), ({**z, **other}, -np.inf, 0), ({**z, **one, **other}, -1, np.inf)]
+    return [
+        ({**z, **one}, -np.inf, 0),
+        ({**z, **other}, -np.inf, 0),
+        ({**z, **one, **other}, -1, np.inf),
+    ]
 
 
 def _within(cells: Mapping[tuple[str, int], int], menus: Mapping[str, Menu], budget: int) -> Row:

@@ -163,7 +163,8 @@ def bytes_for(
             "budget",
             allowed=f"at least {reachable}",
             found=", ".join(f"--{k} {v}" for k, v in budget.as_dict().items()),
-            fix="raise it, unpin what --keep pins, or allow smaller options with --set menu.bits",
+            fix="raise it, unpin what --keep pins, allow smaller options with --set menu.bits, or "
+            "let layers go as well with --allow bits,layer",
         )
     return limit
 
@@ -172,7 +173,7 @@ def least_bytes(menus: Mapping[str, Menu]) -> int:
     """Bytes of the smallest choice, in which one unit stays."""
     inside: dict[str, int] = {}
     units: list[int] = []
-    for menu in reversed(menus.values()):  # a unit comes before what it holds
+    for menu in reversed(list(menus.values())):  # a unit comes before what it holds
         stays = [o.bytes for o in menu.options if not o.gone]
         size = min(stays) + inside.pop(menu.group, 0)
         if len(stays) < len(menu.options):

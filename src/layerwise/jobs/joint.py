@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 from layerwise.core.damage import Choice, Damage, Menu, Option, staying
@@ -12,9 +13,9 @@ from layerwise.core.method import find
 from layerwise.core.network import Network
 from layerwise.core.open import rewired
 from layerwise.core.plan import Step
-from layerwise.core.stack import Layer
 from layerwise.core.target import Target
 from layerwise.jobs.bits import assemble, bytes_for, make_menus, outside_of, predicted, units
+from layerwise.jobs.gain import solver_gain
 from layerwise.jobs.request import Planned, Request
 from layerwise.jobs.scoring import counting, trials_for
 from layerwise.jobs.session import Progress
@@ -45,9 +46,10 @@ def plan_joint(request: Request, network: Network, target: Target, progress: Pro
     menus = _with_layers(make_menus(request, network, target), groups, sizes)
     limit = bytes_for(request, network, menus, groups, target)
     inner = {g: menu for g, menu in menus.items() if g in groups}
-    scores, damage = predicted(request, network, inner, groups, progress)
+    scores, plain = predicted(request, network, inner, groups, progress)
     trials = trials_for(request, network)
-    damage = _and_layers(damage, list(sizes), partial(_losses, request, trials.chains, progress))
+    plain = _and_layers(plain, list(sizes), partial(_losses, request, trials.chains, progress))
+    damage = _solved(plain, inner, request, network)
     options = request.options(allocator.name)
     wanted = options.get("gone", -1)
     counts = range(int(MOST * len(network.layers())) + 1) if wanted < 0 else [wanted]
@@ -59,8 +61,8 @@ def plan_joint(request: Request, network: Network, target: Target, progress: Pro
             continue
     if not found:
         found.append(allocator.bind(options)(damage, menus, limit))
-    rows = _measured(request, trials.chains, menus, damage, found, progress)
-    best = min(range(len(found)), key=lambda i: rows[i]["measured"])
+    rows = _weighed(request, trials.chains, menus, (plain, damage), found, progress)
+    best = min(range(len(found)), key=lambda i: rows[i]["expected"])
     rows[best]["chosen"] = True
     planned = assemble(request, network, target, menus, damage, found[best], scores)
     return planned._replace(edge=rows)
@@ -112,7 +114,7 @@ def _without(kl: Any, gone: Collection[str]) -> tuple[float, float]:
 
 def _and_layers(damage: Damage, layers: Sequence[str], losses: Any) -> Damage:
     """The damage of layers that go, and of neighbours that go together."""
-    pairs = list(zip(layers, layers[1:], strict=False))
+    pairs = list(pairwise(layers))
     found = losses([*((layer,) for layer in layers), *pairs])
     alone = dict(zip(layers, found, strict=False))
     both = dict(zip(pairs, found[len(layers) :], strict=True))
@@ -124,27 +126,51 @@ def _and_layers(damage: Damage, layers: Sequence[str], losses: Any) -> Damage:
     )
 
 
-def _measured(
+def _solved(
+    damage: Damage, menus: Mapping[str, Menu], request: Request, network: Network
+) -> Damage:
+    """The damage of options as they are solved, not just rounded."""
+    chains = {o.label: o.chain for menu in menus.values() for o in menu.options if o.chain}
+    gain = solver_gain(request, network, chains)
+    values = {
+        g: tuple(
+            v * gain.get(o.label, 1.0) for v, o in zip(damage.values[g], menu.options, strict=True)
+        )
+        for g, menu in menus.items()
+    }
+    return replace(damage, values={**damage.values, **values})
+
+
+def _weighed(
     request: Request,
     kl: Any,
     menus: Mapping[str, Menu],
-    damage: Damage,
+    damages: tuple[Damage, Damage],
     choices: Sequence[Choice],
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """A row per choice: layers that go, bits of what stays, predicted and measured damage."""
+    """A row per choice: the layers that go, the damage predicted, measured and expected.
+
+    Measured is the choice with matrices just rounded. What that is beside its own prediction is
+    expected of the choice with matrices solved, too.
+    """
     tick = counting(progress, "measuring plans", len(choices))
     tasks = [(_chains(menus, choice), _gone(menus, choice)) for choice in choices]
     found = fan_out(partial(_both, kl), tasks, request.engine, tick)
-    return [
-        {
-            "layers left out": len(gone),
-            "predicted": total(menus, damage, choice),
-            "measured": value,
-            "chosen": False,
-        }
-        for choice, (_, gone), (value, _) in zip(choices, tasks, found, strict=True)
-    ]
+    rows = []
+    for choice, (_, gone), (measured, _) in zip(choices, tasks, found, strict=True):
+        plain, solved = (total(menus, damage, choice) for damage in damages)
+        rows.append(
+            {
+                "layers left out": len(gone),
+                "predicted": solved,
+                "rounded, predicted": plain,
+                "rounded, measured": measured,
+                "expected": solved * measured / max(plain, 1e-12),
+                "chosen": False,
+            }
+        )
+    return rows
 
 
 def _both(kl: Any, task: tuple[Mapping[str, tuple[Step, ...]], Sequence[str]]) -> Any:

@@ -46,6 +46,14 @@ def make_plan(request: Request, progress: Progress = silent) -> Planned:
             found="dense weights",
             fix="use --target compressed-tensors, or a budget by --size or --depth",
         )
+    unknown = set(request.allow) - {"bits", "layer"}
+    if unknown or "bits" not in request.allow:
+        raise LayerwiseError(
+            f"--allow {','.join(request.allow)}",
+            allowed="bits, or bits,layer; --depth leaves layers out alone",
+            found=min(unknown, default="no bits"),
+            fix="choose one of these",
+        )
     request = request._replace(method=request.method or target.method)
     check_settings(request)
     network = open_network(request.model, device=request.device, dtype=request.dtype)
@@ -53,6 +61,13 @@ def make_plan(request: Request, progress: Progress = silent) -> Planned:
     for pattern in request.keep:
         check_selector(pattern, [m for s in network.stacks for m in s.matrices()], "--keep")
     if request.budget.depth is not None or not target.by_bits:
+        if "layer" in request.allow:
+            raise LayerwiseError(
+                f"--allow {','.join(request.allow)}",
+                allowed="a budget of bytes, in a target that stores fewer for fewer bits",
+                found=f"target {target.name}" + (", --depth" if request.budget.depth else ""),
+                fix="leave --depth out, and use --target compressed-tensors or gguf",
+            )
         if request.rewrites:
             raise LayerwiseError(
                 f"--rewrite {request.rewrite}",

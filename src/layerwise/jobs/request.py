@@ -30,7 +30,7 @@ class Request(NamedTuple):
     engine: Engine = Engine()
     rewrite: str = ""
     parts: tuple[str, ...] = ()
-    allow: tuple[str, ...] = ()
+    allow: tuple[str, ...] = ("bits",)
 
     @property
     def rewrites(self) -> tuple[Step, ...]:
