@@ -47,8 +47,7 @@ def plan_joint(request: Request, network: Network, target: Target, progress: Pro
     limit = bytes_for(request, network, menus, groups, target)
     inner = {g: menu for g, menu in menus.items() if g in groups}
     scores, plain = predicted(request, network, inner, groups, progress)
-    trials = trials_for(request, network)
-    plain = _and_layers(plain, list(sizes), partial(_losses, request, trials.chains, progress))
+    plain = _and_layers(plain, list(sizes), request, network, progress)
     damage = _solved(plain, inner, request, network)
     options = request.options(allocator.name)
     wanted = options.get("gone", -1)
@@ -61,7 +60,9 @@ def plan_joint(request: Request, network: Network, target: Target, progress: Pro
             continue
     if not found:
         found.append(allocator.bind(options)(damage, menus, limit))
-    rows = _weighed(request, trials.chains, menus, (plain, damage), found, progress)
+    tasks = [(_chains(menus, choice), _gone(menus, choice)) for choice in found]
+    measured = tried(request, network, tasks, "measuring plans", progress)
+    rows = [_row(menus, (plain, damage), *each) for each in zip(found, measured, strict=True)]
     best = min(range(len(found)), key=lambda i: rows[i]["expected"])
     rows[best]["chosen"] = True
     planned = assemble(request, network, target, menus, damage, found[best], scores)
@@ -100,22 +101,30 @@ def _with_layers(
     return found
 
 
-def _losses(
-    request: Request, kl: Any, progress: Progress, gone: Sequence[Collection[str]]
+#: chains by group, and the layers that are gone
+Tried = tuple[Mapping[str, tuple[Step, ...]], Collection[str]]
+
+
+def tried(
+    request: Request, network: Network, tasks: Sequence[Tried], what: str, progress: Progress
 ) -> list[float]:
-    """KL without some layers, for each of several sets of them."""
-    tick = counting(progress, "leaving layers out", len(gone))
-    return [kl for kl, _ in fan_out(partial(_without, kl), gone, request.engine, tick)]
+    """KL on the select split of chains, just rounded, without some layers."""
+    tick = counting(progress, what, len(tasks))
+    run = partial(_tried, trials_for(request, network).chains)
+    return [kl for kl, _ in fan_out(run, tasks, request.engine, tick)]
 
 
-def _without(kl: Any, gone: Collection[str]) -> tuple[float, float]:
-    return kl({}, gone)
+def _tried(chains: Any, task: Tried) -> tuple[float, float]:
+    return chains(*task)
 
 
-def _and_layers(damage: Damage, layers: Sequence[str], losses: Any) -> Damage:
+def _and_layers(
+    damage: Damage, layers: Sequence[str], request: Request, network: Network, progress: Progress
+) -> Damage:
     """The damage of layers that go, and of neighbours that go together."""
     pairs = list(pairwise(layers))
-    found = losses([*((layer,) for layer in layers), *pairs])
+    tasks: list[Tried] = [({}, gone) for gone in (*((layer,) for layer in layers), *pairs)]
+    found = tried(request, network, tasks, "leaving layers out", progress)
     alone = dict(zip(layers, found, strict=False))
     both = dict(zip(pairs, found[len(layers) :], strict=True))
     return replace(
@@ -141,40 +150,23 @@ def _solved(
     return replace(damage, values={**damage.values, **values})
 
 
-def _weighed(
-    request: Request,
-    kl: Any,
-    menus: Mapping[str, Menu],
-    damages: tuple[Damage, Damage],
-    choices: Sequence[Choice],
-    progress: Progress,
-) -> list[dict[str, Any]]:
-    """A row per choice: the layers that go, the damage predicted, measured and expected.
+def _row(
+    menus: Mapping[str, Menu], damages: tuple[Damage, Damage], choice: Choice, measured: float
+) -> dict[str, Any]:
+    """The layers that go in a choice, and its damage: predicted, measured and expected.
 
     Measured is the choice with matrices just rounded. What that is beside its own prediction is
     expected of the choice with matrices solved, too.
     """
-    tick = counting(progress, "measuring plans", len(choices))
-    tasks = [(_chains(menus, choice), _gone(menus, choice)) for choice in choices]
-    found = fan_out(partial(_both, kl), tasks, request.engine, tick)
-    rows = []
-    for choice, (_, gone), (measured, _) in zip(choices, tasks, found, strict=True):
-        plain, solved = (total(menus, damage, choice) for damage in damages)
-        rows.append(
-            {
-                "layers left out": len(gone),
-                "predicted": solved,
-                "rounded, predicted": plain,
-                "rounded, measured": measured,
-                "expected": solved * measured / max(plain, 1e-12),
-                "chosen": False,
-            }
-        )
-    return rows
-
-
-def _both(kl: Any, task: tuple[Mapping[str, tuple[Step, ...]], Sequence[str]]) -> Any:
-    return kl(*task)
+    plain, solved = (total(menus, damage, choice) for damage in damages)
+    return {
+        "layers left out": len(_gone(menus, choice)),
+        "predicted": solved,
+        "rounded, predicted": plain,
+        "rounded, measured": measured,
+        "expected": solved * measured / max(plain, 1e-12),
+        "chosen": False,
+    }
 
 
 def _gone(menus: Mapping[str, Menu], choice: Choice) -> list[str]:
