@@ -10,6 +10,7 @@ import typer
 from layerwise.console import Output, app, command, quiet
 from layerwise.options import (
     Allocator,
+    Allow,
     Bits,
     Bytes,
     Check,
@@ -96,6 +97,7 @@ def plan(
     depth: Depth = "",
     sparsity: Sparsity = "",
     parts: Parts = "",
+    allow: Allow = "bits",
     target: Target = "",
     method: Method = "",
     rewrite: Rewrite = "",
@@ -186,6 +188,7 @@ def compress(
     depth: Depth = "",
     sparsity: Sparsity = "",
     parts: Parts = "",
+    allow: Allow = "bits",
     target: Target = "",
     method: Method = "",
     rewrite: Rewrite = "",

@@ -62,6 +62,7 @@ def request_of(given: dict[str, Any]) -> Any:
         engine=engine_of(given["engine"], given["workers"]),
         rewrite=given["rewrite"],
         parts=parts,
+        allow=tuple(given["allow"].split(",")),
     )
 
 
@@ -100,8 +101,20 @@ def run_plan(output: Output, request: Any) -> Any:
     key = next(k for k in ("group", "part", "layer") if k in planned.rows[0])
     output.table("plan", planned.rows, key, "option", "bytes", "importance", "damage")
     output.more["bytes"] = planned.nbytes
+    if planned.edge:
+        output.more["edge"] = list(planned.edge)
+        output.say(edge_of(planned.edge))
     output.say(reached(planned))
     return planned
+
+
+def edge_of(rows: Any) -> str:
+    """The plans that were weighed, in a few words."""
+    words = [
+        f"{row['layers left out']}: {row['expected']:.4g}" + (" (taken)" if row["chosen"] else "")
+        for row in rows
+    ]
+    return f"KL expected by layers left out, the rest in bits: {', '.join(words)}"
 
 
 def run_apply(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from layerwise.core.damage import Choice, Damage, Menu, Option, cost
+from layerwise.core.damage import Choice, Damage, Menu, Option, cost, staying
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.method import Method, find, methods
 
@@ -189,3 +189,59 @@ def test_water_finds_one_level() -> None:
     choice = find("waterfill").bind()(damage, menus, 500)
     assert {g: menus[g].options[i].label for g, i in choice.items()} == {"a": "3", "b": "2"}
     assert total(damage, choice) == 2.0
+
+
+def holding(rows: list[Row], sizes: list[tuple[int, float]], pair: float) -> Problem:
+    """Groups of which the first two are in one unit each, which may go; each unit has its bytes."""
+    damage, menus = problem(rows)
+    units = {f"u{i}": size for i, size in enumerate(sizes)}
+    found = {
+        name: Menu(name, (Option((), own, "stays"), Option((), 0, "left out", gone=True)))
+        for name, (own, _) in units.items()
+    }
+    inner = [m._replace(inside=f"u{min(i, len(sizes) - 1)}") for i, m in enumerate(menus.values())]
+    found |= {menu.group: menu for menu in inner}
+    values = {**damage.values, **{name: (0.0, float(loss)) for name, (_, loss) in units.items()}}
+    return Damage(values, dict.fromkeys(values, 0.0), {("u0", "u1"): pair}), found
+
+
+def weighed(damage: Damage, menus: dict[str, Menu], choice: Choice) -> float:
+    """What is left counts; groups of a unit that is gone do not, pairs that are both gone do."""
+    there = staying(menus, choice)
+    gone = {g for g in there if menus[g].options[choice[g]].gone}
+    return sum(damage.values[g][choice[g]] for g in there) + sum(
+        value for pair, value in damage.pairs.items() if gone.issuperset(pair)
+    )
+
+
+@given(
+    rows=st.lists(
+        st.lists(st.tuples(st.integers(1, 40), st.integers(0, 30)), min_size=1, max_size=3),
+        min_size=2,
+        max_size=3,
+    ),
+    sizes=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 40)), min_size=2, max_size=2),
+    pair=st.integers(-20, 20),
+    share=shares,
+)
+def test_units_that_may_go_are_weighed_exactly(
+    rows: list[Row], sizes: list[tuple[int, float]], pair: int, share: float
+) -> None:
+    damage, menus = holding(rows, sizes, float(pair))
+    every = product(*(range(len(menu.options)) for menu in menus.values()))
+    choices = [dict(zip(menus, numbers, strict=True)) for numbers in every]
+    able = [c for c in choices if c["u0"] + c["u1"] < 2]
+    costs = sorted(cost(menus, choice) for choice in able)
+    budget = costs[0] + round(share * (costs[-1] - costs[0]))
+    best = min(weighed(damage, menus, c) for c in able if cost(menus, c) <= budget)
+    found = find("knapsack").function(damage, menus, budget)
+    assert cost(menus, found) <= budget
+    assert weighed(damage, menus, found) == pytest.approx(best, abs=1e-6)
+
+
+def test_a_number_of_units_can_be_asked_for() -> None:
+    damage, menus = holding([[(8, 0)], [(8, 0)]], [(1, 3.0), (1, 2.0)], 0.0)
+    one = find("knapsack").bind({"gone": 1})(damage, menus, 100)
+    assert (one["u0"], one["u1"]) == (0, 1)
+    with pytest.raises(LayerwiseError, match="0 units left out"):
+        find("knapsack").bind({"gone": 0})(damage, menus, 10)

@@ -1,7 +1,7 @@
 """Menus of options with exact costs, and the one way from scores to predicted damage."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from layerwise.core.plan import Step
@@ -11,31 +11,39 @@ from layerwise.core.stats import Scores
 class Option(NamedTuple):
     """A chain of methods and the bytes it takes in the target; no step means as it is.
 
-    `weights` counts those that may differ from 0.
+    `weights` counts those that may differ from 0. A unit that is `gone` takes with it all that is
+    inside.
     """
 
     chain: tuple[Step, ...]
     bytes: int
     label: str
     weights: int = 0
+    gone: bool = False
 
 
 class Menu(NamedTuple):
-    """The options of one group, from the largest to the smallest; the first is as it is."""
+    """The options of one group, from the largest to the smallest; the first is as it is.
+
+    `inside` names the menu of the unit that holds the group, if that may go as a whole.
+    """
 
     group: str
     options: tuple[Option, ...]
+    inside: str = ""
 
 
 @dataclass(frozen=True)
 class Damage:
     """Predicted rise of the loss (nats per token) per group and option of its menu.
 
-    `importance` is what the scores said of a group before errors were weighed in.
+    `importance` is what the scores said of a group before errors were weighed in. `pairs` is what
+    two units cost beyond the sum of both when they are gone together.
     """
 
     values: Mapping[str, tuple[float, ...]]
     importance: Mapping[str, float]
+    pairs: Mapping[tuple[str, str], float] = field(default_factory=dict)
 
 
 Choice = dict[str, int]
@@ -75,4 +83,14 @@ def predict_damage(
 
 def cost(menus: Mapping[str, Menu], choice: Choice) -> int:
     """Bytes of a choice."""
-    return sum(menu.options[choice[group]].bytes for group, menu in menus.items())
+    return sum(menus[group].options[choice[group]].bytes for group in staying(menus, choice))
+
+
+def staying(menus: Mapping[str, Menu], choice: Choice) -> list[str]:
+    """The groups and units that are in no unit that is gone; their own option may be to go."""
+
+    def stays(name: str) -> bool:
+        holder = menus[name].inside
+        return not holder or (not menus[holder].options[choice[holder]].gone and stays(holder))
+
+    return [group for group in menus if stays(group)]

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 
 from layerwise.core.chain import kind_left
-from layerwise.core.damage import Choice, Damage, Menu, cost, predict_damage
+from layerwise.core.damage import Choice, Damage, Menu, cost, predict_damage, staying
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.method import find
 from layerwise.core.network import Network
@@ -18,6 +18,7 @@ from layerwise.jobs.menus import make_menus, option_errors, units, worth_it
 from layerwise.jobs.request import Planned, Request, identity
 from layerwise.jobs.scoring import make_scores
 from layerwise.jobs.session import Progress
+from layerwise.jobs.units import wiring_without
 
 
 def plan_bits(
@@ -39,17 +40,34 @@ def plan_bits(
     allocator = find(request.allocator, "allocate")
     name = request.score or ("sensitivity" if "scores" in allocator.needs else "")
     if scores is None and name and allocator.needs:
-        scores = make_scores(with_trial(request, name, target), network, name, progress)
-    errors = {g: (0.0,) * len(m.options) for g, m in menus.items()}
-    if allocator.needs:
-        errors = option_errors(network, menus, groups, progress)
-    first = {g.key: g.matrices[0] for g in groups.values()}
-    known = scores.values if scores else {}
-    owner = {k: m.layer if m.layer in known else m.fusion for k, m in first.items()}
-    damage = predict_damage(scores, errors, owner)
+        scores = scores_of(request, network, target, progress)
+    errors = None if allocator.needs else {g: (0.0,) * len(m.options) for g, m in menus.items()}
+    damage = predicted(network, menus, groups, scores, progress, errors)
     choose = allocator.bind(request.options(allocator.name))
     choice = choose(damage, in_unit(menus, request), limit)
     return assemble(request, network, target, menus, damage, choice, scores)
+
+
+def scores_of(request: Request, network: Network, target: Target, progress: Progress) -> Scores:
+    """The scores that a request names, or sensitivities."""
+    name = request.score or "sensitivity"
+    return make_scores(with_trial(request, name, target), network, name, progress)
+
+
+def predicted(
+    network: Network,
+    menus: Mapping[str, Menu],
+    groups: Mapping[str, Group],
+    scores: Scores | None,
+    progress: Progress,
+    errors: Mapping[str, tuple[float, ...]] | None = None,
+) -> Damage:
+    """The damage of every option of some groups, by scores and by errors, which may be known."""
+    errors = option_errors(network, menus, groups, progress) if errors is None else errors
+    first = {g.key: g.matrices[0] for g in groups.values()}
+    known = scores.values if scores else {}
+    owner = {k: m.layer if m.layer in known else m.fusion for k, m in first.items()}
+    return predict_damage(scores, errors, owner)
 
 
 def with_trial(request: Request, name: str, target: Target) -> Request:
@@ -98,11 +116,12 @@ def limit_for(
         LayerwiseError: it is below what the smallest options need; the reachable value is shown.
     """
     budget, whole = request.budget, network.checkpoint.nbytes
-    outside = outside_of(request, network, target)
     counted = in_unit(menus, request)
-    weights = sum(groups[g].size for g, menu in menus.items() if len(menu.options) > 1)
-    pinned = sum(menu.options[0].bytes for menu in counted.values() if len(menu.options) == 1)
-    least = sum(min(o.bytes for o in menu.options) for menu in counted.values())
+    held = sum(menu.options[0].bytes for g, menu in menus.items() if g not in groups)
+    outside = outside_of(request, network, target) - held
+    weights = sum(group.size for g, group in groups.items() if len(menus[g].options) > 1)
+    pinned = held + sum(counted[g].options[0].bytes for g in groups if len(menus[g].options) == 1)
+    least = least_bytes(counted)
     if budget.sparsity is not None:
         limit = weights + pinned - math.ceil(budget.sparsity * weights - 1e-6)
         most = math.floor(1000 * (1 - (least - pinned) / max(weights, 1))) / 10
@@ -119,10 +138,24 @@ def limit_for(
             "budget",
             allowed=f"at {'most' if budget.sparsity else 'least'} {reachable}",
             found=", ".join(f"--{k} {v}" for k, v in budget.as_dict().items()),
-            fix="meet that, unpin what --keep pins, or allow smaller options with --set menu.bits "
-            "or menu.share",
+            fix="meet that, unpin what --keep pins, allow smaller options with --set menu.bits or "
+            "menu.share, or let layers go as well with --allow bits,layer",
         )
     return limit
+
+
+def least_bytes(menus: Mapping[str, Menu]) -> int:
+    """Bytes of the smallest choice, in which one unit stays."""
+    inside: dict[str, int] = {}
+    units: list[int] = []
+    for menu in reversed(list(menus.values())):  # a unit comes before what it holds
+        stays = [o.bytes for o in menu.options if not o.gone]
+        size = min(stays) + inside.pop(menu.group, 0)
+        if len(stays) < len(menu.options):
+            units.append(size)
+        else:
+            inside[menu.inside] = inside.get(menu.inside, 0) + size
+    return inside.get("", 0) + min(units, default=0)
 
 
 def assemble(
@@ -137,10 +170,18 @@ def assemble(
     """The plan of a choice, and its table."""
     edits, rows = [], []
     members = {group.key: group.matrices for group in units(network, target)}
-    for group, menu in menus.items():
-        option = menu.options[choice[group]]
+    there = staying(menus, choice)
+    gone = {g for g in there if menus[g].options[choice[g]].gone}
+    wiring = wiring_without(network, gone)
+    places = {
+        f"{name}/{layer}": f"{name}/{place}"
+        for name, order in wiring.items()
+        for place, layer in enumerate(order)
+    }
+    for group in there:
+        option = menus[group].options[choice[group]]
         believed = damage.values[group][choice[group]] if damage else None
-        stack, layer, _ = group.split("/", 2)
+        stack, layer = group.split("/")[:2]
         rows.append(
             {
                 "layer": f"{stack}/{layer}",
@@ -153,24 +194,28 @@ def assemble(
         )
         if option.chain:
             for matrix in members[group]:
-                edits.append(Edit(matrix.key, option.chain))
+                place = places.get(matrix.layer, matrix.layer)
+                edits.append(Edit(place + matrix.key.removeprefix(matrix.layer), option.chain))
             edits[-1] = Edit(edits[-1].select, option.chain, option.bytes, believed)
     plan = Plan(
         model=identity(network),
         target=request.target,  # type: ignore[arg-type]
         budget=request.budget.as_dict(),
         data=request.data,
+        wiring=wiring,
         rewrites=request.rewrites,
         edits=tuple(edits),
         fixed=request.keep,
         export=request.options(target.name) if target.types else {},
     )
     whole = network.checkpoint.nbytes
-    outside = outside_of(request, network, target)
-    open_ = {group: menu for group, menu in menus.items() if len(menu.options) > 1}
+    held = {g for g in menus if g not in members}
+    outside = outside_of(request, network, target) - sum(menus[g].options[0].bytes for g in held)
+    open_ = [g for g, menu in menus.items() if len(menu.options) > 1 and g not in held]
     weights = sum(m.size for group in open_ for m in members[group])
-    bits = 8 * cost(open_, choice) / weights if weights else None
-    left = sum(menu.options[choice[group]].weights for group, menu in open_.items())
-    zeros = 1 - left / weights if weights else 0.0
+    taken = [(g, menus[g].options[choice[g]]) for g in open_ if g in there]
+    bits = 8 * sum(option.bytes for _, option in taken) / weights if weights else None
+    left = sum(option.weights for _, option in taken)
+    zeros = 1 - left / weights if weights and not gone else 0.0
     total = cost(menus, choice) + outside
     return Planned(plan, rows, total, menus, damage, scores, whole, bits, zeros)

@@ -64,12 +64,13 @@ class Contest(NamedTuple):
             return before, after
 
     def solved(self, plan: Plan, progress: Progress = silent) -> Quality:
-        """The original with the edits of another plan, solved on that plan's data."""
-        network, needs = open_network(self.model, device=self.device), needs_of(plan.edits)
+        """The original with the order and the edits of another plan, solved on that plan's data."""
+        network = open_network(self.model, wiring=plan.wiring, device=self.device)
+        needs = needs_of(plan.edits)
         folds = self.folds if plan.rewrites else {}
         network = refolded(network, folds) if folds else network
         edited, outside = (
-            self.opened(folds=folds),
+            self.opened(plan.wiring, folds),
             TARGETS[plan.target].outside(network, plan.export),
         )
         put_outside(network, outside)

@@ -8,6 +8,7 @@ from layerwise.core.target import Target
 from layerwise.export import TARGETS
 from layerwise.jobs.bits import plan_bits
 from layerwise.jobs.depth import plan_depth
+from layerwise.jobs.joint import plan_joint
 from layerwise.jobs.request import Planned, Request
 from layerwise.jobs.rewrite import as_rewritten
 from layerwise.jobs.session import Progress, silent
@@ -43,6 +44,7 @@ def make_plan(request: Request, progress: Progress = silent) -> Planned:
             "--target", allowed=", ".join(TARGETS), found=request.target, fix="choose one of these"
         )
     target, budget = TARGETS[request.target], request.budget
+    check_allowed(request, target)
     request = request._replace(method=request.method or target.method)
     if budget.depth is None:
         check_unit(request, target)
@@ -69,7 +71,8 @@ def make_plan(request: Request, progress: Progress = silent) -> Planned:
         )
     network = as_rewritten(network, request.rewrites)
     target.accepts(network)
-    planned = plan_bits(request, network, target, progress)
+    planner = plan_joint if "layer" in request.allow else plan_bits
+    planned = planner(request, network, target, progress)
     if all(len(menu.options) == 1 for menu in planned.menus.values()):
         raise LayerwiseError(
             f"target {target.name} for {type(network.module).__name__}",
@@ -101,6 +104,30 @@ def check_unit(request: Request, target: Target) -> None:
             allowed="with --method, which says how matrices are edited",
             found="without",
             fix="give for instance --method sparsegpt, or --target compressed-tensors for bits",
+        )
+
+
+def check_allowed(request: Request, target: Target) -> None:
+    """What the budget may take must be something that is known, in a target that gains by it.
+
+    Raises:
+        LayerwiseError: it is not.
+    """
+    unknown = set(request.allow) - {"bits", "layer"}
+    if unknown or "bits" not in request.allow:
+        raise LayerwiseError(
+            f"--allow {','.join(request.allow)}",
+            allowed="bits, or bits,layer; --depth leaves layers out alone",
+            found=min(unknown, default="no bits"),
+            fix="choose one of these",
+        )
+    other = [f"--{unit}" for unit in ("depth", "sparsity") if getattr(request.budget, unit)]
+    if "layer" in request.allow and (other or not target.by_bits):
+        raise LayerwiseError(
+            f"--allow {','.join(request.allow)}",
+            allowed="a budget of bytes, in a target that stores fewer for fewer bits",
+            found=", ".join([f"target {target.name}", *other]),
+            fix="give --bits, --size or --bytes, and --target compressed-tensors, gguf or compact",
         )
 
 

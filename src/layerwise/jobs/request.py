@@ -1,6 +1,6 @@
 """What a user asks of the planner, and what it answers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ class Request(NamedTuple):
     engine: Engine = Engine()
     rewrite: str = ""
     parts: tuple[str, ...] = ()
+    allow: tuple[str, ...] = ("bits",)
 
     @property
     def rewrites(self) -> tuple[Step, ...]:
@@ -50,7 +51,7 @@ class Planned(NamedTuple):
     """A plan, the menus and damage behind it, and what it is expected to cost.
 
     `bits` and `zeros` are of a weight of the matrices that may change, on average; `note` says
-    what a search went through.
+    what a search went through, and `edge` has a row for every plan that was weighed.
     """
 
     plan: Plan
@@ -63,6 +64,7 @@ class Planned(NamedTuple):
     bits: float | None = None
     zeros: float = 0.0
     note: str = ""
+    edge: Sequence[Mapping[str, Any]] = ()
 
 
 def identity(network: Network) -> Identity:

@@ -141,23 +141,32 @@ class Trials:
         original = lambda batch: self._original[numbers[id(batch)]]  # noqa: E731
         return measure_quality(self.batches, original, edited)[1]
 
-    def chains(self, chains: Mapping[str, tuple[Step, ...]]) -> tuple[float, float]:
-        """KL and relative squared error of trial chains, by fusion group."""
-        found, error = self._tried(chains)
+    def chains(
+        self, chains: Mapping[str, tuple[Step, ...]], gone: Collection[str] = ()
+    ) -> tuple[float, float]:
+        """KL and relative squared error of trial chains, by fusion group or matrix.
+
+        Layers that are `gone` hand their input on.
+        """
+        found, error = self._tried(chains, gone)
         return found.estimate("kl").value, error
 
     def loss(self, chains: Mapping[str, tuple[Step, ...]]) -> float:
         """Loss in nats per token under trial chains, by fusion group."""
         return self._tried(chains)[0].estimate("loss").value
 
-    def _tried(self, chains: Mapping[str, tuple[Step, ...]]) -> tuple[Quality, float]:
+    def _tried(
+        self, chains: Mapping[str, tuple[Step, ...]], gone: Collection[str] = ()
+    ) -> tuple[Quality, float]:
         edits: dict[str, Tensor] = {}
         above = below = 0.0
         first = len(self.network.layers())
         for number, layer in enumerate(self.network.layers()):
             parameters = dict(layer.module.named_parameters(remove_duplicate=False))
+            first = min(first, number) if layer.key in gone else first
             for matrix in layer.matrices:
-                if matrix.fusion not in chains:
+                chain = chains.get(matrix.key, chains.get(matrix.fusion))
+                if chain is None or layer.key in gone:
                     continue
                 first = min(first, number)
                 name = f"{layer.path}.{matrix.parameter}"
@@ -165,11 +174,11 @@ class Trials:
                 value = edits.setdefault(name, original.clone())
                 weight = matrix.view(original)
                 stored = weight.to(self.dtype).contiguous()
-                dense = run_chain(stored, {}, chains[matrix.fusion]).dense()
+                dense = run_chain(stored, {}, chain).dense()
                 above += (dense.float() - weight.float()).square().sum().item()
                 below += weight.float().square().sum().item()
                 matrix.view(value).copy_(dense)
-        return self.quality(edits, first), above / max(below, 1e-300)
+        return self.quality(edits, first, gone), above / max(below, 1e-300)
 
     def squares(self, progress: Callable[[int, int], None]) -> dict[str, Tensor]:
         """`T g^2` of every matrix, the mean over documents of `T` tokens; `g` is of their mean."""

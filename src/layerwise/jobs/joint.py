@@ -1,0 +1,187 @@
+"""One budget for bits and layers: fewer bits here, a layer less there, whatever costs least."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+from layerwise.core.chain import nearest
+from layerwise.core.damage import Choice, Damage, Menu, Option, staying
+from layerwise.core.errors import LayerwiseError
+from layerwise.core.fan import fan_out
+from layerwise.core.method import find
+from layerwise.core.network import Network
+from layerwise.core.open import rewired
+from layerwise.core.plan import Step
+from layerwise.core.target import Target
+from layerwise.jobs.bits import assemble, limit_for, outside_of, predicted, scores_of
+from layerwise.jobs.gain import solver_gain
+from layerwise.jobs.menus import make_menus, units
+from layerwise.jobs.request import Planned, Request
+from layerwise.jobs.scoring import counting, trials_for
+from layerwise.jobs.session import Progress
+from layerwise.jobs.units import able_to_go, layer_bytes, wiring_without
+
+#: the largest share of the layers that a joint plan leaves out
+MOST = 0.5
+
+
+def plan_joint(request: Request, network: Network, target: Target, progress: Progress) -> Planned:
+    """Bits for every group and a number of layers that go, chosen together.
+
+    For every number of layers the exact least predicted damage within the budget is found; these
+    plans, the edge between fewer layers and fewer bits, are then measured on the select split,
+    and the best of them is taken.
+    """
+    allocator = find(request.allocator, "allocate")
+    if "gone" not in allocator.options:
+        raise LayerwiseError(
+            f"--allocator {request.allocator}",
+            allowed="one that weighs layers against bits: knapsack",
+            found=allocator.name,
+            fix="leave --allocator or --allow out",
+        )
+    groups = {g.key: g for g in units(network, target)}
+    sizes = bytes_beside(request, network, target)
+    menus = _with_layers(make_menus(request, network, target), groups, sizes)
+    limit = limit_for(request, network, menus, groups, target)
+    inner = {g: menu for g, menu in menus.items() if g in groups}
+    scores = scores_of(request, network, target, progress)
+    plain = predicted(network, inner, groups, scores, progress)
+    plain = _and_layers(plain, list(sizes), request, network, progress)
+    damage = _solved(plain, inner, request, network)
+    options = request.options(allocator.name)
+    wanted = options.get("gone", -1)
+    counts = range(int(MOST * len(network.layers())) + 1) if wanted < 0 else [wanted]
+    found: list[Choice] = []
+    for count in counts:
+        try:
+            found.append(allocator.bind(options | {"gone": count})(damage, menus, limit))
+        except LayerwiseError:
+            continue
+    if not found:
+        found.append(allocator.bind(options)(damage, menus, limit))
+    tasks = [(_chains(menus, choice), _gone(menus, choice)) for choice in found]
+    measured = tried(request, network, tasks, "measuring plans", progress)
+    rows = [_row(menus, (plain, damage), *each) for each in zip(found, measured, strict=True)]
+    best = min(range(len(found)), key=lambda i: rows[i]["expected"])
+    rows[best]["chosen"] = True
+    planned = assemble(request, network, target, menus, damage, found[best], scores)
+    return planned._replace(edge=rows)
+
+
+def bytes_beside(request: Request, network: Network, target: Target) -> dict[str, int]:
+    """Bytes of every layer that can go which belong to no matrix of it."""
+    size, stored = network.stored.dtype.itemsize, layer_bytes(network)
+    layers = {layer.key: layer for layer in network.layers()}
+    able = able_to_go(network, request.keep)
+    if target.rest is None:
+        plain = {k: sum(target.nbytes(m, (), size) for m in layers[k].matrices) for k in able}
+        return {key: stored[key] - plain[key] for key in able}
+    kinds: dict[Any, int] = {}
+    whole = outside_of(request, network, target)
+    for key in able:
+        kind = tuple(layers[key].shapes.items())
+        if kind not in kinds:
+            fewer = rewired(network, wiring_without(network, [key]))
+            kinds[kind] = whole - outside_of(request, fewer, target)
+    return {key: kinds[tuple(layers[key].shapes.items())] for key in able}
+
+
+def _with_layers(
+    menus: Mapping[str, Menu], groups: Mapping[str, Any], sizes: Mapping[str, int]
+) -> dict[str, Menu]:
+    """The menus of all groups, those of a layer that can go behind its own."""
+    found: dict[str, Menu] = {}
+    for group, menu in menus.items():
+        layer = groups[group].matrices[0].layer
+        if layer in sizes and layer not in found:
+            stays, goes = Option((), sizes[layer], "stays"), Option((), 0, "left out", gone=True)
+            found[layer] = Menu(layer, (stays, goes))
+        found[group] = menu._replace(inside=layer) if layer in sizes else menu
+    return found
+
+
+#: chains by group, and the layers that are gone
+Tried = tuple[Mapping[str, tuple[Step, ...]], Collection[str]]
+
+
+def tried(
+    request: Request, network: Network, tasks: Sequence[Tried], what: str, progress: Progress
+) -> list[float]:
+    """KL on the select split of chains, just rounded, without some layers."""
+    tick = counting(progress, what, len(tasks))
+    run = partial(_tried, trials_for(request, network).chains)
+    return [kl for kl, _ in fan_out(run, tasks, request.engine, tick)]
+
+
+def _tried(chains: Any, task: Tried) -> tuple[float, float]:
+    return chains(*task)
+
+
+def _and_layers(
+    damage: Damage, layers: Sequence[str], request: Request, network: Network, progress: Progress
+) -> Damage:
+    """The damage of layers that go, and of neighbours that go together."""
+    pairs = list(pairwise(layers))
+    tasks: list[Tried] = [({}, gone) for gone in (*((layer,) for layer in layers), *pairs)]
+    found = tried(request, network, tasks, "leaving layers out", progress)
+    alone = dict(zip(layers, found, strict=False))
+    both = dict(zip(pairs, found[len(layers) :], strict=True))
+    return replace(
+        damage,
+        values={**damage.values, **{layer: (0.0, kl) for layer, kl in alone.items()}},
+        importance={**damage.importance, **alone},
+        pairs={(a, b): kl - alone[a] - alone[b] for (a, b), kl in both.items()},
+    )
+
+
+def _solved(
+    damage: Damage, menus: Mapping[str, Menu], request: Request, network: Network
+) -> Damage:
+    """The damage of options as they are solved, not just rounded."""
+    chains = {o.label: o.chain for menu in menus.values() for o in menu.options if o.chain}
+    gain = solver_gain(request, network, chains)
+    values = {
+        g: tuple(
+            v * gain.get(o.label, 1.0) for v, o in zip(damage.values[g], menu.options, strict=True)
+        )
+        for g, menu in menus.items()
+    }
+    return replace(damage, values={**damage.values, **values})
+
+
+def _row(
+    menus: Mapping[str, Menu], damages: tuple[Damage, Damage], choice: Choice, measured: float
+) -> dict[str, Any]:
+    """The layers that go in a choice, and its damage: predicted, measured and expected.
+
+    Measured is the choice with matrices just rounded. What that is beside its own prediction is
+    expected of the choice with matrices solved, too.
+    """
+    plain, solved = (total(menus, damage, choice) for damage in damages)
+    return {
+        "layers left out": len(_gone(menus, choice)),
+        "predicted": solved,
+        "rounded, predicted": plain,
+        "rounded, measured": measured,
+        "expected": solved * measured / max(plain, 1e-12),
+        "chosen": False,
+    }
+
+
+def _gone(menus: Mapping[str, Menu], choice: Choice) -> list[str]:
+    return [g for g in staying(menus, choice) if menus[g].options[choice[g]].gone]
+
+
+def _chains(menus: Mapping[str, Menu], choice: Choice) -> dict[str, tuple[Step, ...]]:
+    chosen = {g: menus[g].options[choice[g]].chain for g in staying(menus, choice)}
+    return {g: nearest(chain) for g, chain in chosen.items() if chain}
+
+
+def total(menus: Mapping[str, Menu], damage: Damage, choice: Choice) -> float:
+    """The predicted damage of a choice, pairs included."""
+    gone = set(_gone(menus, choice))
+    alone = sum(damage.values[g][choice[g]] for g in staying(menus, choice))
+    return alone + sum(v for pair, v in damage.pairs.items() if gone.issuperset(pair))

@@ -1,0 +1,81 @@
+"""One budget for bits and layers, from the command line to the folder."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from layerwise.cli import app
+from layerwise.core.errors import LayerwiseError
+from layerwise.core.open import open_network
+from layerwise.core.plan import DataSpec
+from layerwise.jobs.apply import apply_plan
+from layerwise.jobs.gain import solver_gain
+from layerwise.jobs.plan import make_plan
+from layerwise.jobs.request import Planned, Request
+from layerwise.jobs.session import Budget
+from layerwise.jobs.solve import Step
+
+DATA = DataSpec(samples=2, length=32)
+MENU = {"menu": {"bits": [2, 4], "group": [32]}}
+
+
+def planned(model: Path, target: str, bits: float, gone: int = -1) -> Planned:
+    types = {"menu": {"type": ["Q8_0", "Q4_0"]}} if target == "gguf" else MENU
+    settings = {**types, "knapsack": {"gone": gone}}
+    request = Request(model, Budget(bits=bits), target, data=DATA, settings=settings)
+    return make_plan(request._replace(allow=("bits", "layer")))
+
+
+@pytest.mark.parametrize(("target", "bits"), [("compressed-tensors", 3.2), ("gguf", 5.0)])
+def test_the_planned_bytes_are_written(tiny, tmp_path: Path, target: str, bits: float) -> None:
+    found = planned(tiny("llama"), target, bits, gone=1)
+    assert len(found.plan.wiring["decoder"]) == 3
+    applied = apply_plan(tiny("llama"), found.plan, tmp_path / "out")
+    assert applied.nbytes == found.nbytes
+    assert found.bits is not None and found.bits <= bits
+
+
+def test_what_no_bits_can_reach_is_reached_by_leaving_layers_out(tiny) -> None:
+    with pytest.raises(LayerwiseError, match="--allow bits,layer"):
+        make_plan(Request(tiny("llama"), Budget(bits=2.0), data=DATA, settings=MENU))
+    found = planned(tiny("llama"), "compressed-tensors", 2.0)
+    assert found.plan.wiring
+    taken = [row for row in found.edge if row["chosen"]]
+    assert len(taken) == 1
+    assert taken[0]["expected"] == min(row["expected"] for row in found.edge)
+
+
+def test_the_command_says_what_was_weighed(tiny, tmp_path: Path) -> None:
+    words = f"plan {tiny('llama')} --bits 3 --allow bits,layer --samples 2 --length 32 --json"
+    given = [*words.split(), "--set", "menu.group=[32]", "--out", str(tmp_path / "p.yaml")]
+    found = CliRunner().invoke(app, given)
+    assert found.exit_code == 0, found.output
+    answer = json.loads(found.stdout)
+    assert {"layers left out", "expected", "chosen"} <= answer["more"]["edge"][0].keys()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--bits 3 --allow layer", "found no bits"),
+        ("--bits 3 --allow bits,rank", "found rank"),
+        ("--depth 3 --allow bits,layer", "--depth"),
+        ("--bits 3 --allow bits,layer --allocator uniform", "knapsack"),
+    ],
+)
+def test_what_cannot_be_weighed_is_refused(tiny, tmp_path: Path, words: str, said: str) -> None:
+    given = f"plan {tiny('llama')} {words} --out {tmp_path / 'p.yaml'}"
+    found = CliRunner().invoke(app, given.split())
+    assert found.exit_code == 2
+    assert said in " ".join(found.stderr.split())
+
+
+def test_solving_gains_over_rounding(tiny) -> None:
+    chains = {name: (Step(name, {"bits": 2, "group": 32}),) for name in ("gptq", "rtn")}
+    request = Request(tiny("llama"), Budget(bits=3), data=DATA)
+    found = solver_gain(request, open_network(tiny("llama")), chains)
+    assert found["gptq"] < 0.9
+    assert found["rtn"] == pytest.approx(1.0)
+    assert solver_gain(request, open_network(tiny("llama")), {"rtn": chains["rtn"]}) == {"rtn": 1.0}
