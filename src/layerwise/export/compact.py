@@ -1,18 +1,21 @@
 """Folders that hold every layer once, and beside them the order in which layers run."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from torch import nn
 
+from layerwise.core.adapters import save_adapters
 from layerwise.core.machine import write_whole
 from layerwise.core.method import method
 from layerwise.core.network import Network
+from layerwise.core.open import open_network
 from layerwise.core.plan import Plan, Step
 from layerwise.core.stack import Matrix, Stack
 from layerwise.core.target import Target
-from layerwise.core.visits import FOLDED, folded
+from layerwise.core.visits import FOLDED, folded, with_adapters
 from layerwise.export._writer import Finished, dense_tensors, write_folder
 
 
@@ -22,6 +25,7 @@ def compact_(
 ) -> int:
     """Write dense safetensors with every layer that runs once, and the order in `wiring.yaml`.
 
+    What single visits have of their own lies beside, in `layerwise.adapters`.
     `layerwise.open` and `layerwise run` execute the order; a stock engine would run every layer
     once. Orders that stock engines can hold are written out by the target `hf`.
 
@@ -36,9 +40,19 @@ def compact_(
         Bytes of all tensors.
     """
     nbytes = write_folder(network, path, layers, dense_tensors)
-    orders = {name: folded(order)[1] for name, order in plan.wiring.items()}
-    write_whole(path / FOLDED, yaml.safe_dump(orders, sort_keys=False, default_flow_style=None))
-    return nbytes
+    write_orders(path, {name: folded(order)[1] for name, order in plan.wiring.items()})
+    if not any(map(with_adapters, plan.wiring.values())):
+        return nbytes
+    ordered = open_network(network.checkpoint.folder, wiring=plan.wiring)
+    own = ordered.adapters
+    named = {layer.key: own[layer.path] for layer in ordered.layers() if layer.path in own}
+    return nbytes + save_adapters(path, named)
+
+
+def write_orders(path: Path, orders: Mapping[str, list[Any]]) -> None:
+    """Write in which order the layers of a folder run, by stack."""
+    text = yaml.safe_dump(dict(orders), sort_keys=False, default_flow_style=None)
+    write_whole(path / FOLDED, text)
 
 
 def _nbytes(matrix: Matrix, chain: Sequence[Step], itemsize: int) -> int:

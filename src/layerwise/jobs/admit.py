@@ -22,6 +22,13 @@ def check_plan(network: Network, plan: Plan, other_weights: bool) -> Target:
     check_target(network, plan, target)
     check_visits(network, target)
     try_chains(plan.edits)
+    if plan.rewrites and network.adapters:
+        raise LayerwiseError(
+            "plan, rewrites",
+            allowed="layers without adapters",
+            found=f"{len(network.adapters)} visits with one",
+            fix="write the order out with target hf, and rewrite that folder",
+        )
     if plan.rewrites and plan.export.get("imatrix"):
         raise LayerwiseError(
             "plan, rewrites",
