@@ -18,7 +18,7 @@ from layerwise.jobs.experts import convert_folder, policy
 from layerwise.jobs.heal import apply_healed, heal_folder
 from layerwise.jobs.measure import agrees_cached
 from layerwise.jobs.verify import Settings, verify
-from layerwise.train.experts import fit_experts
+from layerwise.train.experts import energy_of, fit_experts
 
 BATCH = {"input_ids": torch.arange(3, 27).reshape(2, 12)}
 
@@ -33,23 +33,29 @@ def plan_for(model: Path, how: Experts, **fields: Any) -> Plan:
 
 
 def test_worked_example_of_two_experts() -> None:
-    """`relu(x_1) + relu(x_2)` in two experts, routed by the larger `x`."""
+    """`relu(x_1) + relu(x_2)` in two experts, routed by the larger `x`: two are always right, one
+    is where the other `x` is no positive number."""
     x = torch.tensor([[3.0, -1.0], [-1.0, 2.0], [3.0, 2.0]])
-    sharp = 100 * torch.eye(2)  # the larger one has all the weight; gates are E p
-    found = mixture(x, sharp, 1, lambda e, rows: rows[:, e, None].relu().expand(-1, 2) / 2)
-    torch.testing.assert_close(found[:, 0], torch.tensor([3.0, 2.0, 3.0]))
+    one, both = (
+        mixture(x, x, k, lambda e, rows: rows[:, e, None].relu().expand(-1, 2), gated=False)
+        for k in (1, 2)
+    )
+    assert one[:, 0].tolist() == [3.0, 2.0, 3.0]
+    assert both[:, 0].tolist() == [3.0, 2.0, 5.0]
 
 
 @pytest.mark.parametrize("active", [1, 3, 4])
-def test_a_mixture_is_the_sum_that_the_definition_says(active: int) -> None:
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_mixture_is_the_sum_that_the_definition_says(active: int, gated: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    x, router = torch.randn(2, 5, 6, generator=generator), torch.randn(4, 6, generator=generator)
+    x, scores = torch.randn(2, 5, 6, generator=generator), torch.randn(2, 5, 4, generator=generator)
     matrices = torch.randn(4, 6, 6, generator=generator)
-    found = mixture(x, router, active, lambda e, rows: rows @ matrices[e])
-    for row, got in zip(x.reshape(-1, 6), found.reshape(-1, 6), strict=True):
-        p = (router @ row).softmax(0)
+    found = mixture(x, scores, active, lambda e, rows: rows @ matrices[e], gated)
+    for row, own, got in zip(*(t.flatten(0, 1) for t in (x, scores, found)), strict=True):
+        p = own.softmax(0)
         best = p.argsort(descending=True)[:active].tolist()
-        torch.testing.assert_close(got, sum(4 * p[e] * (row @ matrices[e]) for e in best))
+        wanted = sum((p[e] if gated else 1) * (row @ matrices[e]) for e in best)
+        torch.testing.assert_close(got, wanted)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "falcon", "neox"])
@@ -57,7 +63,7 @@ def test_all_experts_with_gates_of_one_are_the_dense_part(tiny, kind: str) -> No
     network = layerwise.open(tiny(kind)).load()
     wanted = network.run(BATCH).logits
     for layer in network.layers():
-        route(layer, Routed(torch.zeros(4, 64), 4))
+        route(layer, Routed(torch.zeros(4, 64), torch.zeros(4), 4))
     torch.testing.assert_close(network.run(BATCH).logits, wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -68,7 +74,7 @@ def test_some_experts_run_their_neurons_alone(tiny, kind: str) -> None:
     layer = network.layers()[1]
     neurons = neurons_of(layer)
     module = layer.module.get_submodule(neurons.module)
-    mixed = Mixed(module, module.forward, Routed(torch.zeros(4, 64), 1), neurons)
+    mixed = Mixed(module, module.forward, Routed(torch.zeros(4, 64), torch.zeros(4), 1), neurons)
     x = torch.randn(7, 64, generator=torch.Generator().manual_seed(0))
     found, width = mixed.expert(2, x), neurons.size // 4
     down = next(m for m in layer.matrices if m.role == "down")
@@ -82,22 +88,40 @@ def test_some_experts_run_their_neurons_alone(tiny, kind: str) -> None:
 def fitted(tiny, how: Experts, active: int, count: int = 600) -> Any:
     layer = layerwise.open(tiny("llama")).load().layers()[1]
     generator = torch.Generator().manual_seed(0)
-    seen, held = (torch.randn(count, 64, generator=generator) for _ in range(2))
+    kinds = 2 * torch.randn(6, 64, generator=generator)  # tokens of six kinds
+    seen, held = (
+        kinds[torch.randint(6, (count,), generator=generator)]
+        + 0.2 * torch.randn(count, 64, generator=generator)
+        for _ in range(2)
+    )
     return fit_experts(layer, seen, held, how, active, torch.float32), layer
 
 
 def test_no_steps_are_neutral_and_steps_help(tiny) -> None:
     plain, layer = fitted(tiny, Experts(active=0.5, count=4, steps=0), 2)
-    module = layer.module.get_submodule(plain.module)
-    assert all(torch.equal(t, layer.module.get_parameter(n)) for n, t in plain.tensors.items())
-    assert not plain.router.any()
+    for name, tensor in plain.tensors.items():
+        own = layer.module.get_parameter(name)
+        assert torch.equal(tensor.flatten().sort().values, own.flatten().sort().values)
     assert plain.errors[3][0] < 1e-10
-    assert plain.covered.tolist() == pytest.approx([0.25, 0.5, 0.75, 1.0])
-    assert module.training is False
-    better, _ = fitted(tiny, Experts(active=0.5, count=4, steps=60, rate=3e-3, batch=128), 2)
+    assert plain.covered[3] == pytest.approx(1.0)
+    how = Experts(active=0.5, count=4, steps=60, rate=3e-3, batch=128)
+    better, _ = fitted(tiny, how, 2)
     assert better.errors[1][1] < 0.9 * plain.errors[1][1], "of tokens it was not trained on"
-    again, _ = fitted(tiny, Experts(active=0.5, count=4, steps=60, rate=3e-3, batch=128), 2)
-    assert torch.equal(again.router, better.router)
+    alike, _ = fitted(tiny, Experts(active=0.5, count=4, steps=0, routed=False), 2)
+    assert not alike.routed.router.any()
+    assert plain.errors[1][1] < alike.errors[1][1], "tokens of six kinds can be told apart"
+    again, _ = fitted(tiny, how, 2)
+    assert all(torch.equal(t, better.tensors[name]) for name, t in again.tensors.items())
+
+
+def test_neurons_are_sorted_by_what_they_add(tiny) -> None:
+    layer = layerwise.open(tiny("llama")).load().layers()[1]
+    x, module = torch.randn(9, 64, generator=torch.Generator().manual_seed(0)), layer.module.mlp
+    found = energy_of(module, neurons_of(layer), x)
+    activity = module.act_fn(module.gate_proj(x)) * module.up_proj(x)
+    for neuron in (0, 5, 95):
+        added = activity[:, neuron, None] * module.down_proj.weight[:, neuron]
+        torch.testing.assert_close(found[neuron], added.square().sum(1).mean())
 
 
 def brute_force(covered: dict[str, Tensor], costs: dict[str, list[int]], limit: float) -> Any:
@@ -130,7 +154,7 @@ def test_a_folder_of_experts(tiny, tmp_path: Path) -> None:
     plan = plan_for(model, how)
     nbytes, rows = convert_folder(model, out, plan)
     assert nbytes == Checkpoint(out).nbytes
-    assert nbytes == Checkpoint(model).nbytes + 4 * (4 * 64 * 4 + 8)
+    assert nbytes == Checkpoint(model).nbytes + 4 * (4 * 64 * 4 + 4 * 4 + 8)
     whole = sum(row["parameters"] for row in rows)
     assert whole == 4 * 3 * 64 * 96
     assert sum(row["active_parameters"] for row in rows) <= 0.6 * whole
@@ -139,7 +163,7 @@ def test_a_folder_of_experts(tiny, tmp_path: Path) -> None:
     assert same == total
     found = verify(model, out, Settings(documents=2, length=32, speed=False, memory=False))
     assert all(check["ok"] for check in found.checks), found.checks
-    assert "the 60% largest neurons" in found.rows[2]["what"]
+    assert "the same for all tokens" in found.rows[2]["what"]
     again = apply_healed(model, layerwise.read_plan(out / "plan.yaml"), tmp_path / "again")
     assert Checkpoint(again.folder).weights == Checkpoint(out).weights
 

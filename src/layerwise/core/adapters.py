@@ -73,7 +73,7 @@ def truncated(matrix: Tensor, rank: int) -> Product:
 def _as(record: Own, like: Tensor) -> Own:
     """A record in the dtype and on the device of another tensor."""
     if isinstance(record, Routed):
-        return Routed(record.router.to(like), record.active)
+        return Routed(record.router.to(like), record.bias.to(like), record.active)
     if isinstance(record, Dense):
         return Dense(record.value.to(like))
     return Product(Dense(record.a.dense().to(like)), Dense(record.b.dense().to(like)))
@@ -222,8 +222,8 @@ def _record(path: Path, held: Tensors) -> Own:
     if held.keys() == {"a.value", "b.value"}:
         return Product(Dense(held["a.value"]), Dense(held["b.value"]))
     shapes = {field: tensor.ndim for field, tensor in held.items()}
-    if shapes == {"router": 2, "active": 1} and len(held["active"]) == 1:
-        return Routed(held["router"], int(held["active"]))
+    if shapes == {"router": 2, "bias": 1, "active": 1} and len(held["active"]) == 1:
+        return Routed(held["router"], held["bias"], int(held["active"]))
     raise _broken(path, "a tensor, both factors of a product, or a router", ", ".join(held))
 
 

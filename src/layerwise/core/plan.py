@@ -61,7 +61,7 @@ class Experts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
 
     The neurons of a part are cut into `count` slices. A token runs a share `active` of the
     parameters of all these parts, routers counted. Each part learns what it gave as a whole, in
-    `steps` of Adam at `rate`, on `batch` tokens each.
+    `steps` of Adam at `rate`, on `batch` tokens each. Not `routed`, all tokens run the same ones.
     """
 
     active: Annotated[float, msgspec.Meta(gt=0, le=1)]
@@ -69,6 +69,7 @@ class Experts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     steps: Annotated[int, msgspec.Meta(ge=0)] = 200
     rate: Annotated[float, msgspec.Meta(gt=0)] = 1e-3
     batch: Annotated[int, msgspec.Meta(ge=1)] = 512
+    routed: bool = True
 
 
 class DataSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

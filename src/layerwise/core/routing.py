@@ -1,7 +1,7 @@
 """A feed-forward part whose neurons lie in experts, of which each token runs a few.
 
-An expert is a slice of the neurons, so the experts of a part are its own matrices, cut. A gate is
-`E p_e`: while a router knows nothing, `p_e = 1/E`, and all experts together are the dense part.
+An expert is a slice of the neurons, so the experts of a part are its own matrices, cut, and all of
+them together are the dense part.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -20,22 +20,31 @@ from layerwise.core.stack import Layer
 
 @dataclass(frozen=True)
 class Routed:
-    """A router, and how many experts each token runs."""
+    """Scores `R x + b` of experts, and how many of them each token runs."""
 
     router: Float[Tensor, "experts dim"]
+    bias: Float[Tensor, " experts"]
     active: int
+
+    def scores(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch experts"]:
+        """What the router says of every token."""
+        return x @ self.router.T + self.bias
 
     def tensors(self) -> dict[str, Tensor]:
         """The record as it is stored."""
-        return {"router": self.router, "active": torch.tensor([self.active])}
+        return {"router": self.router, "bias": self.bias, "active": torch.tensor([self.active])}
 
 
 class Neurons(NamedTuple):
-    """The neurons of a part: its module in the layer, and where they lie in its parameters."""
+    """The neurons of a part: its module in the layer, and where they lie in its parameters.
+
+    `down` is the parameter that reads them.
+    """
 
     module: str
     size: int
     axes: Mapping[str, int]
+    down: str
 
 
 def neurons_of(layer: Layer) -> Neurons:
@@ -58,7 +67,7 @@ def neurons_of(layer: Layer) -> Neurons:
         root = f"{part.modules[0]}."
         if all(name.startswith(root) for name in axes):
             own = {name.removeprefix(root): axis for name, axis in axes.items()}
-            return Neurons(part.modules[0], down.shape[1], own)
+            return Neurons(part.modules[0], down.shape[1], own, down.parameter.removeprefix(root))
     raise LayerwiseError(
         f"experts of {layer.key}",
         allowed="a feed-forward part in one module, with matrices up, perhaps gate, and down",
@@ -69,31 +78,35 @@ def neurons_of(layer: Layer) -> Neurons:
 
 def mixture(
     x: Float[Tensor, "*batch dim"],
-    router: Float[Tensor, "experts dim"],
+    scores: Float[Tensor, "*batch experts"],
     active: int,
     expert: Callable[[int, Tensor], Tensor],
+    gated: bool = True,
 ) -> Float[Tensor, "*batch dim"]:
-    """`y = sum_e E p_e f_e(x)` over the `active` experts with the largest `p = softmax(R x)`.
+    """`y = sum_e p_e f_e(x)` over the `active` experts with the largest `p = softmax(scores)`.
 
     Args:
         x: tokens.
-        router: one row an expert.
+        scores: of the experts for every token.
         active: how many run for each token.
         expert: number and rows `[tokens, dim]` -> what it makes of them.
+        gated: `p_e` before every `f_e`; else 1.
 
     Example:
-        >>> y = mixture(torch.ones(2, 3), torch.zeros(4, 3), 4, lambda e, rows: e * rows)
-        >>> y[0]
-        tensor([6., 6., 6.])
+        >>> scores = torch.tensor([[0.0, 5.0, 9.0]])
+        >>> mixture(torch.ones(1, 2), scores, 2, lambda e, rows: 10**e * rows, gated=False)
+        tensor([[110., 110.]])
     """
     rows = x.reshape(-1, x.shape[-1])  # [tokens, dim]
-    shares, chosen = (rows @ router.T).float().softmax(-1).topk(active)
+    shares = scores.reshape(len(rows), -1).float().softmax(-1)
+    gates, chosen = shares.topk(active)
     total = rows.new_zeros(rows.shape)
-    for e in range(len(router)):
+    for e in range(shares.shape[1]):
         token, place = (chosen == e).nonzero(as_tuple=True)
         if len(token):
-            gate = len(router) * shares[token, place, None]
-            total = total.index_add(0, token, gate.to(rows) * expert(e, rows[token]))
+            made = expert(e, rows[token])
+            made = gates[token, place, None].to(made) * made if gated else made
+            total = total.index_add(0, token, made)
     return total.reshape(x.shape)
 
 
@@ -108,7 +121,8 @@ class Mixed:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The module's output."""
-        return mixture(x, self.routed.router, self.routed.active, self.expert)
+        scores, active = self.routed.scores(x), self.routed.active
+        return mixture(x, scores, active, self.expert, gated=False)
 
     def expert(self, number: int, rows: Tensor) -> Tensor:
         """What one slice of the neurons makes of some tokens."""
@@ -148,7 +162,8 @@ def route(layer: Layer, routed: Routed) -> None:
     module = layer.module.get_submodule(neurons.module)
     experts, dim = routed.router.shape
     width = next(m.shape[1] for m in layer.matrices if m.part != "other" and m.role == "up")
-    if neurons.size % experts or dim != width or not 1 <= routed.active <= experts:
+    whole = neurons.size % experts == 0 and len(routed.bias) == experts
+    if not whole or dim != width or not 1 <= routed.active <= experts:
         raise LayerwiseError(
             f"experts of {layer.key}",
             allowed=f"a router of {width} inputs, for a number of experts that divides "

@@ -3,13 +3,14 @@
 import os
 import shutil
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from msgspec import convert
+from msgspec import convert, structs
 from torch import Tensor
 
 from layerwise.core.adapters import save_adapters
@@ -20,7 +21,6 @@ from layerwise.core.open import open_network
 from layerwise.core.plan import Experts, Plan, check_model, settings
 from layerwise.core.reader import samples_of, windows
 from layerwise.core.routing import Routed, neurons_of, route
-from layerwise.core.stack import Layer
 from layerwise.core.stops import Batch, Stop
 from layerwise.export._writer import Finished, dense_tensors, write_folder
 from layerwise.export.compact import write_orders
@@ -103,11 +103,10 @@ def convert_folder(
     reader = load_reader(network)
     batches = windows(reader, texts_of(plan.data), "calibrate")
     held = samples_of(reader, texts_of(plan.data), "select", HELD)
-    fitted = fit_all(network, batches, held, plan, partial(progress, "converting layers"))
-    parts = {layer.key: _size(layer) for layer in network.layers() if layer.key in fitted}
-    costs = {key: active_parameters(parts[key], made.router) for key, made in fitted.items()}
-    limit = plan.experts.active * sum(parts.values())
-    counts = policy({key: made.covered for key, made in fitted.items()}, costs, limit)
+    tick = partial(progress, "converting layers")
+    fitted = fit_all(network, batches, held, plan.experts, plan.data.seed, tick)
+    costs = costs_of(network, fitted)
+    counts = chosen(fitted, costs, plan.experts)
     part = beside(out, "part")
     if part.exists():
         shutil.rmtree(part)
@@ -117,34 +116,46 @@ def convert_folder(
     note_answer(open_network(part, dtype="float32"), batch, part)
     _ = too_large(network) or must_be_sound(part, network, batch)
     os.replace(part, out)
-    rows = [_row(key, fitted[key], count, parts[key]) for key, count in counts.items()]
+    rows = [
+        {
+            "layer": key,
+            "experts": plan.experts.count,
+            "active": count,
+            "parameters": parts_of(costs[key]),
+            "active_parameters": costs[key][count - 1],
+            "error": fitted[key].errors[count - 1][0],
+            "error_held_out": fitted[key].errors[count - 1][1],
+        }
+        for key, count in counts.items()
+    ]
     return nbytes, rows
 
 
-def _row(key: str, fitted: Fitted, count: int, size: int) -> dict[str, Any]:
-    seen, held = fitted.errors[count - 1]
-    active = active_parameters(size, fitted.router)[count - 1]
-    return {
-        "layer": key,
-        "experts": len(fitted.router),
-        "active": count,
-        "parameters": size,
-        "active_parameters": active,
-        "error": seen,
-        "error_held_out": held,
-    }
+def costs_of(network: Network, fitted: Mapping[str, Fitted]) -> dict[str, list[int]]:
+    """How many parameters 1, 2, ... experts and the router are, of every layer."""
+    found = {}
+    for layer in network.layers():
+        if layer.key in fitted:
+            made = fitted[layer.key]
+            held = made.routed.router, made.routed.bias
+            router = sum(tensor.numel() for tensor in held if made.routed.router.any())
+            whole = sum(tensor.numel() for tensor in made.tensors.values())
+            count = len(made.covered)
+            found[layer.key] = [whole * k // count + router for k in range(1, count + 1)]
+    return found
 
 
-def _size(layer: Layer) -> int:
-    """Parameters of the neurons of a layer."""
-    neurons = neurons_of(layer)
-    own = dict(layer.module.get_submodule(neurons.module).named_parameters())
-    return sum(own[name].numel() for name in neurons.axes)
+def parts_of(costs: Sequence[int]) -> int:
+    """The parameters of all experts, out of what 1, 2, ... of them and the router are."""
+    return len(costs) * (costs[1] - costs[0])
 
 
-def active_parameters(size: int, router: Tensor) -> list[int]:
-    """How many parameters 1, 2, ... experts and the router are."""
-    return [size * count // len(router) + router.numel() for count in range(1, len(router) + 1)]
+def chosen(
+    fitted: Mapping[str, Fitted], costs: Mapping[str, Sequence[int]], how: Experts
+) -> dict[str, int]:
+    """How many experts every layer runs, by the policy, under the plan's share."""
+    limit = how.active * sum(map(parts_of, costs.values()))
+    return policy({key: made.covered for key, made in fitted.items()}, costs, limit)
 
 
 def policy(
@@ -190,13 +201,12 @@ def fit_all(
     network: Network,
     batches: Sequence[Batch],
     held: Sequence[Batch],
-    plan: Plan,
+    how: Experts,
+    seed: int = 0,
     tick: Any = lambda done, total: None,
 ) -> dict[str, Fitted]:
     """Convert layer after layer of a streamed network, each on the output of the converted ones."""
     found: dict[str, Fitted] = {}
-    how, kind = plan.experts, network.stored.dtype
-    assert how is not None
     total, count = len(network.layers()), max(1, int(how.active * how.count))
     for stop in walk(network, [*batches, *held]):
         layer = stop.layer
@@ -204,9 +214,10 @@ def fit_all(
             rows = inputs_of(stop, neurons_of(layer).module)
             seen = torch.cat([rows[n] for n in sorted(rows) if n < len(batches)])
             others = torch.cat([rows[n] for n in sorted(rows) if n >= len(batches)])
-            made = fit_experts(layer, seen, others, how, count, kind, plan.data.seed)
+            kind = network.stored.dtype
+            made = fit_experts(layer, seen, others, how, count, kind, seed)
             fill(layer.module, made.tensors, network.device)
-            route(layer, Routed(made.router, count))
+            route(layer, made.routed)
             found[layer.key] = made
             tick(len(found), total)
     return found
@@ -247,31 +258,28 @@ def write_routed(
         for stack in stored.stacks
     }
     write_orders(part, orders)
-    kind = stored.stored.dtype
-    own = {
-        key: {made.module: Routed(made.router.to(kind), counts[key])}
-        for key, made in fitted.items()
-    }
-    return nbytes + save_adapters(part, {la.key: own.get(la.key, {}) for la in stored.layers()})
+    kind, own = stored.stored.dtype, {layer.key: {} for layer in stored.layers()}
+    for key, made in fitted.items():
+        router, bias = made.routed.router.to(kind), made.routed.bias.to(kind)
+        own[key] = {made.module: Routed(router, bias, counts[key])}
+    return nbytes + save_adapters(part, own)
 
 
-def sliced(network: Network, share: float) -> Network:
-    """A loaded network in which only the neurons with the largest weights stay in every layer.
+def without_routers(opened: Callable[[], Network], plan: Plan) -> Network:
+    """The same share of a network's neurons for all tokens, trained as the plan's experts were.
 
-    By `|up_i| |down_i|`, of all rows and columns of a neuron; what is naive beside experts.
+    What is naive beside experts that are routed.
     """
-    loaded = network.load()
+    assert plan.experts is not None
+    how, network = structs.replace(plan.experts, routed=False), opened()
+    reader = load_reader(network)
+    batches = windows(reader, texts_of(plan.data), "calibrate")
+    held = samples_of(reader, texts_of(plan.data), "select", HELD)
+    fitted = fit_all(network, batches, held, how, plan.data.seed)
+    counts = chosen(fitted, costs_of(network, fitted), how)
+    loaded = opened().load()
     for layer in loaded.layers():
-        neurons = neurons_of(layer)
-        module = layer.module.get_submodule(neurons.module)
-        own = {name: module.get_parameter(name) for name in neurons.axes}
-        norms = [
-            own[name].movedim(axis, 0).flatten(1).norm(dim=1)
-            for name, axis in neurons.axes.items()
-            if own[name].ndim > 1
-        ]
-        size = torch.stack(norms).log().sum(0)
-        gone = size.argsort(descending=True)[int(share * neurons.size) :]
-        for name, axis in neurons.axes.items():
-            own[name].data.index_fill_(axis, gone, 0.0)
+        made = fitted[layer.key]
+        fill(layer.module, made.tensors, network.device)
+        route(layer, replace(made.routed, active=counts[layer.key]))
     return loaded

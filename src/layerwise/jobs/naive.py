@@ -23,7 +23,7 @@ from layerwise.core.weight import Weight
 from layerwise.export import PACKED, TARGETS
 from layerwise.jobs.bits import plan_bits
 from layerwise.jobs.depth import assemble_depth, units_to_drop
-from layerwise.jobs.experts import sliced
+from layerwise.jobs.experts import without_routers
 from layerwise.jobs.heal import trained
 from layerwise.jobs.mixes import MIXES, mix_plan, written_bytes
 from layerwise.jobs.request import Planned, Request
@@ -98,7 +98,7 @@ def build_naive(contest: Contest, progress: Progress = silent) -> Naive | None:
     """
     found = []
     if contest.plan.experts:
-        found.append(naive_neurons(contest, contest.plan.experts.active))
+        found.append(naive_neurons(contest))
     if contest.plan.wiring:
         found.append(naive_depth(contest, progress))
     if contest.plan.edits:
@@ -168,10 +168,11 @@ def healed_equally(contest: Contest, edited: Network, progress: Progress) -> Qua
     return contest.qualities(student)[1]
 
 
-def naive_neurons(contest: Contest, share: float) -> Naive:
-    """As many neurons of every layer as experts run, the largest, the same for all tokens."""
-    quality = contest.qualities(sliced(contest.opened(), share))[1]
-    return Naive(f"the {share:.0%} largest neurons of every layer", quality, contest.nbytes)
+def naive_neurons(contest: Contest) -> Naive:
+    """As many neurons as experts run, the same for all tokens, trained equally."""
+    quality = contest.qualities(without_routers(contest.opened, contest.plan))[1]
+    what = "as many neurons, the same for all tokens, trained equally"
+    return Naive(what, quality, contest.nbytes)
 
 
 def naive_bits(contest: Contest, progress: Progress) -> Naive | None:
