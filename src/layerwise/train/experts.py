@@ -59,7 +59,7 @@ def fit_experts(
     Raises:
         LayerwiseError: the layer has no such part.
 
-    Reference: Kim et al., 2024, LaDiMo, of which only the local distillation is public; slices,
+    Reference: Kim et al., 2024, arXiv:2408.04278 (LaDiMo), for the local distillation; slices,
     their order and the router are ours.
     """
     neurons, generator = neurons_of(layer), torch.Generator().manual_seed(seed)

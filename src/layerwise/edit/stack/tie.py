@@ -1,5 +1,7 @@
 """Let layers share their weights in a loop; each visit may keep something of its own."""
 
+from dataclasses import replace
+from itertools import cycle
 from typing import Literal
 
 from layerwise.core.errors import LayerwiseError
@@ -60,9 +62,10 @@ def tie(
     if count == 0:
         return stack.wiring
     shared = [_shared(before, place, kept, pick) for place in range(kept)]
+    tied = zip(cycle(shared), before, strict=False)
     return tuple(
-        Visit(one.layer, mix=one.mix, adapter=LowRank(layer, rank) if rank else None)
-        for one, layer in ((shared[i % kept], layer) for i, layer in enumerate(before))
+        one if not rank or one == Visit(layer) else replace(one, adapter=LowRank(layer, rank))
+        for one, layer in tied
     )
 
 
