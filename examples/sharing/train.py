@@ -79,7 +79,7 @@ def train(model: LlamaForCausalLM, tokens: Tensor, steps: int, rate: float) -> N
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
     for step in range(steps):
-        inputs, targets = batches(tokens, LENGTH, 16 * LENGTH, generator)
+        inputs, targets = batches(tokens, LENGTH, 8 * LENGTH, generator)
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, (step + 1) / 20) * (1 - step / steps)
         logits = model(input_ids=inputs, use_cache=False).logits

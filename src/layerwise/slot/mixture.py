@@ -34,6 +34,10 @@ class FeedForward(nn.Module):
         inner = gate * (self.up(x) + added("up", x))
         return self.down(inner) + added("down", inner)
 
+    def matrices(self) -> dict[str, Tensor]:
+        """The matrices by their names."""
+        return {"gate": self.gate.weight, "up": self.up.weight, "down": self.down.weight}
+
 
 class LowRankExpert(nn.Module):
     """A part that others have too, with `B A` of its own added to every matrix; `B` begins at 0."""
@@ -41,10 +45,11 @@ class LowRankExpert(nn.Module):
     def __init__(self, shared: FeedForward, rank: int) -> None:
         super().__init__()
         self.shared = shared
-        shapes = {name: m.weight.shape for name, m in shared.named_children()}
-        a = {n: torch.randn(rank, width) / width**0.5 for n, (_, width) in shapes.items()}
-        self.a = nn.ParameterDict(a)
-        self.b = nn.ParameterDict({n: torch.zeros(out, rank) for n, (out, _) in shapes.items()})
+        self.a, self.b = nn.ParameterDict(), nn.ParameterDict()
+        for name, weight in shared.matrices().items():
+            out, width = weight.shape
+            self.a[name] = nn.Parameter(torch.randn(rank, width) / width**0.5)
+            self.b[name] = nn.Parameter(torch.zeros(out, rank))
 
     def added(self, name: str, x: Tensor) -> Tensor:
         """`B A x` of one matrix."""
@@ -124,9 +129,9 @@ def merged(slot: MixtureSlot, rank: int) -> FeedForward:
     own: FeedForward = experts[0].shared
     made = FeedForward(own.gate.in_features, own.gate.out_features)
     with torch.no_grad():
-        for name, module in own.named_children():
-            mean = sum(expert.b[name] @ expert.a[name] for expert in experts) / len(experts)
-            made.get_submodule(name).weight.copy_(module.weight + truncated(mean, rank).dense())
+        for name, weight in own.matrices().items():
+            mean = torch.stack([expert.b[name] @ expert.a[name] for expert in experts]).mean(0)
+            made.matrices()[name].copy_(weight + truncated(mean, rank).dense())
     return made
 
 
