@@ -16,7 +16,6 @@ from layerwise.core.plan import DataSpec, Experts, Heal, Identity, Plan
 from layerwise.core.routing import Mixed, Routed, mixture, neurons_of, route
 from layerwise.jobs.experts import convert_folder, policy
 from layerwise.jobs.heal import apply_healed, heal_folder
-from layerwise.jobs.measure import agrees_cached
 from layerwise.jobs.verify import Settings, verify
 from layerwise.train.experts import energy_of, fit_experts
 
@@ -27,7 +26,7 @@ def plan_for(model: Path, how: Experts, **fields: Any) -> Plan:
     held, text = Checkpoint(model), model.with_suffix(".txt")
     if not text.exists():
         text.write_text("\n\n".join(f"line {i} of {i * i}" * 20 for i in range(400)))
-    data = DataSpec(source=str(text), samples=4, length=64)
+    data = DataSpec(source=str(text), samples=2, length=64)
     identity = Identity(held.structure, held.weights)
     return Plan(identity, target="compact", data=data, experts=how, **fields)
 
@@ -150,40 +149,35 @@ def test_the_policy_is_the_largest_weight_that_fits(limit: float) -> None:
 
 def test_a_folder_of_experts(tiny, tmp_path: Path) -> None:
     model, out = tiny("llama"), tmp_path / "out"
-    how = Experts(active=0.6, count=4, steps=20, batch=64)
-    plan = plan_for(model, how)
-    nbytes, rows = convert_folder(model, out, plan)
+    how = Experts(active=0.6, count=4, steps=4, batch=32)
+    nbytes, rows = convert_folder(model, out, plan_for(model, how))
     assert nbytes == Checkpoint(out).nbytes
     assert nbytes == Checkpoint(model).nbytes + 4 * (4 * 64 * 4 + 4 * 4 + 8)
     whole = sum(row["parameters"] for row in rows)
     assert whole == 4 * 3 * 64 * 96
     assert sum(row["active_parameters"] for row in rows) <= 0.6 * whole
-    network = layerwise.open(out).load()
-    same, total = agrees_cached(network.module, BATCH["input_ids"], 12)
-    assert same == total
     found = verify(model, out, Settings(documents=2, length=32, speed=False, memory=False))
     assert all(check["ok"] for check in found.checks), found.checks
     assert "the same for all tokens" in found.rows[2]["what"]
     again = apply_healed(model, layerwise.read_plan(out / "plan.yaml"), tmp_path / "again")
     assert Checkpoint(again.folder).weights == Checkpoint(out).weights
-
-
-def test_what_cannot_be(tiny, tmp_path: Path) -> None:
-    model, out = tiny("llama"), tmp_path / "out"
-    how = Experts(active=0.5, count=4, steps=1, batch=8)
-    with pytest.raises(LayerwiseError, match="without wiring"):
-        convert_folder(model, out, plan_for(model, how, wiring={"decoder": [0, 1]}))
-    with pytest.raises(LayerwiseError, match="in one module"):
-        convert_folder(tiny("opt"), out, plan_for(tiny("opt"), how))
-    with pytest.raises(LayerwiseError, match="a number of experts that divides"):
-        convert_folder(model, out, plan_for(model, Experts(active=0.5, count=5, steps=0)))
-    convert_folder(model, out, plan_for(model, how))
     with pytest.raises(LayerwiseError, match="weights that were edited"):
         heal_folder(model, out, tmp_path / "healed", Heal(steps=1))
     held = Checkpoint(out)
     bare = Plan(Identity(held.structure, held.weights), data=DataSpec(samples=1, length=16))
     with pytest.raises(LayerwiseError, match=r"4 experts.*which layerwise itself runs"):
         apply_healed(out, bare, tmp_path / "dense")
+
+
+def test_what_cannot_be(tiny, tmp_path: Path) -> None:
+    model, out = tiny("llama"), tmp_path / "out"
+    how = Experts(active=0.5, count=5, steps=0)
+    with pytest.raises(LayerwiseError, match="without wiring"):
+        convert_folder(model, out, plan_for(model, how, wiring={"decoder": [0, 1]}))
+    with pytest.raises(LayerwiseError, match="in one module"):
+        neurons_of(layerwise.open(tiny("opt")).layers()[0])
+    with pytest.raises(LayerwiseError, match="a number of experts that divides"):
+        convert_folder(model, out, plan_for(model, how))
 
 
 def test_the_command(tiny, tmp_path: Path) -> None:
