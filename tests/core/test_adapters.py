@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -17,12 +18,15 @@ from layerwise.core.errors import LayerwiseError
 from layerwise.core.method import find
 from layerwise.core.open import unrolled
 from layerwise.core.plan import DataSpec, Heal, Identity, Plan
+from layerwise.core.quality import Quality
 from layerwise.core.shards import write_safetensors
 from layerwise.core.stats import Scores
 from layerwise.core.visits import entries_of
 from layerwise.jobs.apply import apply_plan
 from layerwise.jobs.heal import heal_folder
 from layerwise.jobs.measure import agrees_cached
+from layerwise.jobs.naive import Contest, naive_depth
+from layerwise.jobs.units import layer_bytes
 from layerwise.jobs.verify import Settings, verify
 from layerwise.report.terminal import show_bytes
 
@@ -149,15 +153,13 @@ def test_plan_apply_verify_run_and_heal(tiny, tmp_path: Path) -> None:
     read = layerwise.read_plan(plan)
     applied = apply_plan(model, read, out)
     assert show_bytes(applied.nbytes) in printed.output
-    settings = Settings(documents=1, length=32, speed=False, memory=False)
+    settings = Settings(documents=1, length=32, naive=False, speed=False, memory=False)
     found = verify(model, out, settings)
     assert all(check["ok"] for check in found.checks), found.checks
     assert "4 with adapters on shared layers" in found.rows[1]["what"]
-    assert found.rows[2]["name"] == "naive"
-    assert found.rows[2]["bytes"] <= found.rows[1]["bytes"]
     assert sum(row["bytes"] for row in found.layers) < applied.nbytes
     assert not any(row["dropped"] for row in found.layers)
-    how = Heal(steps=4, rank=4, rate=3e-3, batch=2, samples=8, length=32, every=4)
+    how = Heal(steps=3, rank=4, rate=3e-3, batch=2, samples=6, length=32, every=3)
     nbytes, history = heal_folder(model, out, tmp_path / "healed", how)
     assert nbytes == applied.nbytes
     assert min(value for _, value in history) < history[0][1]
@@ -165,6 +167,17 @@ def test_plan_apply_verify_run_and_heal(tiny, tmp_path: Path) -> None:
     assert CliRunner().invoke(app, words).exit_code == 0
     words = ["run", str(model), "def total(", "--plan", str(plan), "--max-tokens", "4"]
     assert CliRunner().invoke(app, words).exit_code == 0
+
+
+def test_the_naive_plan_of_a_tie_drops_layers_of_the_same_bytes(tiny, monkeypatch) -> None:
+    model, same = tiny("llama"), Quality(*[np.ones(2)] * 4)
+    plan, sizes = plan_for(model, tied(model, 4)), layer_bytes(layerwise.open(model))
+    nbytes = Checkpoint(model).nbytes - sizes["decoder/0"]
+    monkeypatch.setattr(Contest, "qualities", lambda self, edited: (same, same))
+    for room, dropped in ((0, 1), (-1, 2), (sizes["decoder/0"], 0)):
+        naive = naive_depth(Contest(model, plan, nbytes + room, ()))
+        assert (naive is None) == (dropped == 0)
+        assert naive is None or naive.nbytes == nbytes - (dropped - 1) * sizes["decoder/0"]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -58,7 +58,8 @@ def low_rank(own: Tensors, shared: Tensors, rank: int) -> dict[str, Own]:
         if rows.ndim < 2 or rank * (out + width) >= out * width:
             found[name] = Dense(tensor)
         elif rank:
-            residual = rows.float() - shared[name].reshape(rows.shape).float()
+            wide = torch.promote_types(tensor.dtype, torch.float32)
+            residual = rows.to(wide) - shared[name].reshape(rows.shape).to(wide)
             found[name] = _as(truncated(residual, rank), tensor)
     return found
 
@@ -100,8 +101,9 @@ def _put(shared: Tensor, own: Own) -> Tensor:
     if isinstance(own, Dense):
         return own.value.to(shared)
     assert isinstance(own, Product)
-    wide = own.a.dense().float() @ own.b.dense().float()
-    return (shared.float() + wide.reshape(shared.shape)).to(shared.dtype)
+    wide = torch.promote_types(shared.dtype, torch.float32)
+    added = own.a.dense().to(wide) @ own.b.dense().to(wide)
+    return (shared.to(wide) + added.reshape(shared.shape)).to(shared.dtype)
 
 
 @dataclass

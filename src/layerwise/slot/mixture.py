@@ -61,10 +61,11 @@ class LowRankExpert(nn.Module):
 
 
 class MixtureSlot(nn.Module):
-    """`y = sum_e p_e f_e(x)` over the `active` experts with the largest `p = softmax(R x)`.
+    """`y = s sum_e p_e f_e(x)` over the `active` experts with the largest `p = softmax(R x)`.
 
     With `mix` weights the sum is over what the experts add to the shared matrices, for every
-    token: `y = f(x; W + sum_e p_e B_e A_e)`. The two are the same for one expert.
+    token: `y = f(x; W + s sum_e p_e B_e A_e)`. The two are the same for one expert. The constant
+    `scale` is what makes gates begin at 1, or at shares of 1.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class MixtureSlot(nn.Module):
         dim: int,
         active: int,
         mix: Literal["outputs", "weights"] = "outputs",
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
         if not 1 <= active <= len(experts):
@@ -82,7 +84,7 @@ class MixtureSlot(nn.Module):
                 found=active,
                 fix="run fewer, or make more",
             )
-        self.experts, self.active, self.mix = experts, active, mix
+        self.experts, self.active, self.mix, self.scale = experts, active, mix, scale
         self.router = nn.Linear(dim, len(experts), bias=False)
         #: `E sum_e m_e P_e` of the last call: the share of tokens whose first choice is an expert,
         #: times its mean weight; 1 where all are alike
@@ -95,9 +97,10 @@ class MixtureSlot(nn.Module):
         first = F.one_hot(shares.argmax(-1), len(self.experts)).float().mean(0)
         self.balance = len(self.experts) * (first * shares.mean(0)).sum()
         if self.mix == "outputs":
-            return mixture(x, scores, self.active, lambda e, rows: self.experts[e](rows))
+            y = mixture(x, scores, self.active, lambda e, rows: self.experts[e](rows))
+            return self.scale * y
         kept = shares.topk(self.active)
-        weights = torch.zeros_like(shares).scatter(1, kept.indices, kept.values).to(x)
+        weights = torch.zeros_like(shares).scatter(1, kept.indices, self.scale * kept.values).to(x)
         rows = x.reshape(-1, x.shape[-1])  # [tokens, dim]
 
         def added(name: str, z: Tensor) -> Tensor:
@@ -139,7 +142,7 @@ def merged(slot: MixtureSlot, rank: int) -> FeedForward:
 def expert_parts(config: Any, *, count: int = 4, active: int = 2, width: int = 0) -> MixtureSlot:
     """A feed-forward part of `count` experts, each of it own matrices.
 
-    `y = sum_e p_e f_e(x)`, `f_e(x) = D_e (silu(G_e x) * U_e x)`.
+    `y = E sum_e p_e f_e(x)`, `f_e(x) = D_e (silu(G_e x) * U_e x)`.
 
     Args:
         config: a configuration of transformers; its `hidden_size` and `intermediate_size`.
@@ -158,11 +161,12 @@ def expert_parts(config: Any, *, count: int = 4, active: int = 2, width: int = 0
         torch.Size([1, 3, 8])
 
     Reference: Xue et al., 2021, arXiv:2107.11817, where one such part is shared by all layers, and
-    only their norms are their own. Without noise and without a capacity that drops tokens.
+    only their norms are their own. Without noise and without a capacity that drops tokens; the
+    factor `E` is ours: while a router knows nothing, the active experts are a part of full width.
     """
     width = width or config.intermediate_size // max(active, 1)
     experts = [FeedForward(config.hidden_size, width) for _ in range(count)]
-    return MixtureSlot(nn.ModuleList(experts), config.hidden_size, active)
+    return MixtureSlot(nn.ModuleList(experts), config.hidden_size, active, scale=count)
 
 
 @method("slot", aliases=("mixture_of_loras",), paper="arXiv:2512.12880")
@@ -176,7 +180,8 @@ def low_rank_experts(
 ) -> MixtureSlot:
     """A feed-forward part whose experts share its matrices, and each add products of low rank.
 
-    `y = sum_e p_e f(x; W + B_e A_e)`, or with `mix` weights `y = f(x; W + sum_e p_e B_e A_e)`.
+    `y = s sum_e p_e f(x; W + B_e A_e)`, or with `mix` weights `y = f(x; W + s sum_e p_e B_e A_e)`,
+    where `s = E / active`.
 
     Args:
         config: a configuration of transformers; its `hidden_size` and `intermediate_size`.
@@ -196,8 +201,10 @@ def low_rank_experts(
         torch.Size([1, 3, 8])
 
     Reference: Nouriborji, Rohanian and Rohanian, 2025, arXiv:2512.12880, whose mixture is of
-    outputs; `merged` is its merge for inference, of products and not of factors.
+    outputs; `merged` is its merge for inference, of products and not of factors. The factor `s` is
+    ours: while a router knows nothing, the shares of the active experts sum to 1.
     """
     shared = FeedForward(config.hidden_size, config.intermediate_size)
     experts = [LowRankExpert(shared, rank) for _ in range(count)]
-    return MixtureSlot(nn.ModuleList(experts), config.hidden_size, active, mix)
+    scale = count / max(active, 1)
+    return MixtureSlot(nn.ModuleList(experts), config.hidden_size, active, mix, scale)
