@@ -145,7 +145,10 @@ def test_shared_tensors_stay_shared_and_products_stay_in_factors(tiny) -> None:
 
 def test_plan_apply_verify_run_and_heal(tiny, tmp_path: Path) -> None:
     model, plan, out = tiny("llama", "bfloat16"), tmp_path / "plan.yaml", tmp_path / "out"
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"line {i} of {i * i}" * 20 for i in range(200)))
     options = ["--score", "tie", "--set", "tie.rank=4", "--target", "compact"]
+    options += ["--data", str(text)]
     words = ["plan", str(model), "--depth", "2", *options, "--out", str(plan), *FEW]
     printed = CliRunner().invoke(app, words)
     assert printed.exit_code == 0, printed.output

@@ -140,7 +140,7 @@ def merged(slot: MixtureSlot, rank: int) -> FeedForward:
 
 @method("slot", aliases=("widenet",), paper="arXiv:2107.11817")
 def expert_parts(config: Any, *, count: int = 4, active: int = 2, width: int = 0) -> MixtureSlot:
-    """A feed-forward part of `count` experts, each of it own matrices.
+    """A feed-forward part of `count` experts, each of its own matrices.
 
     `y = E sum_e p_e f_e(x)`, `f_e(x) = D_e (silu(G_e x) * U_e x)`.
 
