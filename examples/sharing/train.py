@@ -1,6 +1,6 @@
 """One layer shared by all visits: what experts in its feed-forward part change.
 
-    python examples/sharing/train.py --minutes 2
+    python examples/sharing/train.py
 
 Tiny Llama-shaped models, six visits of one layer, are trained on the standard library's text, each
 for as many steps, and asked about documents that none of them saw. One compares experts of own
@@ -116,7 +116,7 @@ def sizes(model: LlamaForCausalLM) -> tuple[int, int]:
     return whole, active // len(layers)
 
 
-def compared(options: argparse.Namespace) -> Iterator[tuple[str, LlamaForCausalLM]]:
+def compared() -> Iterator[tuple[str, LlamaForCausalLM]]:
     """The networks to train, by name."""
     dense = lambda config: FeedForward(DIM, WIDTH)  # noqa: E731
     experts = partial(expert_parts, count=4, active=2)  # each of half the width
@@ -137,6 +137,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, help="of every network")
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--documents", type=int, default=64)
+    parser.add_argument("--only", action="append", help="networks whose names begin so")
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(demo_folder())
     texts = {use: [] for use in ("calibrate", "select", "evaluate")}
@@ -148,7 +149,9 @@ def main() -> None:
     print("| network | parameters | active | loss | over the first | seconds |", flush=True)
     print("|---|---:|---:|---:|---:|---:|", flush=True)
     first: np.ndarray | None = None
-    for name, model in compared(options):
+    for name, model in compared():
+        if not name.startswith(tuple(options.only or [""])):
+            continue
         began = time.monotonic()
         train(model, tokens, options.steps, options.rate)
         seconds = time.monotonic() - began

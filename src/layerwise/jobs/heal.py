@@ -100,12 +100,13 @@ def heal_folder(
     plan = read_plan(folder / "plan.yaml")
     original = open_network(model, device=device, dtype="float32")
     check_model(plan, original.checkpoint.structure, original.checkpoint.weights)
+    what = "experts" if plan.experts else "rounded weights"
     if plan.edits or plan.heal or plan.experts or TARGETS[plan.target].by_bits:
         raise LayerwiseError(
             f"heal {folder}",
             allowed="a folder with fewer layers or parts, whose weights are as they were",
-            found="one that was healed before" if plan.heal else "weights that were edited",
-            fix="heal once, after layers are left out and before matrices are edited",
+            found="one that was healed before" if plan.heal else what,
+            fix="heal once, after layers are left out and before matrices are rounded",
         )
     check_memory(memory_of_models(original, 3))
     edited = open_network(folder, device=device, dtype="float32")
