@@ -33,6 +33,7 @@ COMMANDS = (
     "verify",
     "compress",
     "heal",
+    "experts",
     "run",
     "imatrix",
     "methods",

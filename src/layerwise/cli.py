@@ -280,6 +280,7 @@ def demo(
     output.end(f"the page is in {page} ({time.monotonic() - output.began:.0f} s)")
 
 
+from layerwise import command_experts as command_experts  # noqa: E402  the command `experts`
 from layerwise import command_heal as command_heal  # noqa: E402  the command `heal`
 from layerwise import command_run as command_run  # noqa: E402  the command `run`
 

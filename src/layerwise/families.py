@@ -1,6 +1,6 @@
 """Every family, imported: after this the registry is complete."""
 
-from layerwise import allocate, describe, export, measure, run, score, search
+from layerwise import allocate, describe, export, measure, run, score, search, slot
 from layerwise.edit import activation, rewrite, stack, weight
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "run",
     "score",
     "search",
+    "slot",
     "stack",
     "weight",
 ]

@@ -22,6 +22,7 @@ OPTIONS: dict[str, Callable[[int], dict[str, Any]]] = {
     "drop": lambda count: {"count": count},
     "recur": lambda count: {"times": (count + 1,)},
     "side_by_side": lambda count: {"width": count + 1},
+    "tie": lambda count: {"count": count, "rank": 4},
 }
 every_edit = pytest.mark.parametrize("method", methods("stack"), ids=lambda m: m.name)
 values = st.lists(st.floats(-2, 2), min_size=1, max_size=8)

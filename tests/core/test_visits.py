@@ -132,7 +132,7 @@ def test_a_part_that_is_left_out_is_not_computed(tiny) -> None:
         ([True], "found True"),
         ([], "at least one layer"),
         ([{"layer": 1, "times": 2}], "found {'layer': 1, 'times': 2}"),
-        ([{"layer": 1, "adapter": "a"}], "found {'layer': 1, 'adapter': 'a'}"),
+        ([{"layer": 1, "adapter": 1}], "found {'layer': 1, 'adapter': 1}"),
         ([{"layer": 1, "parts": []}], "found {'layer': 1, 'parts': "),
         ([{"layer": 1, "parts": "mlp"}], "found {'layer': 1, 'parts': 'mlp'}"),
         ([{"layer": 1, "parts": ["mixer"]}], "parts of it: attention, mlp; found mixer"),

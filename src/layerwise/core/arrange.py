@@ -3,10 +3,11 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from layerwise.core.absent import leave_out
+from layerwise.core.adapters import Adapter, adapt, load_adapters, low_rank
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.network import Network
-from layerwise.core.stack import Layer, Stack, Visit
-from layerwise.core.visits import run_together
+from layerwise.core.stack import Layer, LowRank, Stack, Visit
+from layerwise.core.together import run_together
 
 
 def stored_as(network: Network) -> Callable[[str], bool]:
@@ -25,7 +26,39 @@ def arrange(network: Network) -> None:
     for stack in network.stacks:
         visits = [network.visits.get(layer.path, Visit(layer.index)) for layer in stack.layers]
         leave_out(network.module, stack.layers, visits)
+        for layer in () if network.unrolled else stack.layers:
+            adapt(layer, network.adapters.get(layer.path, {}), network.device)
         run_together(stack.layers, visits)
+
+
+def adapters_of(network: Network) -> dict[str, Adapter]:
+    """What the visits of a rewired network have of their own: computed, or as its folder holds it.
+
+    Raises:
+        LayerwiseError: the folder has no adapter of that name.
+    """
+    found: dict[str, Adapter] = {}
+    held: Mapping[str, Adapter] | None = None
+    for layer in network.layers():
+        visit = network.visits.get(layer.path)
+        if visit is None or visit.adapter is None:
+            continue
+        if isinstance(visit.adapter, LowRank):
+            of, rank = visit.adapter
+            own, shared = network.fetch_other(layer, of), network.fetch_shared(layer)
+            found[layer.path] = low_rank(own, shared, rank)
+            continue
+        held = load_adapters(network.checkpoint.folder) if held is None else held
+        key = f"{layer.stack}/{visit.adapter}"
+        if key not in held:
+            raise LayerwiseError(
+                f"wiring, adapter {visit.adapter!r}",
+                allowed=", ".join(held) or "none in this folder; {of: 5, rank: 8} is computed",
+                found=key,
+                fix="apply the plan again",
+            )
+        found[layer.path] = held[key]
+    return found
 
 
 def stacks_named(stacks: Sequence[Stack], names: Iterable[str]) -> list[Stack]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from layerwise.core.errors import LayerwiseError
-from layerwise.core.index import INDEX, broken, read_json, weight_files
+from layerwise.core.index import ADAPTERS, INDEX, broken, read_json, weight_files
 from layerwise.core.machine import BIG
 
 DTYPES: dict[str, torch.dtype] = {
@@ -151,11 +151,14 @@ class Checkpoint:
             )
         self.config = read_json(config)
         self.tensors = _stored_tensors(folder)
+        beside = folder / ADAPTERS
+        #: what single visits have of their own
+        self.adapters = read_header(beside) if beside.is_file() else {}
 
     @property
     def nbytes(self) -> int:
         """Bytes of all stored tensors."""
-        return sum(info.nbytes for info in self.tensors.values())
+        return sum(i.nbytes for i in (*self.tensors.values(), *self.adapters.values()))
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read the named tensors.
@@ -185,9 +188,10 @@ class Checkpoint:
     @cached_property
     def weights(self) -> str:
         """sha256 of the sha256s of the tensors, in order of their names."""
-        files = sorted({info.file for info in self.tensors.values()})
+        held = [*sorted(self.tensors.items()), *sorted(self.adapters.items())]
+        files = sorted({info.file for _, info in held})
         stamps = tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in map(Path.stat, files))
-        return _weights(tuple(info for _, info in sorted(self.tensors.items())), stamps)
+        return _weights(tuple(info for _, info in held), stamps)
 
 
 @lru_cache(16)

@@ -8,6 +8,8 @@ from layerwise.core.errors import LayerwiseError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+#: tensors of single visits, in a folder that keeps every layer once
+ADAPTERS = "layerwise.adapters"
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 

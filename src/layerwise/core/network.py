@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from layerwise.core.adapters import Adapter, adapted
 from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.hollow import hollow_parameter, is_hollow
@@ -42,6 +43,10 @@ class Network:
     orders: tuple[tuple[int, tuple[int, ...]], ...] = ()
     #: path of every layer of a rewired stack -> the visit that it is
     visits: Mapping[str, Visit] = field(default_factory=dict)
+    #: path of a layer -> what this visit has of its own beside the tensors that it shares;
+    #: `unrolled`, it is put into the tensors, which then are shared no more
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
+    unrolled: bool = False
     #: where tokenizer and configuration lie, of a network that was opened from a folder
     folder: Path | None = None
 
@@ -85,13 +90,21 @@ class Network:
         """The layer's tensors as stored, by their name inside the layer."""
         if self.source is None:
             return dict(layer.module.state_dict())
-        origin = self.origins.get(layer.path, layer.path)
+        own = self.adapters.get(layer.path, {}) if self.unrolled else {}
+        return adapted(self.fetch_shared(layer), own)
+
+    def fetch_shared(self, layer: Layer) -> dict[str, Tensor]:
+        """The layer's tensors as stored, without what a visit has of its own."""
         visit = self.visits.get(layer.path)
         if visit is None or visit.mix is None:
-            return self._read(origin)
-        first = self.stored_layers.index(origin) - visit.layer
-        paths = ((self.stored_layers[first + index], share) for index, share in visit.mix)
-        return mixed((self._read(path), share) for path, share in paths)
+            return self._read(self.origins.get(layer.path, layer.path))
+        return mixed((self.fetch_other(layer, index), share) for index, share in visit.mix)
+
+    def fetch_other(self, layer: Layer, index: int) -> dict[str, Tensor]:
+        """The tensors as stored of another layer of the checkpoint, by its number in the stack."""
+        origin = self.origins.get(layer.path, layer.path)
+        first = self.stored_layers.index(origin) - self.visits[layer.path].layer
+        return self._read(self.stored_layers[first + index])
 
     def _read(self, path: str) -> dict[str, Tensor]:
         loaded = self.stored.load(f"{path}.")
@@ -200,7 +213,8 @@ class Network:
         for layer in self.layers():
             origin = self.origins.get(layer.path, layer.path)
             visit = self.visits.get(layer.path)
-            owner = first.setdefault((origin, visit and visit.mix), layer)
+            own = layer.path if self.unrolled and layer.path in self.adapters else ""
+            owner = first.setdefault((origin, visit and visit.mix, own), layer)
             if owner is layer or (visit is not None and visit.copy):
                 if self.source is not None:
                     self.source.forget()  # tensors at hand belong to another visit

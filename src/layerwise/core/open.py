@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerwise.core.arrange import arrange, check_rebuilt, stacks_named, stored_as
+from layerwise.core.arrange import adapters_of, arrange, check_rebuilt, stacks_named, stored_as
 from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.config import model_class, read_config
 from layerwise.core.errors import LayerwiseError, nearest, refusing
@@ -21,7 +21,7 @@ from layerwise.core.network import Network, fill
 from layerwise.core.source import Source, check_stored
 from layerwise.core.stack import Stack
 from layerwise.core.task import Task, example_inputs, forward_arguments, task_of
-from layerwise.core.visits import check_mixes, parse_wiring, read_folded
+from layerwise.core.visits import check_alike, parse_wiring, read_folded
 from layerwise.core.wiring import edited_config
 
 
@@ -135,6 +135,13 @@ def refolded(network: Network, folds: Folds, exact: bool = False) -> Network:
     return _rebuilt(network, kind, network.stored.with_folds(folds, exact))
 
 
+def unrolled(network: Network) -> Network:
+    """The same network whose visits share nothing: what each has of its own is in its tensors."""
+    if not network.adapters:
+        return network
+    return _rebuilt(replace(network, unrolled=True), network.dtype, network.stored)
+
+
 def _rebuilt(network: Network, kind: torch.dtype, source: Source) -> Network:
     shape = copy.deepcopy(network.model.config)
     if (source.model.all_tied_weights_keys or {}).keys() & source.folds.keys():
@@ -160,7 +167,7 @@ def rewired(network: Network, wiring: Mapping[str, Sequence[Any]]) -> Network:
     chosen = stacks_named(stacks, wiring)
     orders = [parse_wiring(list(wiring[s.name]), len(s.layers), f"wiring {s.name}") for s in chosen]
     for stack, order in zip(chosen, orders, strict=True):
-        check_mixes(stack.layers, order)
+        check_alike(stack.layers, order)
     origins = {
         f"{stack.container}.{new}": stack.layers[visit.layer]
         for stack, order in zip(chosen, orders, strict=True)
@@ -194,6 +201,7 @@ def rewired(network: Network, wiring: Mapping[str, Sequence[Any]]) -> Network:
             refused = refused or error
             continue
         made = replace(arranged, module=module, stacks=rebuilt, task=task)
+        made = replace(made, adapters=adapters_of(made))
         arrange(made)
         return made
     assert refused is not None

@@ -56,6 +56,22 @@ class Heal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
     patience: Annotated[int, msgspec.Meta(ge=1)] = 3
 
 
+class Experts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """How feed-forward parts become experts, of which each token runs a few.
+
+    The neurons of a part are cut into `count` slices. A token runs a share `active` of the
+    parameters of all these parts, routers counted. Each part learns what it gave as a whole, in
+    `steps` of Adam at `rate`, on `batch` tokens each. Not `routed`, all tokens run the same ones.
+    """
+
+    active: Annotated[float, msgspec.Meta(gt=0, le=1)]
+    count: Annotated[int, msgspec.Meta(ge=2)] = 8
+    steps: Annotated[int, msgspec.Meta(ge=0)] = 200
+    rate: Annotated[float, msgspec.Meta(gt=0)] = 1e-3
+    batch: Annotated[int, msgspec.Meta(ge=1)] = 512
+    routed: bool = True
+
+
 class DataSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a plan was, or is to be, calibrated on."""
 
@@ -84,6 +100,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
     edits: tuple[Edit, ...] = ()
     fixed: tuple[str, ...] = ()
     heal: Heal | None = None
+    experts: Experts | None = None
     export: dict[str, Any] = {}
 
     def __post_init__(self) -> None:
@@ -163,7 +180,7 @@ def _mend(found: str) -> str:
     otherwise = "compare with the plan that `layerwise plan` writes"
     wrong = re.search(r"unknown field `([^`]*)", found)
     if wrong:
-        kinds = (Plan, Identity, DataSpec, Edit, Step, Heal)
+        kinds = (Plan, Identity, DataSpec, Edit, Step, Heal, Experts)
         known = [*UNITS, *(name for kind in kinds for name in kind.__struct_fields__)]
         return nearest(wrong[1], known, otherwise)
     place = re.search(r"enum value .*`\$\.(\w+)`", found)
@@ -256,7 +273,8 @@ def _order(name: str, order: list[Any]) -> str:
     fields = [entry for entry in order if isinstance(entry, dict)]
     counts = {
         "with a part left out": sum("parts" in entry for entry in fields),
-        "merged from others": sum("mix" in entry for entry in fields),
+        "merged from others": sum("mix" in entry and "adapter" not in entry for entry in fields),
+        "with adapters on shared layers": sum("adapter" in entry for entry in fields),
     }
     more = "".join(f", {count} {what}" for what, count in counts.items() if count)
     return f"{len(order)} layers of {name}{more}"
@@ -264,6 +282,9 @@ def _order(name: str, order: list[Any]) -> str:
 
 def describe(plan: Plan) -> str:
     """A plan in a few words."""
+    if plan.experts:
+        cut = plan.experts
+        return f"feed-forward parts of {cut.count} experts, {100 * cut.active:.0f}% active"
     if plan.wiring:
         healed = f", healed for {plan.heal.steps} steps" if plan.heal else ""
         return "; ".join(_order(*item) for item in plan.wiring.items()) + healed

@@ -104,19 +104,27 @@ class Group(NamedTuple):
         return sum(m.size for m in self.matrices)
 
 
+class LowRank(NamedTuple):
+    """What brings a shared layer closer to layer `of`: its vectors, and products of a `rank`."""
+
+    of: int
+    rank: int
+
+
 @dataclass(frozen=True)
 class Visit:
     """One step of the execution order.
 
     A repeated layer shares its weights unless `copy`; `parts` leaves branches out; an `adapter`
-    makes a visit of a shared layer differ; visits of one `parallel` number read the same input.
-    With `mix` its weights are a sum over layers of the stack, each times its share.
+    makes a visit of a shared layer differ: it is computed, or has a name in a `compact` folder;
+    visits of one `parallel` number read the same input. With `mix` its weights are a sum over
+    layers of the stack, each times its share.
     """
 
     layer: int
     copy: bool = False
     parts: tuple[str, ...] | None = None
-    adapter: str | None = None
+    adapter: LowRank | str | None = None
     parallel: int | None = None
     mix: tuple[tuple[int, float], ...] | None = None
 

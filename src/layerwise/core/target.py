@@ -44,6 +44,11 @@ class Target(NamedTuple):
     rest: Callable[[Network, Mapping[str, Any]], int] | None = None
     outside: Callable[[Network, Mapping[str, Any]], dict[str, Weight]] = lambda network, options: {}
 
+    @property
+    def once(self) -> bool:
+        """Whether a layer that runs several times is written once."""
+        return self.engine == "layerwise"
+
 
 #: why a matrix cannot take a chain, or nothing
 Refuses = Callable[[Matrix, Sequence[Step]], str | None]

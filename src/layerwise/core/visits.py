@@ -1,27 +1,23 @@
-"""Execution orders: how they are written, and layers that run as their visits say.
+"""Execution orders: how they are written.
 
 A repeated layer is a second module with the same parameters and a cache slot of its own, so that
-stock code runs it. What a visit leaves out, or reads in common with others, is done by a function
-in the place of a module's forward.
+stock code runs it. What a visit leaves out (`core/absent.py`), reads in common with others
+(`core/together.py`) or has of its own (`core/adapters.py`) is done by a function in the place of a
+module's forward.
 """
 
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import yaml
-from torch import Tensor
 
 from layerwise.core.errors import LayerwiseError, refusing
-from layerwise.core.instead import swapped
-from layerwise.core.stack import Layer, Visit, Wiring
-from layerwise.core.stops import hidden
+from layerwise.core.stack import Layer, LowRank, Visit, Wiring
 
 _ITEM = re.compile(r"(\d+)(?:-(\d+))?(?:/([a-z_0-9]+(?:\+[a-z_][a-z_0-9]*)*))?(?:\*(\d+))?")
 _TOGETHER = re.compile(r"\d+(?:\+\d+)+")
@@ -32,7 +28,8 @@ MOST_VISITS = 10_000
 def parse_wiring(entries: Sequence[Any], depth: int, where: str) -> Wiring:
     """Read `[0, 1, 1, {layer: 3, copy: true}, {layer: 4, parts: [mlp]}, {parallel: [5, 6]}]`.
 
-    `{layer: 2, mix: {2: -1, 3: 1, 4: 1}}` is a layer whose weights are that sum over layers.
+    `{layer: 2, mix: {2: -1, 3: 1, 4: 1}}` is a layer whose weights are that sum over layers, and
+    `{layer: 2, adapter: {of: 5, rank: 8}}` one that is brought closer to layer 5.
 
     Raises:
         LayerwiseError: an entry is no layer of the stack.
@@ -63,8 +60,8 @@ def _fields(entry: Any, known: set[str]) -> dict[str, Any] | None:
 
 
 def _visit(entry: Any, depth: int, where: str, number: int | None) -> Visit:
-    given = {"copy": False, "parts": None, "mix": None, "layer": entry}
-    given |= _fields(entry, {"layer", "copy", "parts", "mix"}) or {}
+    given = {"copy": False, "parts": None, "mix": None, "adapter": None, "layer": entry}
+    given |= _fields(entry, set(given)) or {}
     layer, parts = given["layer"], given["parts"]
     named = parts is None or (isinstance(parts, list | tuple) and len(parts) > 0)
     if type(layer) is not int or type(given["copy"]) is not bool or not named:
@@ -73,7 +70,8 @@ def _visit(entry: Any, depth: int, where: str, number: int | None) -> Visit:
         raise _wrong(where, depth, entry)
     names = None if parts is None else tuple(map(str, parts))
     mix = None if given["mix"] is None else _mix(given["mix"], depth, where, entry)
-    return Visit(layer, given["copy"], names, parallel=number, mix=mix)
+    adapter = _adapter(given["adapter"], depth, where, entry)
+    return Visit(layer, given["copy"], names, adapter, number, mix)
 
 
 def _mix(given: Any, depth: int, where: str, entry: Any) -> tuple[tuple[int, float], ...]:
@@ -87,11 +85,23 @@ def _mix(given: Any, depth: int, where: str, entry: Any) -> tuple[tuple[int, flo
     return tuple(sorted(given.items()))
 
 
+def _adapter(given: Any, depth: int, where: str, entry: Any) -> LowRank | str | None:
+    """A name, or the layer that a visit is brought closer to and the rank of what is added."""
+    if given is None or (isinstance(given, str) and given):
+        return given
+    fields = _fields(given, {"of", "rank"}) or {}
+    of, rank = fields.get("of"), fields.get("rank")
+    if type(of) is not int or type(rank) is not int or not 0 <= of < depth or rank < 0:
+        raise _wrong(where, depth, entry)
+    return LowRank(of, rank)
+
+
 def _wrong(where: str, depth: int, entry: Any) -> LayerwiseError:
     return LayerwiseError(
         where,
         allowed=f"layer numbers from 0 to {depth - 1}, {{layer: n, copy: true, parts: [mlp]}}, "
-        "{layer: n, mix: {n: 0.5, m: 0.5}}, or {parallel: [n, m]}",
+        "{layer: n, mix: {n: 0.5, m: 0.5}}, {layer: n, adapter: {of: m, rank: 8}}, "
+        "or {parallel: [n, m]}",
         found=entry,
         fix="correct the entry",
     )
@@ -156,6 +166,8 @@ def entries_of(wiring: Wiring) -> list[Any]:
         more = {"copy": True} if visit.copy else {}
         more |= {"parts": list(visit.parts)} if visit.parts is not None else {}
         more |= {"mix": dict(visit.mix)} if visit.mix is not None else {}
+        own = visit.adapter._asdict() if isinstance(visit.adapter, LowRank) else visit.adapter
+        more |= {"adapter": own} if own is not None else {}
         entry = {"layer": visit.layer, **more} if more else visit.layer
         if visit.parallel is None:
             entries.append(entry)
@@ -170,7 +182,8 @@ def entries_of(wiring: Wiring) -> list[Any]:
 def folded(entries: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     """The layers that an order visits, each once, and the order in their numbers.
 
-    Visits of one layer with different mixes are different layers.
+    Visits of one layer with different mixes are different layers. Adapters get the names under
+    which they are stored: the number of the visit.
 
     Example:
         >>> folded([0, 3, 3, {"parallel": [5, 6]}])
@@ -179,8 +192,19 @@ def folded(entries: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     wiring = parse_wiring(entries, sys.maxsize, "wiring")
     own = [Visit(visit.layer, mix=visit.mix) for visit in wiring]
     kept = sorted(dict.fromkeys(own), key=lambda visit: visit.layer)
-    order = (replace(v, layer=kept.index(o), mix=None) for v, o in zip(wiring, own, strict=True))
-    return entries_of(tuple(kept)), entries_of(tuple(order))
+    order = [replace(v, layer=kept.index(o), mix=None) for v, o in zip(wiring, own, strict=True)]
+    named = [v if v.adapter is None else replace(v, adapter=str(n)) for n, v in enumerate(order)]
+    return entries_of(tuple(kept)), entries_of(tuple(named))
+
+
+def with_adapters(entries: Sequence[Any]) -> bool:
+    """Whether a visit of an order has something of its own.
+
+    Example:
+        >>> with_adapters([0, {"layer": 0, "adapter": {"of": 1, "rank": 8}}]), with_adapters([0, 0])
+        (True, False)
+    """
+    return any(v.adapter is not None for v in parse_wiring(entries, sys.maxsize, "wiring"))
 
 
 def only_drops(entries: Sequence[Any]) -> bool:
@@ -195,24 +219,26 @@ def only_drops(entries: Sequence[Any]) -> bool:
 
 
 def is_plain(visit: Visit) -> bool:
-    """Whether a visit is the layer as it is."""
+    """Whether a visit runs the layer as stock code does."""
     return visit.parts is None and visit.parallel is None
 
 
-def check_mixes(layers: Sequence[Layer], wiring: Wiring) -> None:
-    """Layers whose weights are added must have the same tensors.
+def check_alike(layers: Sequence[Layer], wiring: Wiring) -> None:
+    """Layers whose weights are added, or compared, must have the same tensors.
 
     Raises:
         LayerwiseError: they differ in a name or a shape.
     """
     for visit in wiring:
-        for index, _ in visit.mix or ():
+        others = [index for index, _ in visit.mix or ()]
+        others += [visit.adapter.of] if isinstance(visit.adapter, LowRank) else []
+        for index in others:
             if layers[visit.layer].shapes != layers[index].shapes:
                 raise LayerwiseError(
-                    f"wiring, mix of {layers[visit.layer].key}",
+                    f"wiring, mix or adapter of {layers[visit.layer].key}",
                     allowed="layers with the same tensors",
                     found=f"others in {layers[index].key}",
-                    fix="mix layers of one kind",
+                    fix="put layers of one kind together",
                 )
 
 
@@ -235,57 +261,3 @@ def read_folded(folder: Path) -> dict[str, list[Any]]:
         if not whole:
             raise ValueError(f"{found}")
     return found
-
-
-#: what the groups that are being visited read, by their number; every lane of a walk has its own
-_READ: ContextVar[Mapping[int, Tensor]] = ContextVar("read", default=MappingProxyType({}))
-
-
-@dataclass
-class Together:
-    """A layer of a group whose members all read what the first of them reads.
-
-    `y = x + sum_i (f_i(x) - x)`: each later member is given `x`, and adds what it changes of it
-    to what came to it.
-    """
-
-    forward: Callable[..., Any]
-    group: int
-    first: bool
-    last: bool
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """One visit of the group."""
-        given, read = hidden((args, kwargs)), _READ.get()
-        if self.first:
-            _READ.set({**read, self.group: given.clone()})  # a layer may write into its input
-            return self.forward(*args, **kwargs)
-        x, before = read[self.group], given.clone()
-        if self.last:
-            _READ.set({group: held for group, held in read.items() if group != self.group})
-        args, kwargs = swapped((args, kwargs), given, x.clone())
-        output = self.forward(*args, **kwargs)
-        new = hidden(output)
-        return swapped(output, new, before + (new - x))
-
-
-def run_together(layers: Sequence[Layer], visits: Sequence[Visit]) -> None:
-    """Let the layers of every parallel group read one input.
-
-    Raises:
-        LayerwiseError: one of them does not keep the shape of its input.
-    """
-    for layer, visit in zip(layers, visits, strict=True):
-        if visit.parallel is None:
-            continue
-        if not layer.keeps_shape:
-            raise LayerwiseError(
-                f"wiring, layer {layer.key}",
-                allowed="layers in parallel that keep the shape of their input",
-                found="one that changes it",
-                fix="leave it out of the group",
-            )
-        numbers = [i for i, other in enumerate(visits) if other.parallel == visit.parallel]
-        ends = layer.index == numbers[0], layer.index == numbers[-1]
-        own = layer.module.forward
-        vars(layer.module)["forward"] = Together(own, visit.parallel, *ends)

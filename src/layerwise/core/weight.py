@@ -18,11 +18,11 @@ from layerwise.core.rotation import rotated, unrotated
 
 @dataclass(frozen=True)
 class Dense:
-    """A matrix as it is."""
+    """A matrix as it is, or any other tensor of a layer."""
 
-    value: Float[Tensor, "out in"]
+    value: Float[Tensor, "..."]
 
-    def dense(self) -> Float[Tensor, "out in"]:
+    def dense(self) -> Float[Tensor, "..."]:
         return self.value
 
     @property
@@ -99,12 +99,12 @@ class Sparse:
 
 @dataclass(frozen=True)
 class Product:
-    """`a @ b`: a matrix of low rank, of factors that are records themselves."""
+    """`a @ b`: a matrix of low rank, of factors that are records themselves; or one per expert."""
 
     a: "Weight"
     b: "Weight"
 
-    def dense(self) -> Float[Tensor, "out in"]:
+    def dense(self) -> Float[Tensor, "*experts out in"]:
         return self.a.dense() @ self.b.dense()
 
     @property

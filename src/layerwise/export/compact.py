@@ -9,16 +9,18 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from layerwise.core.adapters import save_adapters
 from layerwise.core.chain import outcome
 from layerwise.core.compact import RECORDS, STORED, to_stored
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.machine import write_whole
 from layerwise.core.method import method
 from layerwise.core.network import Network
+from layerwise.core.open import open_network
 from layerwise.core.plan import Plan, Step
 from layerwise.core.stack import Layer, Matrix, Stack
 from layerwise.core.target import Target
-from layerwise.core.visits import FOLDED, folded
+from layerwise.core.visits import FOLDED, folded, with_adapters
 from layerwise.core.weight import Weight
 from layerwise.export._writer import Finished, on_disk, write_folder
 
@@ -30,9 +32,10 @@ def compact_(
     """Write every layer that runs once, edited matrices as the records that edits left of them.
 
     Sparse matrices are their values and a bit mask, those of low rank two factors, integers their
-    codes in as many bits as they have; `records.json` says which. The order is in `wiring.yaml`.
-    `layerwise.open` and `layerwise run` make the weights dense and execute the order; no stock
-    engine does. Orders that stock engines can hold are written out by the target `hf`.
+    codes in as many bits as they have; `records.json` says which. The order is in `wiring.yaml`,
+    and what single visits have of their own lies in `layerwise.adapters`. `layerwise.open` and
+    `layerwise run` make the weights dense and execute the order; no stock engine does. Orders that
+    stock engines can hold are written out by the target `hf`.
 
     Args:
         stack: the layers.
@@ -63,9 +66,19 @@ def compact_(
     nbytes = write_folder(network, path, layers, convert)
     if held:
         write_whole(path / RECORDS, json.dumps(held, indent=1))
-    orders = {name: folded(order)[1] for name, order in plan.wiring.items()}
-    write_whole(path / FOLDED, yaml.safe_dump(orders, sort_keys=False, default_flow_style=None))
-    return nbytes
+    write_orders(path, {name: folded(order)[1] for name, order in plan.wiring.items()})
+    if not any(map(with_adapters, plan.wiring.values())):
+        return nbytes
+    ordered = open_network(network.checkpoint.folder, wiring=plan.wiring)
+    own = ordered.adapters
+    named = {layer.key: own[layer.path] for layer in ordered.layers() if layer.path in own}
+    return nbytes + save_adapters(path, named)
+
+
+def write_orders(path: Path, orders: Mapping[str, list[Any]]) -> None:
+    """Write in which order the layers of a folder run, by stack."""
+    text = yaml.safe_dump(dict(orders), sort_keys=False, default_flow_style=None)
+    write_whole(path / FOLDED, text)
 
 
 def _stored(

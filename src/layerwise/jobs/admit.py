@@ -29,6 +29,13 @@ def check_plan(network: Network, plan: Plan, other_weights: bool) -> Target:
             fix="leave out the edits or the order, or use target hf",
         )
     try_chains(plan.edits)
+    if plan.rewrites and network.adapters:
+        raise LayerwiseError(
+            "plan, rewrites",
+            allowed="layers without adapters",
+            found=f"{len(network.adapters)} visits with one",
+            fix="write the order out with target hf, and rewrite that folder",
+        )
     if plan.rewrites and plan.export.get("imatrix"):
         raise LayerwiseError(
             "plan, rewrites",

@@ -21,7 +21,7 @@ from layerwise.core.lockstep import walk
 from layerwise.core.machine import check_disk, check_memory
 from layerwise.core.method import find
 from layerwise.core.network import Network
-from layerwise.core.open import open_network, widened
+from layerwise.core.open import open_network, unrolled, widened
 from layerwise.core.plan import Plan, chain_for, label
 from layerwise.core.reader import windows
 from layerwise.core.shards import write_safetensors
@@ -90,11 +90,12 @@ def apply_plan(
             something else when stock transformers loads it.
     """
     check_new(out)
-    if plan.heal:
+    trained = plan.heal or plan.experts
+    if trained:
         raise LayerwiseError(
-            "plan, heal",
+            "plan, heal and experts",
             allowed="a plan without, for `layerwise.jobs.apply.apply_plan`",
-            found=f"{plan.heal.steps} steps",
+            found=f"{trained.steps} steps",
             fix="call `layerwise.apply_plan`",
         )
     network = opened_for(model, plan, device=device, dtype=dtype)
@@ -143,9 +144,9 @@ def apply_plan(
 
 def opened_for(model: str | Path, plan: Plan, device: str = "auto", dtype: str = "auto") -> Network:
     """The network whose layers are written: in the plan's order, or each once beside it."""
-    wiring = plan.wiring
-    if plan.target in TARGETS and TARGETS[plan.target].engine == "layerwise":
-        wiring = {name: folded(order)[0] for name, order in wiring.items()}
+    if plan.target not in TARGETS or not TARGETS[plan.target].once:
+        return unrolled(open_network(model, wiring=plan.wiring, device=device, dtype=dtype))
+    wiring = {name: folded(order)[0] for name, order in plan.wiring.items()}
     return open_network(model, wiring=wiring, device=device, dtype=dtype)
 
 

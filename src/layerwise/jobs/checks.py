@@ -124,7 +124,8 @@ def rebuild_check(
         return []
     stacks = [stack for stack in network.stacks if stack.name in plan.wiring]
     orders = {s.name: parse_wiring(plan.wiring[s.name], len(s.layers), s.name) for s in stacks}
-    if not all(is_plain(visit) and not visit.mix for o in orders.values() for visit in o):
+    visits = [visit for order in orders.values() for visit in order]
+    if not all(is_plain(v) and v.mix is None and v.adapter is None for v in visits):
         return []  # the answer computed while the folder was written is what there is to compare
     kept = {name: [visit.layer for visit in order] for name, order in orders.items()}
     with torch.no_grad():

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from layerwise.core.adapters import nbytes_of
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.fan import fan_out
 from layerwise.core.lockstep import walk
@@ -19,6 +20,7 @@ from layerwise.core.stats import Scores
 from layerwise.core.stops import hidden
 from layerwise.core.visits import entries_of
 from layerwise.export import TARGETS
+from layerwise.jobs.fates import depth_rows, own_bytes
 from layerwise.jobs.request import Planned, Request, identity
 from layerwise.jobs.scoring import counting, make_scores, trials_for
 from layerwise.jobs.session import Budget, Progress, load_reader, texts_of
@@ -33,7 +35,7 @@ from layerwise.jobs.units import (
 
 
 def plan_depth(request: Request, network: Network, progress: Progress) -> Planned:
-    """Which units stay: by a score, by a search on the measured loss, or by merging layers."""
+    """Which units stay: by a score, by a search on the measured loss, merged, or tied."""
     count = units_to_drop(request.budget, network, request.parts)
     name = request.score or ("part_influence" if request.parts else "greedy")
     method = find(name)
@@ -109,27 +111,35 @@ def _span(key: str, count: int) -> set[str]:
 def merged(
     request: Request, network: Network, name: str, count: int, progress: Progress
 ) -> Planned:
-    """The plan in which a method merges so many layers of the longest stack."""
+    """The plan in which a method merges or ties so many layers of the longest stack."""
     stack, method = network.stack, find(name, "stack")
-    if "similarity" not in method.given:
+    if "count" not in method.options:
         raise LayerwiseError(
             f"--score {name}",
             allowed="a method that chooses layers",
             found="one that is told which",
-            fix="write the order into the plan, or choose --score laco",
+            fix="write the order into the plan, or choose --score laco or tie",
+        )
+    if request.budget.depth is None and "similarity" not in method.given:
+        raise LayerwiseError(
+            f"--score {name}",
+            allowed="a budget by --depth: how many layers are shared",
+            found=", ".join(f"--{k} {v}" for k, v in request.budget.as_dict().items()),
+            fix="give --depth, and the rank with --set",
         )
     if not 0 < count < len(stack.layers) or request.keep:
         raise LayerwiseError(
             f"--score {name}",
-            allowed=f"1 to {len(stack.layers) - 1} layers merged, and no --keep",
+            allowed=f"1 to {len(stack.layers) - 1} layers that go, and no --keep",
             found=f"{count}, and --keep {' '.join(request.keep) or 'nothing'}",
             fix="raise the budget; name layers that stay in a plan written by hand",
         )
-    tick = counting(progress, "merging layers", 4 * len(stack.layers))
-    similarity = similarity_to(request, network, tick)
+    given: dict[str, Any] = {}
+    if "similarity" in method.given:
+        tick = counting(progress, "merging layers", 4 * len(stack.layers))
+        given["similarity"] = similarity_to(request, network, tick)
     options = {**request.options(method.name), "count": count}
-    choose = method.bind(options, similarity=similarity)
-    wiring = choose(stack, Scores({}, "layer", ""))
+    wiring = method.bind(options, **given)(stack, Scores({}, "layer", ""))
     return assemble_depth(request, network, {stack.name: entries_of(wiring)}, None)
 
 
@@ -173,7 +183,7 @@ def assemble_depth(
     request: Request, network: Network, wiring: Mapping[str, list[Any]], scores: Scores | None
 ) -> Planned:
     """The plan of an order that shortens the network."""
-    sizes, kept = layer_bytes(network), visited(network, wiring)
+    sizes, runs = layer_bytes(network), visited(network, wiring)
     plan = Plan(
         model=identity(network),
         target=request.target,  # type: ignore[arg-type]
@@ -184,53 +194,17 @@ def assemble_depth(
         export=request.options(request.target),
     )
     shortened = rewired(network, wiring) if wiring else network
-    nbytes = network.checkpoint.nbytes - sum(sizes[key] for key in sizes.keys() - kept)
     target = TARGETS[request.target]
+    nbytes = network.checkpoint.nbytes - sum(sizes.values())
+    nbytes += sum(sizes[key] for key in (set(runs) if target.once else runs))
+    nbytes += sum(map(nbytes_of, shortened.adapters.values())) if target.once else 0
     if target.rest is not None:
         size = network.stored.dtype.itemsize
         nbytes = target.rest(shortened, plan.export)
         nbytes += sum(target.nbytes(m, (), size) for la in shortened.layers() for m in la.matrices)
-    rows = depth_rows(network, wiring, request.parts, scores, sizes, kept)
+    own = own_bytes(shortened)
+    rows = depth_rows(network, wiring, request.parts, scores, sizes, runs, own)
     return Planned(plan, rows, nbytes, {}, None, scores, network.checkpoint.nbytes)
-
-
-def depth_rows(
-    network: Network,
-    wiring: Mapping[str, list[Any]],
-    parts: Sequence[str],
-    scores: Scores | None,
-    sizes: Mapping[str, int],
-    kept: Collection[str],
-) -> list[dict[str, Any]]:
-    """What becomes of every layer, or of every part: their bytes, and those that run at all."""
-    into = {
-        f"{name}/{index}": f"merged into {name}/{entry['layer']}"
-        for name, entries in wiring.items()
-        for entry in entries
-        if isinstance(entry, dict)
-        for index in entry.get("mix", {})
-    }
-    silent = {
-        f"{layer.key}/{part.name}"
-        for layer in network.layers()
-        for part in layer.parts
-        for entry in wiring.get(layer.stack, ())
-        if isinstance(entry, dict) and entry["layer"] == layer.index
-        if part.name not in entry.get("parts", [part.name])
-    }
-    rows = []
-    for key in units_of(network, parts):
-        layer = key.rpartition("/")[0] if parts else key
-        stays = layer in kept and key not in silent
-        rows.append(
-            {
-                "part" if parts else "layer": key,
-                "option": into.get(key, "as is" if stays else "dropped"),
-                "bytes": None if parts else sizes[key] * stays,
-                "importance": scores.values.get(key) if scores else None,
-            }
-        )
-    return rows
 
 
 def units_to_drop(budget: Budget, network: Network, parts: Sequence[str] = ()) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 from msgspec import convert, structs
 
 from layerwise.core.errors import LayerwiseError, refusing
+from layerwise.core.index import ADAPTERS
 from layerwise.core.journal import Journal
 from layerwise.core.machine import check_memory
 from layerwise.core.network import Network
@@ -21,6 +22,7 @@ from layerwise.export import TARGETS
 from layerwise.export._writer import Finished, dense_tensors, write_folder
 from layerwise.jobs.apply import Applied, apply_plan, beside, job_of, note_answer, own_batch
 from layerwise.jobs.checks import must_be_sound, too_large
+from layerwise.jobs.experts import convert_folder
 from layerwise.jobs.forecast import memory_of_models
 from layerwise.jobs.session import Progress, check_new, load_reader, silent, texts_of
 from layerwise.train.healing import Healed, heal
@@ -98,11 +100,12 @@ def heal_folder(
     plan = read_plan(folder / "plan.yaml")
     original = open_network(model, device=device, dtype="float32")
     check_model(plan, original.checkpoint.structure, original.checkpoint.weights)
-    if plan.edits or plan.heal or TARGETS[plan.target].method:
+    what = "experts" if plan.experts else "rounded weights"
+    if plan.edits or plan.heal or plan.experts or TARGETS[plan.target].method:
         raise LayerwiseError(
             f"heal {folder}",
             allowed="a folder with fewer layers or parts, whose weights are as they were",
-            found="one that was healed before" if plan.heal else "rounded weights",
+            found="one that was healed before" if plan.heal else what,
             fix="heal once, after layers are left out and before matrices are rounded",
         )
     check_memory(memory_of_models(original, 3))
@@ -144,9 +147,10 @@ def write_healed(edited: Network, found: Healed, part: Path) -> int:
             yield Finished(layer, healed, {})
 
     nbytes = write_folder(stored, part, layers(), dense_tensors)
-    if (folder / FOLDED).exists():
-        shutil.copy(folder / FOLDED, part / FOLDED)
-    return nbytes
+    for name in (FOLDED, ADAPTERS):
+        if (folder / name).exists():
+            shutil.copy(folder / name, part / name)
+    return nbytes + sum(info.nbytes for info in edited.checkpoint.adapters.values())
 
 
 def apply_healed(
@@ -159,6 +163,9 @@ def apply_healed(
     **options: Any,
 ) -> Applied:
     """Apply a plan with the options of `apply_plan`, and heal what came of it if it says so."""
+    if plan.experts:
+        nbytes, rows = convert_folder(model, out, plan, device=device, progress=progress)
+        return Applied(out, nbytes, rows, [])
     bare = structs.replace(plan, heal=None)
     edited = beside(out, "edited") if plan.heal else out
     check_new(out)

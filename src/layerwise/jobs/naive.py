@@ -15,7 +15,7 @@ from layerwise.core.fold import Fold, Folds
 from layerwise.core.journal import Journal
 from layerwise.core.method import find
 from layerwise.core.network import Network, fill
-from layerwise.core.open import open_network, refolded
+from layerwise.core.open import open_network, refolded, unrolled
 from layerwise.core.plan import Plan, Step, chain_for, describe
 from layerwise.core.quality import Quality, measure_quality
 from layerwise.core.reader import windows
@@ -24,6 +24,7 @@ from layerwise.core.weight import Quantized, Weight
 from layerwise.export import PACKED, TARGETS
 from layerwise.jobs.bits import plan_bits
 from layerwise.jobs.depth import assemble_depth, units_to_drop
+from layerwise.jobs.experts import without_routers
 from layerwise.jobs.heal import trained
 from layerwise.jobs.mixes import MIXES, mix_plan, written_bytes
 from layerwise.jobs.request import Planned, Request
@@ -50,6 +51,7 @@ class Contest(NamedTuple):
     ) -> Network:
         """The original, or what a wiring and folds make of it, to compute with."""
         found = open_network(self.model, wiring=wiring, device=self.device, dtype=self.dtype)
+        found = unrolled(found)
         return refolded(found, folds) if folds else found
 
     def qualities(
@@ -97,6 +99,8 @@ def build_naive(contest: Contest, progress: Progress = silent) -> Naive | None:
     plan that changes nothing, or where no single technique gets as small.
     """
     found = []
+    if contest.plan.experts:
+        found.append(naive_neurons(contest))
     if contest.plan.wiring:
         found.append(naive_depth(contest, progress))
     if contest.plan.edits:
@@ -108,17 +112,18 @@ def build_naive(contest: Contest, progress: Progress = silent) -> Naive | None:
 def naive_depth(contest: Contest, progress: Progress = silent) -> Naive | None:
     """The best of: last k dropped, last k but the final one, the median of 5 random choices.
 
-    Of layers, or of parts of the kinds that the plan leaves out.
+    Of layers, or of parts of the kinds that the plan leaves out. Beside an order that does more
+    than shorten the network, as many layers as make it as small.
     """
     network = contest.opened()
-    fewer = ([], ()) if contest.plan.edits else left_out(network, contest.plan)
+    fewer = None if contest.plan.edits else left_out(network, contest.plan)
+    count, parts = (len(fewer[0]), fewer[1]) if fewer else (0, ())
     if fewer is None:
-        return None
-    count, parts = len(fewer[0]), fewer[1]
-    if contest.plan.edits:
         try:
             count = units_to_drop(Budget(bytes=contest.nbytes), network)
         except LayerwiseError:
+            return None
+        if not count and not contest.plan.edits:
             return None
     keys = able_to_go(network, contest.plan.fixed, parts)
     what = f"{count} {' and '.join(parts)}".strip()
@@ -163,6 +168,13 @@ def healed_equally(contest: Contest, edited: Network, progress: Progress) -> Qua
     found = trained(original, student, contest.plan, contest.plan.heal, progress=progress)
     fill(student.module, found.tensors, student.device)
     return contest.qualities(student)[1]
+
+
+def naive_neurons(contest: Contest) -> Naive:
+    """As many neurons as experts run, the same for all tokens, trained equally."""
+    quality = contest.qualities(without_routers(contest.opened, contest.plan))[1]
+    what = "as many neurons, the same for all tokens, trained equally"
+    return Naive(what, quality, contest.nbytes)
 
 
 def naive_bits(contest: Contest, progress: Progress) -> Naive | None:

@@ -147,7 +147,7 @@ def layer_bytes(network: Network) -> dict[str, int]:
     }
 
 
-def visited(network: Network, wiring: Mapping[str, Sequence[Any]]) -> set[str]:
-    """The keys of the layers that run at all in an order."""
+def visited(network: Network, wiring: Mapping[str, Sequence[Any]]) -> list[str]:
+    """The keys of the layers that run in an order, as often as they do."""
     found = orders(network, wiring).items()
-    return {f"{name}/{visit.layer}" for name, order in found for visit in order}
+    return [f"{name}/{visit.layer}" for name, order in found for visit in order]

@@ -23,6 +23,7 @@ from layerwise.export._gguf_file import FILE, GgufFile
 from layerwise.export.compressed_tensors import packed_records
 from layerwise.jobs.checks import decode_checks, rebuild_check, reload_checks
 from layerwise.jobs.engine import engine_checks, in_llama
+from layerwise.jobs.fates import own_bytes
 from layerwise.jobs.forecast import memory_of_models
 from layerwise.jobs.measure import peak_memory, speeds
 from layerwise.jobs.naive import Contest, build_naive
@@ -233,7 +234,8 @@ def layer_rows(case: Case) -> list[dict[str, Any]]:
     errors = {row["layer"]: row.get("error") for row in known if "layer" in row}
     nbytes, itemsize = TARGETS[plan.target].nbytes, original.stored.dtype.itemsize
     rows = []
-    sizes, once = layer_bytes(original), TARGETS[plan.target].engine == "layerwise"
+    sizes, own = layer_bytes(original), own_bytes(edited)
+    once = TARGETS[plan.target].once
     for layer in original.layers():
         size = sizes[layer.key]
         visits = [
@@ -245,8 +247,9 @@ def layer_rows(case: Case) -> list[dict[str, Any]]:
             {
                 "layer": layer.key,
                 "groups": {m.fusion.split("/", 2)[2]: label(c) for m, c in chains.items()},
-                "dropped": not visits,
-                "bytes": (size - saved) * (min(1, len(visits)) if once else len(visits)),
+                "dropped": not visits and layer.key not in own,
+                "bytes": (size - saved) * (min(1, len(visits)) if once else len(visits))
+                + own.get(layer.key, 0) * once,
                 "original_bytes": size,
                 "error": errors.get(visits[0].key) if visits else None,
             }

@@ -19,7 +19,7 @@ def drop(stack: Stack, scores: Scores, *, count: int = 0) -> Wiring:
         The visits that remain; with `count` 0 the wiring as it is.
 
     Raises:
-        LayerwiseError: not even one layer would remain.
+        LayerwiseError: not even one layer would remain, or none of the layers has a score.
 
     Example:
         >>> from torch.nn import Identity
@@ -43,6 +43,13 @@ def drop(stack: Stack, scores: Scores, *, count: int = 0) -> Wiring:
         return stack.wiring
     number = {layer.key: layer.index for layer in stack.layers if layer.index in present}
     mine = {number[key]: value for key, value in scores.values.items() if key in number}
+    if not mine:
+        raise LayerwiseError(
+            "drop, scores",
+            allowed=f"one of every layer of {stack.name!r}",
+            found=f"{len(scores.values)} of others",
+            fix="rank the layers first, such as with --score shortgpt",
+        )
     if scores.unit == "span":
         start = min(mine, key=lambda i: (mine[i], i))
         gone = set(range(start, start + count))
