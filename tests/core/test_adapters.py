@@ -81,8 +81,14 @@ def test_a_tied_stack_computes_what_the_definition_says(tiny, kind: str) -> None
     assert same == total
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral", "falcon", "mamba"])
-@pytest.mark.parametrize("pick", ["mean", "step", "lower"])
+@pytest.mark.parametrize(
+    ("kind", "pick"),
+    [
+        *((kind, "mean") for kind in ("llama", "gpt2", "mixtral", "falcon", "mamba")),
+        ("llama", "step"),
+        ("llama", "lower"),
+    ],
+)
 def test_the_full_rank_is_exact(tiny, kind: str, pick: str) -> None:
     model = tiny(kind)
     found = logits(model, wiring={"decoder": tied(model, 128, 1, pick)})
@@ -110,7 +116,7 @@ def test_worked_example_of_two_layers() -> None:
     assert (left - wide["a"]).square().sum().item() == pytest.approx(0.25)
 
 
-@pytest.mark.parametrize(("kind", "rank"), [("llama", 0), ("gpt2", 4)])
+@pytest.mark.parametrize(("kind", "rank"), [("gpt2", 4)])
 def test_a_folder_holds_shared_layers_and_adapters(
     tiny, tmp_path: Path, kind: str, rank: int
 ) -> None:
@@ -177,7 +183,7 @@ def test_the_naive_plan_of_a_tie_drops_layers_of_the_same_bytes(tiny, monkeypatc
     plan, sizes = plan_for(model, tied(model, 4)), layer_bytes(layerwise.open(model))
     nbytes = Checkpoint(model).nbytes - sizes["decoder/0"]
     monkeypatch.setattr(Contest, "qualities", lambda self, edited: (same, same))
-    for room, dropped in ((0, 1), (-1, 2), (sizes["decoder/0"], 0)):
+    for room, dropped in ((-1, 2), (sizes["decoder/0"], 0)):
         naive = naive_depth(Contest(model, plan, nbytes + room, ()))
         assert (naive is None) == (dropped == 0)
         assert naive is None or naive.nbytes == nbytes - (dropped - 1) * sizes["decoder/0"]
