@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.timing import interleaved, table
+from benchmarks.timing import over, rounds, summary, table
 from layerwise.core.data import Texts
 from layerwise.core.method import methods
 from layerwise.core.network import Network
@@ -46,17 +46,20 @@ def main() -> None:
         "the default measures": MEASURES,
         f"all {len(names)} without a cost of their own": names,
     }
-    tables: list[tuple[int, int, dict[str, Any]]] = [(SOME, 3, alone), (ALL, 3, together)]
+    tables: list[tuple[int, int, dict[str, Any]]] = [(SOME, 3, alone), (ALL, 5, together)]
     for samples, repeats, wanted in tables:
         batches = windows(reader, Texts(samples=samples, length=512), "calibrate")
         tasks = {"plain forward": partial(_forward, network, batches)}
         for name, measures in wanted.items():
             tasks[name] = partial(inspect_model, network, batches, Wanted(measures))
-        found = interleaved(tasks, repeats=repeats)
-        plain = found["plain forward"][0]
-        rows = [(n, f"{s:.2f} s", f"{e:.2f}", f"{s / plain:.2f}") for n, (s, e) in found.items()]
+        found = rounds(tasks, repeats=repeats)
+        plain = found["plain forward"]
+        rows = []
+        for name, seconds in found.items():
+            middle, spread = summary(seconds)
+            rows.append((name, f"{middle:.2f} s", f"{spread:.2f}", over(seconds, plain)))
         title = f"Inspecting {samples} x 512 tokens, demo model, float32"
-        table(title, ("what", "time", "spread", "of a forward"), rows)
+        table(title, ("what", "time", "spread", "of a forward, round by round"), rows)
 
 
 if __name__ == "__main__":
