@@ -138,8 +138,9 @@ def limit_for(
             "budget",
             allowed=f"at {'most' if budget.sparsity else 'least'} {reachable}",
             found=", ".join(f"--{k} {v}" for k, v in budget.as_dict().items()),
-            fix=f"{'lower' if budget.sparsity else 'raise'} it, unpin what --keep pins, allow smaller "
-            "options with --set menu.bits or menu.share, or let layers go with --allow bits,layer",
+            fix=f"{'lower' if budget.sparsity else 'raise'} it, unpin what --keep pins, allow "
+            "smaller options with --set menu.bits or menu.share, or layers to go with "
+            "--allow bits,layer",
         )
     return limit
 
