@@ -12,7 +12,6 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import compressed_tensors  # noqa: F401  forks need not import it again
 import torch
 
 torch.set_num_threads(1)
