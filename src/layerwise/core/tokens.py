@@ -159,5 +159,8 @@ def moments_of(
     z = torch.cat([x, y], 1).double()
     start = torch.cat(shift).double() if shift else z.new_zeros(z.shape[1])
     z = z - start
-    r = torch.stack([z[:, : x.shape[1]].square().sum(1), z[:, x.shape[1] :].square().sum(1)], 1)
-    return Moments(len(z), z.sum(0), z.T @ z, r.sum(0), r.T @ r, z.T @ r, x.shape[1], start)
+    a, b = z[:, : x.shape[1]], z[:, x.shape[1] :]
+    r = torch.stack([a.square().sum(1), b.square().sum(1)], 1)
+    upper = a.T @ z  # what is below the diagonal is known by then
+    product = torch.cat([upper, torch.cat([upper[:, x.shape[1] :].T, b.T @ b], 1)])
+    return Moments(len(z), z.sum(0), product, r.sum(0), r.T @ r, z.T @ r, x.shape[1], start)
