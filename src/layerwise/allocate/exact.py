@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 
 from layerwise.allocate.choose import smallest
-from layerwise.core.damage import Choice, Damage, Menu, cost, staying
+from layerwise.core.damage import Choice, Damage, Menu, cost, staying, total
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.machine import quiet_stdout
 from layerwise.core.method import method
@@ -84,8 +85,7 @@ def knapsack(damage: Damage, menus: Mapping[str, Menu], budget: int, *, gone: in
         inner = [g for g in staying(menus, choice) if g not in out]
         group = min(inner, key=lambda g: _step_damage(damage, menus[g], choice[g]))
         choice[group] = _next_smaller(menus[group], choice[group])
-    total = lambda found: sum(damage.values[g][i] for g, i in found.items())  # noqa: E731
-    return min(choice, start, key=total) if start else choice
+    return min(choice, start, key=partial(total, damage, menus)) if start else choice
 
 
 def promising(

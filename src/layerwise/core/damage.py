@@ -94,3 +94,15 @@ def staying(menus: Mapping[str, Menu], choice: Choice) -> list[str]:
         return not holder or (not menus[holder].options[choice[holder]].gone and stays(holder))
 
     return [group for group in menus if stays(group)]
+
+
+def left_out(menus: Mapping[str, Menu], choice: Choice) -> list[str]:
+    """The units that are gone."""
+    return [unit for unit in staying(menus, choice) if menus[unit].options[choice[unit]].gone]
+
+
+def total(damage: Damage, menus: Mapping[str, Menu], choice: Choice) -> float:
+    """The predicted damage of a choice, that of pairs included."""
+    gone = set(left_out(menus, choice))
+    alone = sum(damage.values[group][choice[group]] for group in staying(menus, choice))
+    return alone + sum(more for pair, more in damage.pairs.items() if gone.issuperset(pair))

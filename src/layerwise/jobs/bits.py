@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 
 from layerwise.core.chain import kind_left
-from layerwise.core.damage import Choice, Damage, Menu, cost, predict_damage, staying
+from layerwise.core.damage import Choice, Damage, Menu, cost, left_out, predict_damage, staying
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.method import find
 from layerwise.core.network import Network
@@ -172,7 +172,7 @@ def assemble(
     edits, rows = [], []
     members = {group.key: group.matrices for group in units(network, target)}
     there = staying(menus, choice)
-    gone = {g for g in there if menus[g].options[choice[g]].gone}
+    gone = left_out(menus, choice)
     wiring = wiring_without(network, gone)
     places = {
         f"{name}/{layer}": f"{name}/{place}"
@@ -212,9 +212,9 @@ def assemble(
     whole = network.checkpoint.nbytes
     held = {g for g in menus if g not in members}
     outside = outside_of(request, network, target) - sum(menus[g].options[0].bytes for g in held)
-    open_ = [g for g, menu in menus.items() if len(menu.options) > 1 and g not in held]
+    open_ = {g for g, menu in menus.items() if len(menu.options) > 1 and g not in held}
     weights = sum(m.size for group in open_ for m in members[group])
-    taken = [(g, menus[g].options[choice[g]]) for g in open_ if g in there]
+    taken = [(g, menus[g].options[choice[g]]) for g in there if g in open_]
     bits = 8 * sum(option.bytes for _, option in taken) / weights if weights else None
     left = sum(option.weights for _, option in taken)
     zeros = 1 - left / weights if weights and not gone else 0.0

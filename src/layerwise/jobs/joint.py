@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from layerwise.core.chain import nearest
-from layerwise.core.damage import Choice, Damage, Menu, Option, staying
+from layerwise.core.damage import Choice, Damage, Menu, Option, left_out, staying, total
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.fan import fan_out
 from layerwise.core.method import find
@@ -17,7 +17,7 @@ from layerwise.core.plan import Step
 from layerwise.core.target import Target
 from layerwise.jobs.bits import assemble, limit_for, outside_of, predicted, scores_of
 from layerwise.jobs.gain import solver_gain
-from layerwise.jobs.menus import make_menus, units
+from layerwise.jobs.menus import make_menus, units, worth_it
 from layerwise.jobs.request import Planned, Request
 from layerwise.jobs.scoring import counting, trials_for
 from layerwise.jobs.session import Progress
@@ -44,7 +44,7 @@ def plan_joint(request: Request, network: Network, target: Target, progress: Pro
         )
     groups = {g.key: g for g in units(network, target)}
     sizes = bytes_beside(request, network, target)
-    menus = _with_layers(make_menus(request, network, target), groups, sizes)
+    menus = _with_layers(worth_it(make_menus(request, network, target)), groups, sizes)
     limit = limit_for(request, network, menus, groups, target)
     inner = {g: menu for g, menu in menus.items() if g in groups}
     scores = scores_of(request, network, target, progress)
@@ -62,7 +62,7 @@ def plan_joint(request: Request, network: Network, target: Target, progress: Pro
             continue
     if not found:
         found.append(allocator.bind(options)(damage, menus, limit))
-    tasks = [(_chains(menus, choice), _gone(menus, choice)) for choice in found]
+    tasks = [(_chains(menus, choice), left_out(menus, choice)) for choice in found]
     measured = tried(request, network, tasks, "measuring plans", progress)
     rows = [_row(menus, (plain, damage), *each) for each in zip(found, measured, strict=True)]
     best = min(range(len(found)), key=lambda i: rows[i]["expected"])
@@ -79,6 +79,7 @@ def bytes_beside(request: Request, network: Network, target: Target) -> dict[str
     if target.rest is None:
         plain = {k: sum(target.nbytes(m, (), size) for m in layers[k].matrices) for k in able}
         return {key: stored[key] - plain[key] for key in able}
+    found: dict[str, int] = {}
     kinds: dict[Any, int] = {}
     whole = outside_of(request, network, target)
     for key in able:
@@ -86,7 +87,8 @@ def bytes_beside(request: Request, network: Network, target: Target) -> dict[str
         if kind not in kinds:
             fewer = rewired(network, wiring_without(network, [key]))
             kinds[kind] = whole - outside_of(request, fewer, target)
-    return {key: kinds[tuple(layers[key].shapes.items())] for key in able}
+        found[key] = kinds[kind]
+    return found
 
 
 def _with_layers(
@@ -160,9 +162,9 @@ def _row(
     Measured is the choice with matrices just rounded. What that is beside its own prediction is
     expected of the choice with matrices solved, too.
     """
-    plain, solved = (total(menus, damage, choice) for damage in damages)
+    plain, solved = (total(damage, menus, choice) for damage in damages)
     return {
-        "layers left out": len(_gone(menus, choice)),
+        "layers left out": len(left_out(menus, choice)),
         "predicted": solved,
         "rounded, predicted": plain,
         "rounded, measured": measured,
@@ -171,17 +173,6 @@ def _row(
     }
 
 
-def _gone(menus: Mapping[str, Menu], choice: Choice) -> list[str]:
-    return [g for g in staying(menus, choice) if menus[g].options[choice[g]].gone]
-
-
 def _chains(menus: Mapping[str, Menu], choice: Choice) -> dict[str, tuple[Step, ...]]:
     chosen = {g: menus[g].options[choice[g]].chain for g in staying(menus, choice)}
     return {g: nearest(chain) for g, chain in chosen.items() if chain}
-
-
-def total(menus: Mapping[str, Menu], damage: Damage, choice: Choice) -> float:
-    """The predicted damage of a choice, pairs included."""
-    gone = set(_gone(menus, choice))
-    alone = sum(damage.values[g][choice[g]] for g in staying(menus, choice))
-    return alone + sum(v for pair, v in damage.pairs.items() if gone.issuperset(pair))
