@@ -28,7 +28,9 @@ Bits = Annotated[
 Depth = Annotated[str, typer.Option(help="Layers, or --parts, that may remain: 9 or 75%.")]
 Sparsity = Annotated[str, typer.Option(help="Share of the weights that is to be zero: 60%.")]
 Parts = Annotated[str, typer.Option(help="Count parts, not layers: attention, mlp, attention+mlp.")]
-Allow = Annotated[str, typer.Option(help="What the budget may take: bits, or bits,layer.")]
+Allow = Annotated[
+    str, typer.Option(help="What the budget may take: bits; bits,layer; width,layer.")
+]
 Target = Annotated[str, typer.Option(help="hf, compressed-tensors, gguf or compact.")]
 Method = Annotated[
     str,

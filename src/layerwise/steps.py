@@ -46,7 +46,7 @@ def request_of(given: dict[str, Any]) -> Any:
         depth,
         parse_share(given["sparsity"], "--sparsity") if given["sparsity"] else None,
     )
-    dense = given["depth"] or given["sparsity"]
+    dense = given["depth"] or given["sparsity"] or "width" in given["allow"]
     return Request(
         given["model"],
         budget,
@@ -110,11 +110,14 @@ def run_plan(output: Output, request: Any) -> Any:
 
 def edge_of(rows: Any) -> str:
     """The plans that were weighed, in a few words."""
-    words = [
-        f"{row['layers left out']}: {row['expected']:.4g}" + (" (taken)" if row["chosen"] else "")
-        for row in rows
-    ]
-    return f"KL expected by layers left out, the rest in bits: {', '.join(words)}"
+    taken = [" (taken)" if row["chosen"] else "" for row in rows]
+    if "plan" in rows[0]:
+        words = [f"{row['plan']}: {row['expected']:.4g}" for row in rows]
+        told = "; ".join(map("".join, zip(words, taken, strict=True)))
+        return f"KL of plans of this size, solved on a little text: {told}"
+    words = [f"{row['layers left out']}: {row['expected']:.4g}" for row in rows]
+    told = ", ".join(map("".join, zip(words, taken, strict=True)))
+    return f"KL expected by layers left out, the rest in bits: {told}"
 
 
 def run_apply(

@@ -18,7 +18,8 @@ class Fold(NamedTuple):
     """A change of a tensor along one axis.
 
     A `value` `[size]` multiplies: `t' = (t + shift) * value - shift`; `shift` is 1 for a norm that
-    multiplies by 1 + weight. A `value` `[size, size]` mixes: `t'_j = sum_k t_k value_kj`.
+    multiplies by 1 + weight. A `value` `[size, size]` mixes: `t'_j = sum_k t_k value_kj`. Whole
+    numbers `[any]` choose: `t'_j = t_value_j`.
     """
 
     axis: int
@@ -32,6 +33,8 @@ class Fold(NamedTuple):
             >>> Fold(-1, torch.tensor([2.0, 1.0]), shift=1.0).of(torch.tensor([0.5, 0.5]))
             tensor([2.0000, 0.5000])
         """
+        if not self.value.is_floating_point():
+            return tensor.index_select(self.axis, self.value.to(tensor.device))
         wide = tensor if tensor.dtype == torch.float64 else tensor.float()
         last = wide.movedim(self.axis, -1) + self.shift
         value = self.value.to(wide)

@@ -96,6 +96,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
     budget: dict[str, float] = {}
     data: DataSpec = DataSpec()
     wiring: dict[str, list[Any]] = {}
+    widths: dict[str, Annotated[int, msgspec.Meta(ge=1)]] = {}
     rewrites: tuple[Step, ...] = ()
     edits: tuple[Edit, ...] = ()
     fixed: tuple[str, ...] = ()
@@ -285,9 +286,11 @@ def describe(plan: Plan) -> str:
     if plan.experts:
         cut = plan.experts
         return f"feed-forward parts of {cut.count} experts, {100 * cut.active:.0f}% active"
-    if plan.wiring:
+    if plan.wiring or plan.widths:
+        words = [_order(*item) for item in plan.wiring.items()]
+        words += [f"{name} {value}" for name, value in plan.widths.items()]
         healed = f", healed for {plan.heal.steps} steps" if plan.heal else ""
-        return "; ".join(_order(*item) for item in plan.wiring.items()) + healed
+        return "; ".join(words) + healed
     counts: dict[str, int] = {}
     for edit in plan.edits:
         counts[label(edit.chain)] = counts.get(label(edit.chain), 0) + 1

@@ -28,10 +28,20 @@ class DepthField(NamedTuple):
     lists: bool = True
 
 
+def configs_in(tree: Tree, path: str = "") -> list[tuple[str, Tree]]:
+    """The values of a configuration and of those nested in it, with the path to each.
+
+    Example:
+        >>> [path for path, _ in configs_in({"text": {"model_type": "llama"}})]
+        ['', 'text.']
+    """
+    nested = [(n, v) for n, v in tree.items() if isinstance(v, dict) and "model_type" in v]
+    inner = (found for name, value in nested for found in configs_in(value, f"{path}{name}."))
+    return [(path, tree), *inner]
+
+
 def _configs(tree: Tree) -> list[Tree]:
-    """The values of a configuration and of those nested in it."""
-    nested = [v for v in tree.values() if isinstance(v, dict) and "model_type" in v]
-    return [tree, *(inner for n in nested for inner in _configs(n))]
+    return [part for _, part in configs_in(tree)]
 
 
 def depth_fields(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from transformers import PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from layerwise.core.companions import copy_companions
@@ -34,10 +35,12 @@ def write_folder(
     layers: Iterable[Finished],
     convert: Convert,
     extra: Callable[[], Mapping[str, Any]] = dict,
+    config: PretrainedConfig | None = None,
 ) -> int:
     """Write weights, configuration and the files that come along; returns the tensor bytes.
 
-    `extra` gives further entries of the configuration, asked for when all layers are written.
+    `extra` gives further entries of the configuration, asked for when all layers are written;
+    `config` takes the place of the network's own, where layers are written in another shape.
     """
     path.mkdir(parents=True, exist_ok=True)
     writer = ShardWriter(path)
@@ -49,7 +52,7 @@ def write_folder(
     kept = {n: t for n, t in outside.items() if tied.get(n) not in outside}
     writer.add(on_disk(network, kept))
     writer.close()
-    write_config(network, path, extra())
+    write_config(network, path, extra(), config)
     copy_companions(network.stored.checkpoint.folder, path)
     return writer.nbytes
 
@@ -60,9 +63,11 @@ def on_disk(network: Network, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return revert_weight_conversion(network.model, tensors)
 
 
-def write_config(network: Network, path: Path, extra: Mapping[str, Any]) -> None:
-    """The configuration of the network as it is built, under its stored dtype."""
-    config = copy.deepcopy(network.model.config)
+def write_config(
+    network: Network, path: Path, extra: Mapping[str, Any], other: PretrainedConfig | None = None
+) -> None:
+    """The configuration of the network as it is built, or another, under its stored dtype."""
+    config = copy.deepcopy(other or network.model.config)
     config.architectures = [type(network.model).__name__]
     config.dtype = str(network.stored.dtype).removeprefix("torch.")
     vars(config).update(extra)

@@ -1,15 +1,18 @@
 """Dense checkpoints that stock transformers loads."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
+from layerwise.core.find_widths import widths_named
 from layerwise.core.method import method
 from layerwise.core.network import Network
 from layerwise.core.plan import Plan, Step
-from layerwise.core.stack import Matrix, Stack
+from layerwise.core.stack import Layer, Matrix, Stack
 from layerwise.core.target import Target
+from layerwise.core.weight import Weight
+from layerwise.core.width import narrowed_config
 from layerwise.export._writer import Finished, dense_tensors, write_folder
 
 
@@ -17,7 +20,10 @@ from layerwise.export._writer import Finished, dense_tensors, write_folder
 def hf(
     stack: Stack, plan: Plan, path: Path, *, network: Network, layers: Iterable[Finished]
 ) -> int:
-    """Write dense safetensors under stock names; a depth edit is an ordinary configuration.
+    """Write dense safetensors under stock names; fewer layers are an ordinary configuration.
+
+    So is a smaller width: channels or heads that the edits of a plan left without weights are
+    taken out of all matrices that hold them.
 
     Args:
         stack: the layers.
@@ -29,7 +35,21 @@ def hf(
     Returns:
         Bytes of all tensors.
     """
-    return write_folder(network, path, layers, dense_tensors)
+    if not plan.widths:
+        return write_folder(network, path, layers, dense_tensors)
+    widths = widths_named(network, plan.widths)
+    config = narrowed_config(network.model.config, plan.widths)
+
+    def convert(
+        layer: Layer, tensors: dict[str, Tensor], records: Mapping[str, Weight]
+    ) -> dict[str, Tensor]:
+        made, start = dense_tensors(layer, tensors, records), f"{layer.path}."
+        inside = {n.removeprefix(start): tensor for n, tensor in made.items()}
+        for width, units in widths:
+            inside = width.without(inside, width.read_units(inside, units, layer.key))
+        return {start + name: tensor for name, tensor in inside.items()}
+
+    return write_folder(network, path, layers, convert, config=config)
 
 
 def _nbytes(matrix: Matrix, chain: Sequence[Step], itemsize: int) -> int:

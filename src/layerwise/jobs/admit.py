@@ -1,6 +1,7 @@
 """Everything that can be wrong with a plan, found before anything is computed."""
 
 from layerwise.core.errors import LayerwiseError
+from layerwise.core.find_widths import widths_named
 from layerwise.core.method import find
 from layerwise.core.network import Network
 from layerwise.core.plan import Plan, chain_for, check_model, check_selectors
@@ -21,6 +22,7 @@ def check_plan(network: Network, plan: Plan, other_weights: bool) -> Target:
     find(plan.target, "export").bind(plan.export)
     check_target(network, plan, target)
     check_visits(network, target)
+    check_widths(network, plan)
     if plan.edits and plan.wiring and target.engine == "layerwise":
         raise LayerwiseError(
             f"plan, wiring with target {target.name}",
@@ -58,6 +60,27 @@ def check_target(network: Network, plan: Plan, target: Target) -> None:
                     allowed=f"what target {target.name!r} can hold",
                     found=why,
                     fix="choose other options for it, keep it as it is, or use target hf",
+                )
+
+
+def check_widths(network: Network, plan: Plan) -> None:
+    """Refuse smaller widths that no target can hold, or that no edit makes."""
+    if plan.widths and plan.target != "hf":
+        raise LayerwiseError(
+            f"plan, widths with target {plan.target}",
+            allowed="target hf",
+            found=dict(plan.widths),
+            fix="write the narrower model with target hf, then compress that folder further",
+        )
+    for width, units in widths_named(network, plan.widths) if plan.widths else ():
+        for matrix in (m for la in network.layers() for m in la.matrices):
+            if matrix.parameter == width.reader and not chain_for(plan.edits, matrix):
+                raise LayerwiseError(
+                    f"plan, {matrix.key}",
+                    allowed=f"a chain that leaves {units} of the {width.units} units of "
+                    f"{width.name}",
+                    found="none",
+                    fix=f"sparsegpt with pattern column:{width.block}, or leave out the width",
                 )
 
 

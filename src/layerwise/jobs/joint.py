@@ -126,17 +126,25 @@ def _and_layers(
     damage: Damage, layers: Sequence[str], request: Request, network: Network, progress: Progress
 ) -> Damage:
     """The damage of layers that go, and of neighbours that go together."""
+    alone, pairs = layers_alone(layers, request, network, progress)
+    return replace(
+        damage,
+        values={**damage.values, **{layer: (0.0, kl) for layer, kl in alone.items()}},
+        importance={**damage.importance, **alone},
+        pairs=pairs,
+    )
+
+
+def layers_alone(
+    layers: Sequence[str], request: Request, network: Network, progress: Progress
+) -> tuple[dict[str, float], dict[tuple[str, str], float]]:
+    """KL without every layer, and what two neighbours that go cost beyond the sum of both."""
     pairs = list(pairwise(layers))
     tasks: list[Tried] = [({}, gone) for gone in (*((layer,) for layer in layers), *pairs)]
     found = tried(request, network, tasks, "leaving layers out", progress)
     alone = dict(zip(layers, found, strict=False))
     both = dict(zip(pairs, found[len(layers) :], strict=True))
-    return replace(
-        damage,
-        values={**damage.values, **{layer: (0.0, kl) for layer, kl in alone.items()}},
-        importance={**damage.importance, **alone},
-        pairs={(a, b): kl - alone[a] - alone[b] for (a, b), kl in both.items()},
-    )
+    return alone, {(a, b): kl - alone[a] - alone[b] for (a, b), kl in both.items()}
 
 
 def _solved(

@@ -7,6 +7,7 @@ from layerwise.core.select import check_selector
 from layerwise.core.target import Target
 from layerwise.export import TARGETS
 from layerwise.jobs.bits import plan_bits
+from layerwise.jobs.dense import plan_dense
 from layerwise.jobs.depth import plan_depth
 from layerwise.jobs.joint import plan_joint
 from layerwise.jobs.request import Planned, Request
@@ -46,13 +47,15 @@ def make_plan(request: Request, progress: Progress = silent) -> Planned:
     target, budget = TARGETS[request.target], request.budget
     check_allowed(request, target)
     request = request._replace(method=request.method or target.method)
-    if budget.depth is None:
+    if budget.depth is None and "width" not in request.allow:
         check_unit(request, target)
     check_settings(request)
     network = open_network(request.model, device=request.device, dtype=request.dtype)
     target.accepts(network)
     for pattern in request.keep:
         check_selector(pattern, [m for s in network.stacks for m in s.matrices()], "--keep")
+    if "width" in request.allow:
+        return plan_dense(request, network, progress)
     if budget.depth is not None or not request.method:
         if request.rewrites:
             raise LayerwiseError(
@@ -113,14 +116,17 @@ def check_allowed(request: Request, target: Target) -> None:
     Raises:
         LayerwiseError: it is not.
     """
-    unknown = set(request.allow) - {"bits", "layer"}
-    if unknown or "bits" not in request.allow:
+    if {*request.allow} not in ({"bits"}, {"bits", "layer"}, {"width"}, {"width", "layer"}):
+        unknown = set(request.allow) - {"bits", "layer", "width"}
         raise LayerwiseError(
             f"--allow {','.join(request.allow)}",
-            allowed="bits, or bits,layer; --depth leaves layers out alone",
-            found=min(unknown, default="no bits"),
+            allowed="bits, bits,layer, width, or width,layer; --depth leaves layers out alone",
+            found=min(unknown, default=" and ".join(request.allow)),
             fix="choose one of these",
         )
+    if "width" in request.allow:
+        check_dense(request)
+        return
     other = [f"--{unit}" for unit in ("depth", "sparsity") if getattr(request.budget, unit)]
     if "layer" in request.allow and (other or not target.by_bits):
         raise LayerwiseError(
@@ -128,6 +134,23 @@ def check_allowed(request: Request, target: Target) -> None:
             allowed="a budget of bytes, in a target that stores fewer for fewer bits",
             found=", ".join([f"target {target.name}", *other]),
             fix="give --bits, --size or --bytes, and --target compressed-tensors, gguf or compact",
+        )
+
+
+def check_dense(request: Request) -> None:
+    """Layers become narrower in dense checkpoints alone, and by bytes.
+
+    Raises:
+        LayerwiseError: the target or the budget is another.
+    """
+    budget = request.budget
+    if request.target != "hf" or (budget.size is None and budget.bytes is None):
+        asked = ", ".join(f"--{k} {v}" for k, v in budget.as_dict().items())
+        raise LayerwiseError(
+            f"--allow {','.join(request.allow)}",
+            allowed="--target hf, with a budget of --size or --bytes",
+            found=f"target {request.target}, {asked}",
+            fix="write the narrower model with --target hf, then compress that folder further",
         )
 
 

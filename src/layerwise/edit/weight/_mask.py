@@ -4,10 +4,11 @@ import math
 import re
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from layerwise.core.errors import LayerwiseError
+from layerwise.core.weight import in_groups
 
 #: columns of a block
 BLOCK = 128
@@ -35,20 +36,33 @@ def check_pattern(name: str, share: float, pattern: str) -> None:
             f"{name}, option 'share'", allowed="0 to 1", found=share, fix="choose another"
         )
     kept, of = _counted(pattern)
-    if pattern not in NAMED and not 0 <= kept <= of > 0:
+    if pattern in NAMED or columns_of(pattern):
+        return
+    if not 0 <= kept <= of > 0:
         raise LayerwiseError(
             f"{name}, option 'pattern'",
-            allowed="row, block, matrix, or such as 2:4 for 2 kept of 4",
+            allowed="row, block, matrix, such as 2:4 for 2 kept of 4, or such as column:64",
             found=pattern,
             fix="choose one of them",
         )
-    if pattern not in NAMED and abs(share - kept / of) > 1e-6:
+    if abs(share - kept / of) > 1e-6:
         raise LayerwiseError(
             f"{name}, options 'share' and 'pattern'",
             allowed=f"share {kept / of:g} with pattern {pattern}",
             found=share,
             fix=f"set the share, or on a menu --set menu.share={kept / of:g}",
         )
+
+
+def columns_of(pattern: str) -> int:
+    """How many neighbouring columns stay or go as one, of all rows; 0 for another pattern.
+
+    Example:
+        >>> columns_of("column"), columns_of("column:64"), columns_of("row")
+        (1, 64, 0)
+    """
+    found = re.fullmatch(r"column(?::([1-9]\d{0,6}))?", pattern)
+    return int(found[1] or 1) if found else 0
 
 
 def _counted(pattern: str) -> tuple[int, int]:
@@ -91,6 +105,10 @@ def keep_largest(
         tensor([[ True, False, False,  True]])
     """
     rows, columns = scores.shape
+    if columns_of(pattern):
+        energy = column_energy(scores, columns_of(pattern))
+        gone = energy.argsort(stable=True)[: removed(len(energy), share)]
+        return spread_columns(gone, columns_of(pattern), scores)
     width, together = unit_of(pattern, columns)
     masks = []
     for members in in_units(scores, width, together):
@@ -101,3 +119,17 @@ def keep_largest(
             kept = kept.reshape(-1, rows, size).transpose(0, 1)  # [out, groups, width]
         masks.append(kept.reshape(rows, -1))
     return torch.cat(masks, 1) if masks else torch.ones_like(scores, dtype=torch.bool)
+
+
+def column_energy(scores: Float[Tensor, "out in"], block: int) -> Float[Tensor, " blocks"]:
+    """The sum of the squares of every block of columns; a last one may be shorter."""
+    return in_groups(scores.square(), block).sum((0, 2))
+
+
+def spread_columns(
+    gone: Int[Tensor, " gone"], block: int, like: Float[Tensor, "out in"]
+) -> Bool[Tensor, "out in"]:
+    """Which weights stay where some blocks of columns go."""
+    kept = torch.ones(-(-like.shape[1] // block), dtype=torch.bool, device=like.device)
+    kept[gone] = False
+    return kept.repeat_interleave(block)[: like.shape[1]].expand(like.shape).clone()

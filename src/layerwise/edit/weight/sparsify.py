@@ -9,7 +9,16 @@ from torch import Tensor
 
 from layerwise.core.method import method
 from layerwise.core.weight import Sparse
-from layerwise.edit.weight._mask import check_pattern, in_units, keep_largest, removed, unit_of
+from layerwise.edit.weight._mask import (
+    check_pattern,
+    column_energy,
+    columns_of,
+    in_units,
+    keep_largest,
+    removed,
+    spread_columns,
+    unit_of,
+)
 from layerwise.edit.weight._solve import column_feedback, inverse_factor, mean_squares, prepared
 
 
@@ -20,7 +29,10 @@ def removed_squares(
     sums: dict[str, list[Tensor]] = {}
     for pattern in {chosen["pattern"] for chosen in settings}:
         width, together = unit_of(pattern, weight.shape[1])
-        units = in_units(weight.float().square(), width, together)
+        if columns_of(pattern):
+            units = [column_energy(weight.float(), columns_of(pattern))[None]]
+        else:
+            units = in_units(weight.float().square(), width, together)
         ordered = [members.sort(1).values.double().cumsum(1) for members in units]
         sums[pattern] = [torch.nn.functional.pad(total, (1, 0)).sum(0) for total in ordered]
     return [
@@ -44,8 +56,9 @@ def magnitude(
         weight: `[out, in]`.
         stats: not used.
         share: of the weights that stay; `floor((1 - share) n)` of the `n` of every unit go.
-        pattern: what a unit is: `row`; `matrix`; `block`, 128 columns of all rows; or such as
-            `2:4`, of which 2 of every 4 neighbours in a row stay.
+        pattern: what a unit is: `row`; `matrix`; `block`, 128 columns of all rows; such as `2:4`,
+            of which 2 of every 4 neighbours in a row stay; or such as `column:64`, by which 64
+            neighbouring columns, a head's for instance, stay or go as one.
 
     Returns:
         A `Sparse` record: the weights that stay, and a bit for every weight.
@@ -139,7 +152,11 @@ def sparsegpt(
         >>> sparsegpt(torch.tensor([[1.0, 1.2]]), stats, damping=0.0).dense()
         tensor([[0.0000, 1.7000]])
 
-    Reference: Frantar and Alistarh, 2023, arXiv:2301.00774. Exactly the promised number goes;
+    Of whole columns those go that the others can make up for best, by `tr(W_B (H^-1_BB)^-1 W_B^T)`
+    of a block `B`, in eight rounds; those that stay are fitted anew, `W H[:, K] H[K, K]^-1`.
+
+    Reference: Frantar and Alistarh, 2023, arXiv:2301.00774; Kurtic et al., 2023, arXiv:2302.04089
+    for columns. Exactly the promised number goes;
     theirs is one more. Each matrix sees what the ones before it left.
     """
     check_pattern("sparsegpt", share, pattern)
@@ -149,6 +166,8 @@ def sparsegpt(
     width = unit_of(pattern, weight.shape[1])[0]
     late = width < weight.shape[1]
     work, hessian = prepared(weight, moment)
+    if columns_of(pattern):
+        return _kept(*_fewer_columns(work, hessian, share, columns_of(pattern), damping, weight))
     factor = inverse_factor(hessian, damping, "sparsegpt")
     size = factor.diagonal()
     mask = keep_largest((work / size).square(), share, pattern)
@@ -170,3 +189,52 @@ def sparsegpt(
 
 def _kept(weight: Float[Tensor, "out in"], mask: Bool[Tensor, "out in"]) -> Sparse:
     return Sparse(weight[mask], mask)
+
+
+#: rounds in which whole columns go, each on what the last one left
+ROUNDS = 8
+
+
+def _fewer_columns(
+    work: Float[Tensor, "out in"],
+    hessian: Float[Tensor, "in in"],
+    share: float,
+    block: int,
+    damping: float,
+    weight: Float[Tensor, "out in"],
+) -> tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"]]:
+    """The weight with blocks of columns gone and the others fitted anew, and what stayed."""
+    columns = work.shape[1]
+    count = -(-columns // block)
+    hessian.diagonal().add_(damping * hessian.diagonal().mean())
+    target, rounds = removed(count, share), min(ROUNDS, removed(count, share))
+    gone = torch.empty(0, dtype=torch.long, device=work.device)
+    kept, fitted = torch.arange(columns, device=work.device), work
+    mask = spread_columns(gone, block, work)
+    factor = inverse_factor(hessian, 0.0, "sparsegpt")
+    for left in range(rounds - 1, -1, -1):
+        losses = _block_losses(fitted[:, kept], factor, block)
+        alive = (kept[::block] // block).unique_consecutive()
+        more = target - len(gone) - left * (target // rounds)
+        gone = torch.cat([gone, alive[losses.argsort(stable=True)[:more]]])
+        mask = spread_columns(gone, block, work)
+        kept = mask[0].nonzero()[:, 0]
+        factor = inverse_factor(hessian[kept][:, kept], 0.0, "sparsegpt")
+        fitted = torch.zeros_like(work)
+        fitted[:, kept] = work @ hessian[:, kept] @ factor.T @ factor
+    return fitted.to(weight.dtype), mask
+
+
+def _block_losses(
+    weight: Float[Tensor, "out in"], factor: Float[Tensor, "in in"], block: int
+) -> Float[Tensor, " blocks"]:
+    """What the loss grows by if a block of columns goes and all others make up for it."""
+    inverse = factor.T @ factor
+    if block == 1:
+        return weight.square().sum(0) / inverse.diagonal()
+    losses = []
+    for start in range(0, weight.shape[1], block):
+        own = slice(start, start + block)
+        part = weight[:, own]
+        losses.append((torch.linalg.solve(inverse[own, own], part.T) * part.T).sum())
+    return torch.stack(losses)

@@ -1,0 +1,280 @@
+"""Finding the widths of a network by trying.
+
+A whole number of the configuration is changed in a model without weights: where
+axes of the layers' parameters, and nothing else, become shorter by the same share, they hold its
+units. They are its units indeed if they can change places in all these axes and the layer still
+computes the same, and if a unit that is zero in all of them is one that is not read. So what was
+fused, and what groups of heads share, needs no table. The matrix whose inputs are the units reads
+them: those that it does not read can be taken out of the layer.
+"""
+
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from layerwise.core.errors import LayerwiseError
+from layerwise.core.fold import Fold
+from layerwise.core.hollow import build_meta
+from layerwise.core.lockstep import walk
+from layerwise.core.network import Network
+from layerwise.core.stack import Layer
+from layerwise.core.task import example_inputs
+from layerwise.core.trial import Trial
+from layerwise.core.width import Cut, Width, narrowed_config
+from layerwise.core.wiring import configs_in
+
+#: a length that nothing else has
+PROBE = 7
+#: what may be left of a change that was taken back
+KEPT = 1e-3
+#: fields with their values, how many units, and the cuts that are to be tried
+Candidate = tuple[Mapping[str, int], int, Sequence[Mapping[str, Cut]]]
+
+
+def find_widths(network: Network) -> list[Width]:
+    """The widths of a network that all its layers have, each with one reader in a layer.
+
+    The network runs up to the first layer of each stack, on a short input.
+    """
+    first = {stack.layers[0].path for stack in network.stacks}
+    found: list[Width] | None = None
+    candidates = list(_candidates(network))
+    batch = example_inputs(network.module)
+    for stop in walk(network, [batch]) if candidates else ():
+        if stop.kind != "enter" or stop.layer.path not in first:
+            continue
+        trial = Trial(stop.layer, stop.lanes[0].args, stop.lanes[0].kwargs)
+        tried = candidates if found is None else [(w.fields, w.units, [w.cuts]) for w in found]
+        passed = (_tried(trial, *candidate) for candidate in tried)
+        found = [width for width in passed if width is not None]
+        first.remove(stop.layer.path)
+        if not first or not found:
+            break
+    return _apart(found or [])
+
+
+def widths_named(network: Network, values: Mapping[str, int]) -> list[tuple[Width, int]]:
+    """The widths that some fields set, and how many units are to be left of each.
+
+    Raises:
+        LayerwiseError: a field sets none, or fields of one width shrink by different shares.
+    """
+    found, open_ = [], dict(values)
+    widths = find_widths(network)
+    for width in widths:
+        own = {name: open_.pop(name) for name in width.fields if name in open_}
+        units = own.get(width.name, 0) * width.units // width.fields[width.name]
+        if own and not (0 < units <= width.units and width.values(units) == own):
+            raise LayerwiseError(
+                "plan, widths",
+                allowed=f"all of {dict(width.fields)} made smaller by the same share",
+                found=own,
+                fix=f"write for instance {width.values(max(1, width.units // 2))}",
+            )
+        found += [(width, units)] if own else []
+    if open_:
+        raise LayerwiseError(
+            f"plan, widths {min(open_)}",
+            allowed=", ".join(name for w in widths for name in w.fields) or "none here",
+            found=open_[min(open_)],
+            fix="name fields of the configuration that all layers of this network shrink with",
+        )
+    return found
+
+
+def shrunk(values: Sequence[int]) -> list[int] | None:
+    """Numbers made smaller by one share, the least that whole numbers allow; none if they cannot.
+
+    Example:
+        >>> shrunk([8, 4]), shrunk([9]), shrunk([3, 2])
+        ([4, 2], [6], None)
+    """
+    shared = math.gcd(*values)
+    prime = next((p for p in range(2, shared + 1) if shared % p == 0), None)
+    return None if prime is None else [v // prime * (prime - 1) for v in values]
+
+
+def _candidates(network: Network) -> Iterator[Candidate]:
+    """Fields that make layers narrower, one by one or two together, and how it may be cut."""
+    kind, config = type(network.model), network.model.config
+    before = _shapes(kind, config)
+    inside = tuple(f"{layer.path}." for layer in network.layers())
+    alone: dict[str, int] = {}
+    for path, value in _fields(kind, config, before):
+        changed = _changed(kind, config, before, {path: value})
+        if not changed or not all(name.startswith(inside) for name in changed):
+            continue
+        alone[path] = value
+        yield from _cut(network, {path: value}, changed)
+    for (one, large), (other, small) in product(alone.items(), repeat=2):
+        if one != other and large % small == 0 and (large > small or one < other):
+            pair = {one: large, other: small}
+            changed = _changed(kind, config, before, pair)
+            if changed:
+                yield from _cut(network, pair, changed)
+
+
+def _fields(
+    kind: type[PreTrainedModel], config: PretrainedConfig, shapes: Mapping[str, torch.Size]
+) -> Iterator[tuple[str, int]]:
+    """The whole numbers of a configuration that divide the length of some axis.
+
+    A field without a value has the one that the axes tell which it changes.
+    """
+    lengths = {size for shape in shapes.values() for size in shape}
+    for path, part in configs_in(config.to_dict()):
+        for name, value in part.items():
+            known = _told(kind, config, shapes, path + name) if value is None else value
+            if type(known) is int and known > 1 and any(size % known == 0 for size in lengths):
+                yield path + name, known
+
+
+def _told(
+    kind: type[PreTrainedModel],
+    config: PretrainedConfig,
+    before: Mapping[str, torch.Size],
+    path: str,
+) -> int | None:
+    """The value that a field without one stands for, if it is a length; seen by giving it one."""
+    try:
+        shapes = _shapes(kind, narrowed_config(config, {path: PROBE}))
+    except Exception:  # a field that takes no number
+        return None
+    axes = [
+        (a, b)
+        for name in before.keys() & shapes.keys()
+        for a, b in zip(before[name], shapes[name], strict=False)
+        if a != b
+    ]
+    values = {a * PROBE / b for a, b in axes}
+    return int(min(values)) if len(values) == 1 and min(values).is_integer() else None
+
+
+def _shapes(kind: type[PreTrainedModel], config: PretrainedConfig) -> dict[str, torch.Size]:
+    model = build_meta(kind, copy.deepcopy(config), torch.float32)
+    return {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def _changed(
+    kind: type[PreTrainedModel],
+    config: PretrainedConfig,
+    before: Mapping[str, torch.Size],
+    fields: Mapping[str, int],
+) -> dict[str, int] | None:
+    """The axis of every parameter that shrinks as the fields do; none if they do anything else."""
+    fewer = shrunk(list(fields.values()))
+    if fewer is None:
+        return None
+    try:
+        shapes = _shapes(kind, narrowed_config(config, dict(zip(fields, fewer, strict=True))))
+    except Exception:  # a value that the architecture refuses is simply no width
+        return None
+    if shapes.keys() != before.keys():
+        return None
+    share = fewer[0] / next(iter(fields.values()))
+    found = {}
+    for name, shape in shapes.items():
+        axes = [i for i, (a, b) in enumerate(zip(before[name], shape, strict=False)) if a != b]
+        if not axes:
+            continue
+        if len(axes) > 1 or before[name][axes[0]] * share != shape[axes[0]]:
+            return None
+        found[name] = axes[0] - len(shape)
+    return found
+
+
+def _cut(
+    network: Network, fields: Mapping[str, int], changed: Mapping[str, int]
+) -> Iterator[Candidate]:
+    """Ways in which the parameters of a layer may hold the units of some fields."""
+    units = math.gcd(*fields.values())
+    layers = network.layers()
+    own = {
+        layer.path: {n[len(layer.path) + 1 :]: a for n, a in changed.items() if _in(n, layer)}
+        for layer in layers
+    }
+    kinds = list(own.values())
+    if not kinds[0] or any(kind != kinds[0] for kind in kinds):
+        return
+    shapes = layers[0].shapes
+    sizes = {name: shapes[name][axis] for name, axis in kinds[0].items()}
+    if any(size % units for size in sizes.values()):
+        return
+    least = min(sizes.values()) // units
+    shapes_of = {size: _pieces(size // units, least) for size in {*sizes.values()}}
+    ways = []
+    for chosen in product(*shapes_of.values()):
+        pieces = dict(zip(shapes_of, chosen, strict=True))
+        ways.append({n: Cut(a, pieces[sizes[n]]) for n, a in kinds[0].items()})
+    yield fields, units, ways
+
+
+def _in(name: str, layer: Layer) -> bool:
+    return name.startswith(f"{layer.path}.")
+
+
+def _pieces(each: int, least: int) -> list[tuple[int, ...]]:
+    """How the entries of a unit may lie: side by side, or in pieces as they are fused.
+
+    Example:
+        >>> _pieces(8, 2)
+        [(8,), (2, 2, 2, 2), (4, 2, 2)]
+    """
+    found: list[tuple[int, ...]] = [(each,)]
+    if each % least == 0 and each > least:
+        found.append((least,) * (each // least))
+    if each > 3 * least:
+        found.append((each - 2 * least, least, least))
+    return found
+
+
+def _tried(
+    trial: Trial, fields: Mapping[str, int], units: int, ways: Sequence[Mapping[str, Cut]]
+) -> Width | None:
+    """The width that some fields are, if the units of a layer can change places."""
+    for cuts in ways:
+        readers = [n for n, c in cuts.items() if _reads(trial, n, c)]
+        if len(readers) != 1 or len(cuts[readers[0]].pieces) != 1:
+            continue
+        turned = torch.arange(units).roll(1)
+        own = {name: cut for name, cut in cuts.items() if name in trial.tensors}
+        turns = {n: (Fold(c.axis, c.entries(turned, units)),) for n, c in own.items()}
+        zeros = {n: (Fold(c.axis, _last_zero(c, units)),) for n, c in own.items()}
+        moved, unread = (trial.run({readers[0]: f[readers[0]]}) for f in (turns, zeros))
+        change, lost = moved.away(trial.before), unread.away(trial.before)
+        same = change and trial.run(turns).away(trial.before) <= KEPT * change
+        if same and trial.run(zeros).away(unread) <= KEPT * lost:
+            return Width(fields, units, cuts, readers[0])
+    return None
+
+
+def _last_zero(cut: Cut, units: int) -> Tensor:
+    """Factors along an axis that make the last unit zero."""
+    found = torch.ones(units * sum(cut.pieces))
+    found[cut.entries(torch.tensor([units - 1]), units)] = 0.0
+    return found
+
+
+def _reads(trial: Trial, name: str, cut: Cut) -> bool:
+    """Whether the axis is that of a matrix's inputs."""
+    found = trial.matrices.get(name)
+    if found is None:
+        return False
+    return cut.axis == trial.axis(name, inputs=True)
+
+
+def _apart(widths: Sequence[Width]) -> list[Width]:
+    """Widths that share no parameter's axis with one before them; those of more units first."""
+    found: list[Width] = []
+    taken: set[tuple[str, int]] = set()
+    for width in sorted(widths, key=lambda w: -w.units):
+        own = {(name, cut.axis) for name, cut in width.cuts.items()}
+        if not own & taken:
+            found.append(width)
+            taken |= own
+    return found

@@ -1,0 +1,320 @@
+"""One size for dense checkpoints: fewer layers, fewer channels and fewer heads, chosen together."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from typing import Any, NamedTuple
+
+from msgspec import structs
+
+from layerwise.core.errors import LayerwiseError
+from layerwise.core.find_widths import find_widths
+from layerwise.core.network import Network
+from layerwise.core.open import rewired
+from layerwise.core.plan import Edit, Plan, Step
+from layerwise.core.reader import samples_of
+from layerwise.core.select import selects
+from layerwise.core.stack import Layer
+from layerwise.core.width import Width
+from layerwise.jobs.joint import MOST, layers_alone, tried
+from layerwise.jobs.naive import Contest
+from layerwise.jobs.request import Planned, Request, identity
+from layerwise.jobs.session import Progress, load_reader, silent, texts_of
+from layerwise.jobs.units import able_to_go, layer_bytes, wiring_without
+
+#: into how many steps a width is cut at most
+LEVELS = 64
+#: shares of a width at which it is measured what its units are worth; between them it is a line
+SHARES = (0.75, 0.5, 0.25)
+#: plans that are solved and measured, windows to solve them on, and documents
+SOLVED, WINDOWS, DOCUMENTS = 8, 16, 16
+
+
+class Candidate(NamedTuple):
+    """The layers that go, and the units that stay of every width, by its name."""
+
+    gone: tuple[str, ...]
+    units: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Dense:
+    """What a dense checkpoint of a network can lose, and what that saves."""
+
+    request: Request
+    network: Network
+    widths: Sequence[Width]
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Stored bytes of every layer."""
+        return layer_bytes(self.network)
+
+    def unit(self, width: Width, layer: Layer) -> int:
+        """Bytes of one unit in a layer."""
+        held = sum(layer.shapes[name].numel() for name in width.cuts)
+        return held * self.network.stored.dtype.itemsize // width.units
+
+    def nbytes(self, candidate: Candidate) -> int:
+        """Bytes of all tensors of a candidate."""
+        saved = sum(self.sizes[key] for key in candidate.gone)
+        for layer in self.network.layers():
+            if layer.key not in candidate.gone:
+                saved += sum(
+                    (w.units - candidate.units[w.name]) * self.unit(w, layer) for w in self.widths
+                )
+        return self.network.checkpoint.nbytes - saved
+
+    def levels(self, width: Width) -> list[int]:
+        """How many units a width may have, all of them first."""
+        step = 1
+        while 2 * step * LEVELS <= width.units:
+            step *= 2
+        return [width.units, *range((width.units - 1) // step * step, 0, -step)]
+
+    def candidates(self, gone: tuple[str, ...], limit: int) -> list[Candidate]:
+        """Without some layers, the largest that fit: the first width as wide as the others let."""
+        if not self.widths:
+            alone = Candidate(gone, {})
+            return [alone] if self.nbytes(alone) <= limit else []
+        found = []
+        first, *others = self.widths
+        for chosen in product(*(self.levels(width) for width in others)):
+            held = dict(zip((w.name for w in others), chosen, strict=True))
+            for units in self.levels(first):
+                candidate = Candidate(gone, {first.name: units, **held})
+                if self.nbytes(candidate) <= limit:
+                    found.append(candidate)
+                    break
+        return found
+
+    def plan(self, candidate: Candidate) -> Plan:
+        """The plan of a candidate."""
+        request, fields, edits = self.request, {}, []
+        for width in self.widths:
+            units = candidate.units[width.name]
+            if units < width.units:
+                fields |= width.values(units)
+                edits += self._edits(width, units)
+        return Plan(
+            model=identity(self.network),
+            target="hf",
+            budget=request.budget.as_dict(),
+            data=request.data,
+            wiring=wiring_without(self.network, candidate.gone),
+            widths=fields,
+            edits=tuple(edits),
+            fixed=request.keep,
+        )
+
+    def _edits(self, width: Width, units: int) -> list[Edit]:
+        method = self.request.method or "sparsegpt"
+        options = {"share": units / width.units, "pattern": f"column:{width.block}"}
+        step = Step(method, self.request.options(method) | options)
+        readers = [
+            m for la in self.network.layers() for m in la.matrices if m.parameter == width.reader
+        ]
+        names = dict.fromkeys(f"{m.layer.split('/')[0]}/*/{m.part}.{m.role}" for m in readers)
+        return [Edit(name, (step,)) for name in names]
+
+
+def plan_dense(request: Request, network: Network, progress: Progress) -> Planned:
+    """Layers that go and widths of those that stay, with the least KL at a size.
+
+    What layers and single widths cost is measured; sums of these say which plans are worth more.
+    The best few are solved on a little text and measured on the select split, and so are those
+    that take only layers or only one width. The best of all these is taken.
+
+    Raises:
+        LayerwiseError: nothing that may go gets as small.
+    """
+    widths = [w for w in find_widths(network) if not _pinned(request, network, w)]
+    dense = Dense(request, network, widths if "width" in request.allow else [])
+    limit = _limit(request, network)
+    sets: dict[tuple[str, ...], float] = {(): 0.0}
+    if "layer" in request.allow:
+        sets = _layer_sets(request, network, progress)
+    found = [c for gone in sets for c in dense.candidates(gone, limit)]
+    if not found:
+        raise _impossible(dense, list(sets))
+    contest = _contest(request, network)
+    curves = _curves(dense, contest, progress)
+    depth = len(network.layers())
+
+    def predicted(candidate: Candidate) -> float:
+        left = 1 - len(candidate.gone) / depth
+        worth = (curves[w.name](candidate.units[w.name]) for w in dense.widths)
+        return sets[candidate.gone] + left * sum(worth)
+
+    chosen = _shortlist(dense, found, predicted)
+    rows, plans = [], []
+    for number, candidate in enumerate(chosen, 1):
+        plans.append(dense.plan(candidate))
+        measured = _measured(contest, plans[-1])
+        rows.append(
+            {
+                "plan": _words(dense, candidate),
+                "layers left out": len(candidate.gone),
+                "bytes": dense.nbytes(candidate),
+                "predicted": predicted(candidate),
+                "expected": measured,
+                "chosen": False,
+            }
+        )
+        progress("solving plans", number, len(chosen))
+    best = min(range(len(rows)), key=lambda i: rows[i]["expected"])
+    rows[best]["chosen"] = True
+    return _planned(dense, chosen[best], plans[best], rows)
+
+
+def _pinned(request: Request, network: Network, width: Width) -> bool:
+    held = [m for la in network.layers() for m in la.matrices if m.parameter in width.cuts]
+    return any(selects(pattern, matrix) for pattern in request.keep for matrix in held)
+
+
+def _limit(request: Request, network: Network) -> int:
+    budget, whole = request.budget, network.checkpoint.nbytes
+    return budget.bytes if budget.bytes is not None else int((budget.size or 1.0) * whole)
+
+
+def _layer_sets(
+    request: Request, network: Network, progress: Progress
+) -> dict[tuple[str, ...], float]:
+    """For every number of layers those that cost least together, and their measured KL.
+
+    One after the other, the layer with the least KL alone and beside its neighbours that went.
+    """
+    able = able_to_go(network, request.keep)
+    alone, pairs = layers_alone(able, request, network, progress)
+    sets: list[tuple[str, ...]] = [()]
+    for _ in range(int(MOST * len(network.layers()))):
+        now = set(sets[-1])
+        open_ = [key for key in able if key not in now]
+        if not open_:
+            break
+        more = {
+            key: alone[key]
+            + sum(v for pair, v in pairs.items() if key in pair and now & {*pair} - {key})
+            for key in open_
+        }
+        sets.append((*sets[-1], min(open_, key=lambda key: more[key])))
+    shorter = [gone for gone in sets if _can_go(network, gone)]
+    tasks = [({}, gone) for gone in shorter]
+    return dict(
+        zip(shorter, tried(request, network, tasks, "leaving layers out", progress), strict=True)
+    )
+
+
+def _can_go(network: Network, gone: Sequence[str]) -> bool:
+    try:
+        rewired(network, wiring_without(network, gone))
+    except LayerwiseError:
+        return False
+    return True
+
+
+def _contest(request: Request, network: Network) -> Contest:
+    """The select split, on which plans are measured."""
+    texts = texts_of(request.data)._replace(length=256)
+    batches = samples_of(load_reader(network), texts, "select", DOCUMENTS)
+    plan = Plan(model=identity(network), data=request.data)
+    return Contest(request.model, plan, 0, batches, device=request.device)
+
+
+def _measured(contest: Contest, plan: Plan) -> float:
+    """KL of a plan, solved on a little text."""
+    few = structs.replace(plan.data, samples=min(plan.data.samples, WINDOWS))
+    return contest.solved(structs.replace(plan, data=few), silent).estimate("kl").value
+
+
+def _curves(dense: Dense, contest: Contest, progress: Progress) -> dict[str, Any]:
+    """What every width costs by the units that stay, the others as they are."""
+    full = {width.name: width.units for width in dense.widths}
+    found: dict[str, Any] = {}
+    total = len(SHARES) * len(full)
+    for width in dense.widths:
+        points = {width.units: 0.0}
+        for share in SHARES:
+            units = min(dense.levels(width), key=lambda n: abs(n - share * width.units))
+            if units not in points:
+                plan = dense.plan(Candidate((), full | {width.name: units}))
+                points[units] = _measured(contest, plan)
+            progress("measuring widths", len(found) * len(SHARES) + len(points) - 1, total)
+        found[width.name] = _line(points)
+    return found
+
+
+def _line(points: Mapping[int, float]) -> Any:
+    """Between measured points, straight lines; beyond the last one as steep as before it."""
+    at = sorted(points, reverse=True)
+
+    def value(units: int) -> float:
+        if len(at) == 1:
+            return 0.0
+        below = next((i for i in range(1, len(at)) if at[i] <= units), len(at) - 1)
+        high, low = at[below - 1], at[below]
+        slope = (points[low] - points[high]) / (high - low)
+        return points[high] + slope * (high - units)
+
+    return value
+
+
+def _shortlist(dense: Dense, found: Sequence[Candidate], predicted: Any) -> list[Candidate]:
+    """The plans that are worth solving: the best few, and the best that take one thing alone."""
+    ordered = sorted(found, key=predicted)
+    chosen = ordered[:SOLVED]
+    full = {w.name: w.units for w in dense.widths}
+    for name in ("", *full):
+        kept = {n: units for n, units in full.items() if n != name}
+        alone = (c for c in ordered if kept.items() <= c.units.items() and not (name and c.gone))
+        best = next(alone, None)
+        if best is not None and best not in chosen:
+            chosen.append(best)
+    return chosen
+
+
+def _words(dense: Dense, candidate: Candidate) -> str:
+    depth = len(dense.network.layers())
+    words = [f"{depth - len(candidate.gone)} of {depth} layers"] if candidate.gone else []
+    for width in dense.widths:
+        units = candidate.units[width.name]
+        if units < width.units:
+            values = width.values(units)
+            words.append(", ".join(f"{name} {values[name]}" for name in width.fields))
+    return ", ".join(words) or "as it is"
+
+
+def _planned(
+    dense: Dense, candidate: Candidate, plan: Plan, rows: Sequence[Mapping[str, Any]]
+) -> Planned:
+    words = _words(dense, candidate._replace(gone=()))
+    layers = [
+        {
+            "layer": layer.key,
+            "option": "left out" if layer.key in candidate.gone else words,
+            "bytes": 0
+            if layer.key in candidate.gone
+            else dense.sizes[layer.key]
+            - sum((w.units - candidate.units[w.name]) * dense.unit(w, layer) for w in dense.widths),
+            "importance": None,
+            "damage": None,
+        }
+        for layer in dense.network.layers()
+    ]
+    nbytes, whole = dense.nbytes(candidate), dense.network.checkpoint.nbytes
+    return Planned(plan, layers, nbytes, {}, None, None, whole, edge=rows)
+
+
+def _impossible(dense: Dense, sets: Sequence[tuple[str, ...]]) -> LayerwiseError:
+    least = {w.name: dense.levels(w)[-1] for w in dense.widths}
+    whole = dense.network.checkpoint.nbytes
+    small = min(dense.nbytes(Candidate(gone, least)) for gone in sets)
+    asked = dense.request.budget.as_dict()
+    return LayerwiseError(
+        "budget",
+        allowed=f"at least --bytes {small} (--size {100 * small / whole:.1f}%)",
+        found=", ".join(f"--{k} {v}" for k, v in asked.items()),
+        fix="raise it, allow more with --allow width,layer, unpin what --keep pins, or choose "
+        "--target compressed-tensors for fewer bits",
+    )
