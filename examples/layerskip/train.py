@@ -73,10 +73,10 @@ def dropped(
     """A layer that each sample leaves out at a rate, and that keeps what it returned."""
 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        keep = torch.rand(len(x), generator=generator) >= rate
-        out = x if not keep.any() else own(x[keep], *args, **kwargs)
-        if keep.any() and not keep.all():
-            out = x.index_copy(0, keep.nonzero()[:, 0], out)
+        keep = (torch.rand(len(x), generator=generator) >= rate).nonzero()[:, 0].to(x.device)
+        out = x if not len(keep) else own(x[keep], *args, **kwargs)
+        if 0 < len(keep) < len(x):
+            out = x.index_copy(0, keep, out)
         states[number] = out
         return out
 
@@ -87,7 +87,7 @@ def loss_of(
     model: LlamaForCausalLM, states: dict[int, Tensor], targets: Tensor, weights: dict[int, float]
 ) -> Tensor:
     """Cross-entropy after every exit, by the shared norm and head, weighted."""
-    total = torch.zeros(())
+    total = torch.zeros((), device=targets.device)
     for number, weight in weights.items():
         logits = model.lm_head(model.model.norm(states[number]))
         total = total + weight * F.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -106,7 +106,8 @@ def train(model: LlamaForCausalLM, tokens: Tensor, options: argparse.Namespace) 
     peaks = [options.rate * o.param_groups[0]["lr"] for o in optimizers]
     began, curve, spent = time.monotonic(), [], 0.0
     while spent < 1:
-        inputs, targets = batches(tokens, 256, options.tokens, generator)
+        windows = batches(tokens, 256, options.tokens, generator)
+        inputs, targets = (ids.to(options.device) for ids in windows)
         exits = exits_at(len(curve), depth, options.every)
         weights = exit_weights(exits, depth, options.scale, options.equal)
         warm = min(1.0, (len(curve) + 1) / 20)
@@ -141,14 +142,15 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="of the early exits' losses")
     parser.add_argument("--equal", action="store_true", help="early exits count like the last")
     parser.add_argument("--rate", type=float, default=0.25, help="of the rates of a first training")
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(demo_folder())
-    model = LlamaForCausalLM.from_pretrained(demo_folder(), dtype=torch.float32).train()
+    model = LlamaForCausalLM.from_pretrained(demo_folder(), dtype=torch.float32)
     texts = [d.text for d in stdlib_documents() if use_of(d.key) == "calibrate"]
     tokens = tokens_of(tokenizer, texts)
-    curve = train(model, tokens, options)
+    curve = train(model.train().to(options.device), tokens, options)
     print(f"{len(curve)} steps of {options.tokens} tokens", flush=True)
     save(model, tokenizer, options.out, curve)
 

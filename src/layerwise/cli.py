@@ -21,6 +21,7 @@ from layerwise.options import (
     Dry,
     Dtype,
     EngineName,
+    HealSteps,
     Json,
     Keep,
     Length,
@@ -197,6 +198,7 @@ def compress(
     data: Data = "stdlib",
     samples: Samples = 128,
     length: Length = 512,
+    heal: HealSteps = 0,
     documents: Documents = 64,
     naive: Annotated[bool, typer.Option(help="Build the naive plan of the same size.")] = True,
     streamed: Streamed = False,
@@ -211,22 +213,26 @@ def compress(
     dry_run: Dry = False,
     as_json: Json = False,
 ) -> None:
-    """Plan, apply and verify in one go; stopped, the same command goes on."""
+    """Plan, apply, heal and verify in one go; stopped, the same command goes on."""
     quiet()
+    from layerwise.jobs.heal import asked_to_heal, check_healable, to_be_healed
     from layerwise.jobs.session import check_new
     from layerwise.jobs.verify import Settings
 
+    how, set_ = asked_to_heal(heal, set_)
     request = request_of(locals())
+    if how:
+        check_healable("--heal", request.target, request.method)
     output = Output("compress", model, as_json, {"budget": request.budget.as_dict(), "out": out})
-    digest = hashlib.sha256(repr(request._replace(engine=None)).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(repr((request._replace(engine=None), how)).encode()).hexdigest()[:12]
     kept = Path(out).with_name(f".{Path(out).name}.{digest}.plan.yaml")
     check_new(Path(out))
     if not kept.exists():
-        planned = run_plan(output, request)
+        made = run_plan(output, request).plan
         if dry_run:
             output.end("nothing was written (--dry-run)")
             return
-        planned.plan.save(kept)
+        (to_be_healed(made, how) if how else made).save(kept)
     given = {"device": device, "dtype": dtype, "check": check, "engine": request.engine}
     run_apply(output, model, str(kept), out, False, given)
     settings = Settings(documents, length, naive, device=device, streamed=streamed)

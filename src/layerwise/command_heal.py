@@ -31,11 +31,10 @@ def heal(
     output = Output("heal", model, as_json, {"folder": folder, "out": out, "steps": steps})
     how = how_to_heal(steps, set_)
     with progress_bar(as_json) as progress:
-        nbytes, history = heal_folder(
+        nbytes, rows = heal_folder(
             model, Path(folder), Path(out), how, device=device, progress=progress
         )
-    rows = [{"step": step, "kl": value} for step, value in history]
-    output.table("healed", rows, "step", "kl")
+    output.table("healed", rows, *rows[0])
     output.more["bytes"] = nbytes
     output.files.append(out)
     write_card(Path(out), model, read_plan(Path(out) / "plan.yaml"))

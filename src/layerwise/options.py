@@ -48,6 +48,9 @@ EngineName = Annotated[
     str, typer.Option("--engine", help="Where trials and solves run: threads, processes or ray.")
 ]
 Workers = Annotated[int, typer.Option(min=0, help="How many at once; 0 for what the cores feed.")]
+HealSteps = Annotated[
+    int, typer.Option("--heal", min=0, help="Train it for so many steps on the original's answers.")
+]
 Streamed = Annotated[bool, typer.Option("--streamed", help="Verify with one layer in memory.")]
 Check = Annotated[bool, typer.Option(help="Reload the result before it gets its name.")]
 Allocator = Annotated[

@@ -145,7 +145,7 @@ def run_apply(
     with progress_bar(output.as_json) as progress:
         applied = apply_healed(model, read, Path(out), progress=progress, **options)
     columns = ("layer", "from", "options", "bytes", "error", "seconds")
-    output.table("applied", applied.rows, *(("step", "kl") if read.heal else columns))
+    output.table("applied", applied.rows, *(applied.rows[0] if read.heal else columns))
     for line in told(applied.rewrites):
         output.say(line)
     output.files.append(out)

@@ -169,9 +169,9 @@ def test_plan_apply_verify_run_and_heal(tiny, tmp_path: Path) -> None:
     assert sum(row["bytes"] for row in found.layers) < applied.nbytes
     assert not any(row["dropped"] for row in found.layers)
     how = Heal(steps=3, rank=4, rate=3e-3, batch=2, samples=6, length=32, every=3)
-    nbytes, history = heal_folder(model, out, tmp_path / "healed", how)
+    nbytes, rows = heal_folder(model, out, tmp_path / "healed", how)
     assert nbytes == applied.nbytes
-    assert min(value for _, value in history) < history[0][1]
+    assert min(row["kl"] for row in rows) < rows[0]["kl"]
     words = ["run", str(tmp_path / "healed"), "def total(", "--max-tokens", "4"]
     assert CliRunner().invoke(app, words).exit_code == 0
     words = ["run", str(model), "def total(", "--plan", str(plan), "--max-tokens", "4"]

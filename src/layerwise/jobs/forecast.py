@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from layerwise.core.method import find
 from layerwise.core.network import Network
-from layerwise.core.plan import Plan, Step, chain_for
+from layerwise.core.plan import Heal, Plan, Step, chain_for
 from layerwise.core.stops import Batch
 from layerwise.export import TARGETS
 
@@ -43,6 +43,19 @@ def memory_of_models(network: Network, count: int) -> dict[str, int]:
     """Whole models in float32, and room for what they compute."""
     parameters = sum(p.numel() for p in network.module.parameters())
     return {f"{count} in float32 of the whole model": 4 * count * parameters}
+
+
+def memory_to_heal(network: Network, how: Heal) -> dict[str, int]:
+    """Both models and what is trained of one, or what a layer and its batches take."""
+    if how.mode != "layers":
+        return memory_of_models(network, 3 if how.mode == "adapters" else 7)
+    layers = network.layers()
+    widest = max(min(m.shape) for layer in layers for m in layer.matrices)
+    weights = max(sum(m.size for m in layer.matrices) for layer in layers)
+    return {
+        "a layer in training": 4 * 7 * weights,
+        "hidden states": 4 * 2 * how.samples * how.length * widest,
+    }
 
 
 def disk_to_apply(network: Network, plan: Plan) -> dict[str, int]:

@@ -17,15 +17,15 @@ from layerwise.core.network import Network
 from layerwise.core.open import open_network
 from layerwise.core.plan import Heal, Plan, check_model, read_plan, settings
 from layerwise.core.reader import samples_of, windows
-from layerwise.core.visits import FOLDED, read_folded
+from layerwise.core.visits import FOLDED, parse_wiring, read_folded
 from layerwise.export import TARGETS
 from layerwise.export._writer import Finished, dense_tensors, write_folder
 from layerwise.jobs.apply import Applied, apply_plan, beside, job_of, note_answer, own_batch
 from layerwise.jobs.checks import must_be_sound, too_large
 from layerwise.jobs.experts import convert_folder
-from layerwise.jobs.forecast import memory_of_models
+from layerwise.jobs.forecast import memory_to_heal
 from layerwise.jobs.session import Progress, check_new, load_reader, silent, texts_of
-from layerwise.train.healing import Healed, heal
+from layerwise.train import Healed, heal, heal_layers
 
 #: documents of the select part on which the best step is chosen
 HELD = 16
@@ -53,21 +53,62 @@ def how_to_heal(steps: int, pairs: Sequence[str]) -> Heal:
         return convert({"steps": steps, **given.get("heal", {})}, Heal)
 
 
+def asked_to_heal(steps: int, pairs: Sequence[str]) -> tuple[Heal | None, list[str]]:
+    """What `--heal` and `--set heal.option=value` ask for, and the settings of all else.
+
+    Example:
+        >>> asked_to_heal(0, ["gptq.bits=3"])
+        (None, ['gptq.bits=3'])
+    """
+    mine = [pair for pair in pairs if pair.startswith("heal.")]
+    others = [pair for pair in pairs if pair not in mine]
+    return how_to_heal(steps, mine) if steps or mine else None, others
+
+
+def check_healable(where: str, target: str, edits: object = (), before: str = "") -> None:
+    """Only weights that are as they were, in fewer layers or parts, can be healed.
+
+    Raises:
+        LayerwiseError: matrices are edited, or trained already (`before` says to what).
+    """
+    rounded = edits or (target in TARGETS and TARGETS[target].method)
+    if before or rounded:
+        raise LayerwiseError(
+            where,
+            allowed="a folder with fewer layers or parts, whose weights are as they were",
+            found=before or "rounded weights",
+            fix="heal once, after layers are left out and before matrices are rounded",
+        )
+
+
+def to_be_healed(plan: Plan, how: Heal, where: str = "--heal") -> Plan:
+    """The plan with healing, if what it makes can be healed."""
+    before = "one that was healed before" if plan.heal else "experts" if plan.experts else ""
+    check_healable(where, plan.target, plan.edits, before)
+    return structs.replace(plan, heal=how)
+
+
 def trained(
     teacher: Network,
     student: Network,
     plan: Plan,
     how: Heal,
-    file: Path | None = None,
+    journal: Journal | None = None,
     progress: Progress = silent,
 ) -> Healed:
-    """What healing makes of a loaded network, on the data of its plan."""
+    """What healing makes of the network of a plan, on the data of that plan."""
     texts = texts_of(plan.data)._replace(samples=how.samples, length=how.length)
     reader = load_reader(teacher)
     batches = windows(reader, texts, "calibrate", how.batch)
     held = samples_of(reader, texts, "select", HELD)
-    tick = partial(progress, "healing")
-    return heal(teacher, student, batches, held, how, seed=plan.data.seed, file=file, progress=tick)
+    options = {"seed": plan.data.seed, "progress": partial(progress, "healing")}
+    if how.mode == "layers":
+        deep = {stack.name: len(stack.layers) for stack in teacher.stacks}
+        wirings = {name: parse_wiring(o, deep[name], "wiring") for name, o in plan.wiring.items()}
+        orders = {name: [visit.layer for visit in order] for name, order in wirings.items()}
+        return heal_layers(teacher, student, orders, batches, held, how, journal=journal, **options)
+    file = journal.folder / "course.safetensors" if journal else None
+    return heal(teacher.load(), student.load(), batches, held, how, file=file, **options)
 
 
 def heal_folder(
@@ -78,19 +119,20 @@ def heal_folder(
     *,
     device: str = "auto",
     progress: Progress = silent,
-) -> tuple[int, list[tuple[int, float]]]:
+) -> tuple[int, list[dict[str, Any]]]:
     """Heal what `apply` wrote; the journal lies beside `out` until that is complete.
 
     Args:
         model: the original.
         folder: the edited network; its plan says on which data.
         out: the folder to write; its plan says how it was healed.
-        how: steps, rank, rate and when to stop.
+        how: what is trained, steps, rate and when to stop.
         device: where to compute.
         progress: called with what is done, how far, and out of how much.
 
     Returns:
-        The bytes of all tensors, and the KL of the select part after so many steps.
+        The bytes of all tensors, and rows: the KL of the select part after so many steps, or the
+        relative error of every layer on it, before and after.
 
     Raises:
         LayerwiseError: the folder holds rounded weights, was healed before, or is of another
@@ -100,22 +142,13 @@ def heal_folder(
     plan = read_plan(folder / "plan.yaml")
     original = open_network(model, device=device, dtype="float32")
     check_model(plan, original.checkpoint.structure, original.checkpoint.weights)
-    what = "experts" if plan.experts else "rounded weights"
-    if plan.edits or plan.heal or plan.experts or TARGETS[plan.target].method:
-        raise LayerwiseError(
-            f"heal {folder}",
-            allowed="a folder with fewer layers or parts, whose weights are as they were",
-            found="one that was healed before" if plan.heal else what,
-            fix="heal once, after layers are left out and before matrices are rounded",
-        )
-    check_memory(memory_of_models(original, 3))
+    healing = to_be_healed(plan, how, f"heal {folder}")
+    check_memory(memory_to_heal(original, how))
     edited = open_network(folder, device=device, dtype="float32")
-    healing = structs.replace(plan, heal=how)
     part, journal_folder = beside(out, "part"), beside(out, "journal")
     job = job_of(original, healing, []) | {"edited": edited.checkpoint.weights}
     with Journal(journal_folder, job) as journal:
-        file = journal_folder / "course.safetensors"
-        found = trained(original.load(), edited.load(), plan, how, file, progress)
+        found = trained(original, edited, plan, how, journal, progress)
         if part.exists():
             shutil.rmtree(part)
         nbytes = write_healed(edited, found, part)
@@ -125,7 +158,7 @@ def heal_folder(
         _ = too_large(edited) or must_be_sound(part, edited, batch)
         os.replace(part, out)
         journal.remove()
-    return nbytes, found.history
+    return nbytes, found.rows
 
 
 def write_healed(edited: Network, found: Healed, part: Path) -> int:
@@ -167,13 +200,14 @@ def apply_healed(
         nbytes, rows = convert_folder(model, out, plan, device=device, progress=progress)
         return Applied(out, nbytes, rows, [])
     bare = structs.replace(plan, heal=None)
+    if plan.heal:
+        to_be_healed(bare, plan.heal, "plan, heal")
     edited = beside(out, "edited") if plan.heal else out
     check_new(out)
     if plan.heal is None or not edited.exists():
         applied = apply_plan(model, bare, edited, device=device, progress=progress, **options)
         if plan.heal is None:
             return applied
-    nbytes, history = heal_folder(model, edited, out, plan.heal, device=device, progress=progress)
+    nbytes, rows = heal_folder(model, edited, out, plan.heal, device=device, progress=progress)
     shutil.rmtree(edited)
-    rows = [{"step": step, "kl": value} for step, value in history]
     return Applied(out, nbytes, rows, [])

@@ -154,7 +154,8 @@ def naive_depth(contest: Contest, progress: Progress = silent) -> Naive | None:
     best, gone, name = min(found, key=loss)
     if contest.plan.heal:
         name = f"{name}, healed equally"
-        best = healed_equally(contest, built(gone), progress)
+        mine = structs.replace(contest.plan, wiring=wiring_without(network, gone))
+        best = healed_equally(contest._replace(plan=mine), built(gone), progress)
     kind, budget = contest.plan.target, Budget(bytes=contest.nbytes)
     request = Request(contest.model, budget, kind, settings={kind: contest.plan.export})
     planned = assemble_depth(request, network, wiring_without(network, tails[0]), None)
@@ -162,10 +163,10 @@ def naive_depth(contest: Contest, progress: Progress = silent) -> Naive | None:
 
 
 def healed_equally(contest: Contest, edited: Network, progress: Progress) -> Quality:
-    """What a network comes to by the training that the plan had."""
+    """What the network of a plan comes to by the training that the plan says."""
     assert contest.plan.heal is not None
-    original, student = contest.opened().load(), edited.load()
-    found = trained(original, student, contest.plan, contest.plan.heal, progress=progress)
+    found = trained(contest.opened(), edited, contest.plan, contest.plan.heal, progress=progress)
+    student = edited.load()
     fill(student.module, found.tensors, student.device)
     return contest.qualities(student)[1]
 

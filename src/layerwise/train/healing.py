@@ -1,7 +1,8 @@
-"""Healing: an edited network learns what its original answers, by low-rank additions."""
+"""Healing: an edited network learns what its original answers."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,18 +21,42 @@ from layerwise.core.task import answer, forward_arguments
 #: share of the steps in which the rate rises, before it falls as a cosine does
 WARM = 0.1
 
-#: name of a parameter -> what is added to it is the product of the two
-Additions = Mapping[str, tuple[Tensor, Tensor]]
+#: name of a parameter -> itself, or the two whose product is added to it
+Leaves = Mapping[str, tuple[Tensor, ...]]
 
 
 class Healed(NamedTuple):
-    """The healed parameters by name, and the KL of the select part after so many steps."""
+    """The healed parameters by name, and what the select part said on the way, in rows."""
 
     tensors: dict[str, Tensor]
-    history: list[tuple[int, float]]
+    rows: list[dict[str, Any]]
 
 
-def additions(network: Network, rank: int, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
+def wholes(path: str, module: nn.Module) -> dict[str, tuple[Tensor, ...]]:
+    """Every parameter of a layer under its name in the network; what is zero stays zero.
+
+    Example:
+        >>> sorted(wholes("layers.3", nn.Linear(2, 2)))
+        ['layers.3.bias', 'layers.3.weight']
+    """
+    held = module.named_parameters(path)
+    return {n: (p.detach().clone(),) for n, p in held if p.is_floating_point() and p.any()}
+
+
+def leaves_of(network: Network, how: Heal, seed: int) -> Leaves:
+    """What is trained: additions, or the parameters of every layer, shared ones once."""
+    if how.mode == "adapters":
+        return additions(network, how.rank, seed)
+    found, done = {}, set()
+    for layer in network.layers():
+        own = dict(layer.module.named_parameters(layer.path))
+        whole = wholes(layer.path, layer.module)
+        found |= {name: leaf for name, leaf in whole.items() if id(own[name]) not in done}
+        done |= set(map(id, own.values()))
+    return found
+
+
+def additions(network: Network, rank: int, seed: int) -> dict[str, tuple[Tensor, ...]]:
     """`B = 0` and a random `A` for every matrix: `W + B A`; what is zero, such as the output of a
     part that is left out, stays zero and gets none.
 
@@ -42,7 +67,7 @@ def additions(network: Network, rank: int, seed: int) -> dict[str, tuple[Tensor,
         [2]
     """
     generator = torch.Generator().manual_seed(seed)
-    found: dict[str, tuple[Tensor, Tensor]] = {}
+    found: dict[str, tuple[Tensor, ...]] = {}
     done: set[int] = set()
     for layer in network.layers():
         held = dict(layer.module.named_parameters(remove_duplicate=False))
@@ -60,12 +85,13 @@ def additions(network: Network, rank: int, seed: int) -> dict[str, tuple[Tensor,
     return found
 
 
-def added(module: nn.Module, found: Additions) -> dict[str, Tensor]:
-    """The parameters with what is added to them."""
-    return {
-        name: (p := module.get_parameter(name)) + (b @ a).reshape(p.shape)
-        for name, (b, a) in found.items()
-    }
+def grown(module: nn.Module, found: Leaves) -> dict[str, Tensor]:
+    """The parameters that come of what is trained."""
+    made = {}
+    for name, (first, *second) in found.items():
+        p = module.get_parameter(name)
+        made[name] = p + (first @ second[0]).reshape(p.shape) if second else first
+    return made
 
 
 def answers(module: nn.Module, edits: Mapping[str, Tensor], batch: Batch) -> Tensor:
@@ -101,12 +127,12 @@ def rate_at(step: int, how: Heal) -> float:
 
 
 class Course:
-    """Where a training stands: additions, moments, the best so far; kept in one file, whole."""
+    """Where a training stands: leaves, moments, the best so far; kept in one file, whole."""
 
-    def __init__(self, start: Additions, how: Heal, file: Path | None) -> None:
+    def __init__(self, start: Leaves, how: Heal, file: Path | None = None) -> None:
         self.file, self.how = file, how
-        self.leaves = [t.requires_grad_() for pair in start.values() for t in pair]
-        self.names = list(start)
+        self.leaves = [t.requires_grad_() for own in start.values() for t in own]
+        self.counts = {name: len(own) for name, own in start.items()}
         self.best = [leaf.detach().clone() for leaf in self.leaves]
         self.history: list[tuple[int, float]] = []
         self.optimizer = torch.optim.AdamW(self.leaves, lr=how.rate, weight_decay=0.0)
@@ -114,12 +140,13 @@ class Course:
             self._restore({n: read_tensor(info) for n, info in read_header(file).items()})
 
     @property
-    def now(self) -> Additions:
-        """The additions as they are."""
+    def now(self) -> Leaves:
+        """The leaves as they are."""
         return self._named(self.leaves)
 
-    def _named(self, leaves: Sequence[Tensor]) -> Additions:
-        return dict(zip(self.names, zip(leaves[::2], leaves[1::2], strict=True), strict=True))
+    def _named(self, leaves: Sequence[Tensor]) -> Leaves:
+        left = iter(leaves)
+        return {name: tuple(islice(left, count)) for name, count in self.counts.items()}
 
     @property
     def finished(self) -> bool:
@@ -161,9 +188,32 @@ class Course:
                 self.optimizer.state[leaf] = state
 
     @property
-    def result(self) -> Additions:
-        """The additions that were best on the select part."""
+    def result(self) -> Leaves:
+        """The leaves that were best on the select part."""
         return self._named(self.best)
+
+    def run(
+        self,
+        count: int,
+        loss: Callable[[int, Leaves], Tensor],
+        held: Callable[[Leaves], float],
+        seed: int,
+        progress: Callable[[int, int], None],
+    ) -> None:
+        """Train to the end: `loss` on one of `count` batches a step, `held` on the select part."""
+        if not self.history:
+            self.note(0, held(self.now))
+        step = self.step
+        while not self.finished:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate_at(step, self.how)
+            self.optimizer.zero_grad()
+            loss(chosen(step, count, seed), self.now).backward()
+            self.optimizer.step()
+            step += 1
+            progress(step, self.how.steps)
+            if step % self.how.every == 0 or step == self.how.steps:
+                self.note(step, held(self.now))
 
 
 def heal(
@@ -177,17 +227,17 @@ def heal(
     file: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Healed:
-    """Train a network on what another one answers: `min KL(teacher || student)` over `W + B A`.
+    """Train a network on what another one answers: `min KL(teacher || student)` over its layers.
 
-    With AdamW on low-rank additions to all matrices, at temperature 1 and without labels; the
-    additions that were best on `held` are merged. No steps change nothing.
+    With AdamW, at temperature 1 and without labels, over `W + B A` for every matrix, or over every
+    parameter of the layers; what was best on `held` is the result. No steps change nothing.
 
     Args:
         teacher: the original, loaded.
         student: the edited network, loaded; it is not changed.
         batches: to train on, in an order drawn anew for each round.
         held: to choose the best step on.
-        how: steps, rank, rate and when to stop.
+        how: what is trained, steps, rate and when to stop.
         seed: of the additions and the order.
         file: where the course is kept; a later call goes on from it and ends with the same bytes.
         progress: called with the steps that are done, and all of them.
@@ -195,29 +245,22 @@ def heal(
     Reference: Muralidharan et al., 2024, arXiv:2407.14679 (distillation after pruning); Gromov et
     al., 2024, arXiv:2403.17887 (healing by low-rank additions, there on labels).
     """
-    course = Course(additions(student, how.rank, seed), how, file)
+    course = Course(leaves_of(student, how, seed), how, file)
     module, original = student.module, teacher.module
-    if not course.history:
-        course.note(0, divergence_of(original, module, {}, held))
-    step = course.step
-    while not course.finished:
-        batch = batches[chosen(step, len(batches), seed)]
-        for group in course.optimizer.param_groups:
-            group["lr"] = rate_at(step, how)
+
+    def loss(number: int, leaves: Leaves) -> Tensor:
         with torch.no_grad():
-            wanted = answers(original, {}, batch)
-        loss = divergence(wanted, answers(module, added(module, course.now), batch)).mean()
-        course.optimizer.zero_grad()
-        loss.backward()
-        course.optimizer.step()
-        step += 1
-        progress(step, how.steps)
-        if step % how.every == 0 or step == how.steps:
-            with torch.no_grad():
-                merged = added(module, course.now)
-            course.note(step, divergence_of(original, module, merged, held))
+            wanted = answers(original, {}, batches[number])
+        return divergence(wanted, answers(module, grown(module, leaves), batches[number])).mean()
+
+    def told(leaves: Leaves) -> float:
+        with torch.no_grad():
+            return divergence_of(original, module, grown(module, leaves), held)
+
+    course.run(len(batches), loss, told, seed, progress)
     with torch.no_grad():
-        return Healed(added(module, course.result), course.history)
+        rows = [{"step": step, "kl": value} for step, value in course.history]
+        return Healed(grown(module, course.result), rows)
 
 
 def chosen(step: int, count: int, seed: int) -> int:
