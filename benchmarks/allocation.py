@@ -10,7 +10,7 @@ from layerwise.core.plan import DataSpec, Plan
 from layerwise.core.reader import samples_of
 from layerwise.export import PACKED
 from layerwise.jobs.bits import plan_bits
-from layerwise.jobs.naive import Contest
+from layerwise.jobs.contest import Contest
 from layerwise.jobs.request import Request, identity
 from layerwise.jobs.session import Budget, load_reader, silent
 

@@ -8,7 +8,8 @@ from benchmarks.timing import table
 from layerwise.core.plan import DataSpec, Heal
 from layerwise.core.quality import Quality, ratio
 from layerwise.core.reader import samples_of
-from layerwise.jobs.naive import Contest, healed_equally, naive_depth
+from layerwise.jobs.contest import Contest
+from layerwise.jobs.naive import healed_equally, naive_depth
 from layerwise.jobs.plan import Request, make_plan
 from layerwise.jobs.session import Budget, load_reader, silent, texts_of
 

@@ -14,7 +14,7 @@ from layerwise.core.open import open_network
 from layerwise.core.plan import DataSpec
 from layerwise.core.quality import Quality
 from layerwise.core.reader import samples_of
-from layerwise.jobs.naive import Contest
+from layerwise.jobs.contest import Contest
 from layerwise.jobs.plan import make_plan
 from layerwise.jobs.request import Request
 from layerwise.jobs.session import Budget, load_reader, silent, texts_of

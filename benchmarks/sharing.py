@@ -18,9 +18,10 @@ from layerwise.core.quality import Quality
 from layerwise.core.reader import samples_of
 from layerwise.core.stats import Scores
 from layerwise.core.visits import entries_of
+from layerwise.jobs.contest import Contest
 from layerwise.jobs.depth import units_to_drop
 from layerwise.jobs.experts import convert_folder, without_routers
-from layerwise.jobs.naive import Contest, naive_depth
+from layerwise.jobs.naive import naive_depth
 from layerwise.jobs.request import identity
 from layerwise.jobs.session import Budget, load_reader, texts_of
 from layerwise.jobs.units import layer_bytes, visited

@@ -222,7 +222,8 @@ def compress(
     how, set_ = asked_to_heal(heal, set_)
     request = request_of(locals())
     if how:
-        check_healable("--heal", request.target, request.method)
+        edits = () if "width" in request.allow else request.method
+        check_healable("--heal", request.target, edits)
     output = Output("compress", model, as_json, {"budget": request.budget.as_dict(), "out": out})
     digest = hashlib.sha256(repr((request._replace(engine=None), how)).encode()).hexdigest()[:12]
     kept = Path(out).with_name(f".{Path(out).name}.{digest}.plan.yaml")

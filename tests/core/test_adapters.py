@@ -23,9 +23,10 @@ from layerwise.core.shards import write_safetensors
 from layerwise.core.stats import Scores
 from layerwise.core.visits import entries_of
 from layerwise.jobs.apply import apply_plan
+from layerwise.jobs.contest import Contest
 from layerwise.jobs.heal import heal_folder
 from layerwise.jobs.measure import agrees_cached
-from layerwise.jobs.naive import Contest, naive_depth
+from layerwise.jobs.naive import naive_depth
 from layerwise.jobs.units import layer_bytes
 from layerwise.jobs.verify import Settings, verify
 from layerwise.report.terminal import show_bytes

@@ -12,6 +12,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,8 +33,15 @@ from layerwise.core.wiring import configs_in
 PROBE = 7
 #: what may be left of a change that was taken back
 KEPT = 1e-3
-#: fields with their values, how many units, and the cuts that are to be tried
-Candidate = tuple[Mapping[str, int], int, Sequence[Mapping[str, Cut]]]
+
+
+class Candidate(NamedTuple):
+    """Fields with their values, what is to be said besides, and the cuts that are to be tried."""
+
+    fields: Mapping[str, int]
+    fixed: Mapping[str, int]
+    units: int
+    ways: Sequence[Mapping[str, Cut]]
 
 
 def find_widths(network: Network) -> list[Width]:
@@ -42,20 +50,20 @@ def find_widths(network: Network) -> list[Width]:
     The network runs up to the first layer of each stack, on a short input.
     """
     first = {stack.layers[0].path for stack in network.stacks}
-    found: list[Width] | None = None
+    found: list[Width] = []
     candidates = list(_candidates(network))
     batch = example_inputs(network.module)
     for stop in walk(network, [batch]) if candidates else ():
         if stop.kind != "enter" or stop.layer.path not in first:
             continue
         trial = Trial(stop.layer, stop.lanes[0].args, stop.lanes[0].kwargs)
-        tried = candidates if found is None else [(w.fields, w.units, [w.cuts]) for w in found]
-        passed = (_tried(trial, *candidate) for candidate in tried)
+        passed = (_tried(trial, candidate) for candidate in candidates)
         found = [width for width in passed if width is not None]
+        candidates = [Candidate(w.fields, w.fixed, w.units, [w.cuts]) for w in found]
         first.remove(stop.layer.path)
         if not first or not found:
             break
-    return _apart(found or [])
+    return _apart(found)
 
 
 def widths_named(network: Network, values: Mapping[str, int]) -> list[tuple[Width, int]]:
@@ -67,12 +75,13 @@ def widths_named(network: Network, values: Mapping[str, int]) -> list[tuple[Widt
     found, open_ = [], dict(values)
     widths = find_widths(network)
     for width in widths:
-        own = {name: open_.pop(name) for name in width.fields if name in open_}
+        known = (*width.fields, *width.fixed)
+        own = {name: open_.pop(name) for name in known if name in open_}
         units = own.get(width.name, 0) * width.units // width.fields[width.name]
         if own and not (0 < units <= width.units and width.values(units) == own):
             raise LayerwiseError(
                 "plan, widths",
-                allowed=f"all of {dict(width.fields)} made smaller by the same share",
+                allowed=f"all of {', '.join(known)}, made smaller by the same share",
                 found=own,
                 fix=f"write for instance {width.values(max(1, width.units // 2))}",
             )
@@ -100,59 +109,71 @@ def shrunk(values: Sequence[int]) -> list[int] | None:
 
 
 def _candidates(network: Network) -> Iterator[Candidate]:
-    """Fields that make layers narrower, one by one or two together, and how it may be cut."""
+    """Fields that make layers narrower, one by one or two together, and how it may be cut.
+
+    Fields without a value are given the one that they stand for: the size of a head would change
+    with the number of heads.
+    """
     kind, config = type(network.model), network.model.config
     before = _shapes(kind, config)
     inside = tuple(f"{layer.path}." for layer in network.layers())
+    told = _told(kind, config, before)
+    settled = narrowed_config(config, {path: value for path, (value, _) in told.items()})
     alone: dict[str, int] = {}
-    for path, value in _fields(kind, config, before):
-        changed = _changed(kind, config, before, {path: value})
-        if not changed or not all(name.startswith(inside) for name in changed):
-            continue
-        alone[path] = value
-        yield from _cut(network, {path: value}, changed)
+
+    def cut(fields: dict[str, int]) -> Iterator[Candidate]:
+        changed = _changed(kind, settled, before, fields)
+        if changed and all(name.startswith(inside) for name in changed):
+            fixed = {
+                p: v for p, (v, names) in told.items() if names & {*changed} and p not in fields
+            }
+            yield from _cut(network, fields, fixed, changed)
+
+    for path, value in _fields(settled, before):
+        ways = list(cut({path: value}))
+        alone |= {path: value} if ways else {}
+        yield from ways
     for (one, large), (other, small) in product(alone.items(), repeat=2):
         if one != other and large % small == 0 and (large > small or one < other):
-            pair = {one: large, other: small}
-            changed = _changed(kind, config, before, pair)
-            if changed:
-                yield from _cut(network, pair, changed)
+            yield from cut({one: large, other: small})
 
 
 def _fields(
-    kind: type[PreTrainedModel], config: PretrainedConfig, shapes: Mapping[str, torch.Size]
+    config: PretrainedConfig, shapes: Mapping[str, torch.Size]
 ) -> Iterator[tuple[str, int]]:
-    """The whole numbers of a configuration that divide the length of some axis.
-
-    A field without a value has the one that the axes tell which it changes.
-    """
+    """The whole numbers of a configuration that divide the length of some axis."""
     lengths = {size for shape in shapes.values() for size in shape}
     for path, part in configs_in(config.to_dict()):
         for name, value in part.items():
-            known = _told(kind, config, shapes, path + name) if value is None else value
-            if type(known) is int and known > 1 and any(size % known == 0 for size in lengths):
-                yield path + name, known
+            if type(value) is int and value > 1 and any(size % value == 0 for size in lengths):
+                yield path + name, value
 
 
 def _told(
-    kind: type[PreTrainedModel],
-    config: PretrainedConfig,
-    before: Mapping[str, torch.Size],
-    path: str,
-) -> int | None:
-    """The value that a field without one stands for, if it is a length; seen by giving it one."""
-    try:
-        shapes = _shapes(kind, narrowed_config(config, {path: PROBE}))
-    except Exception:  # a field that takes no number
-        return None
-    axes = [
-        (a, b)
-        for name in before.keys() & shapes.keys()
-        for a, b in zip(before[name], shapes[name], strict=False)
-        if a != b
-    ]
-    values = {a * PROBE / b for a, b in axes}
-    return int(min(values)) if len(values) == 1 and min(values).is_integer() else None
+    kind: type[PreTrainedModel], config: PretrainedConfig, before: Mapping[str, torch.Size]
+) -> dict[str, tuple[int, set[str]]]:
+    """What fields without a value stand for, and which parameters they shape, if these tell.
+
+    Seen by giving each a value.
+    """
+    found = {}
+    for path in [
+        p + n for p, part in configs_in(config.to_dict()) for n, v in part.items() if v is None
+    ]:
+        try:
+            shapes = _shapes(kind, narrowed_config(config, {path: PROBE}))
+        except Exception:  # a field that takes no number
+            continue
+        axes = [
+            (name, a * PROBE / b)
+            for name in before.keys() & shapes.keys()
+            for a, b in zip(before[name], shapes[name], strict=False)
+            if a != b
+        ]
+        values = {value for _, value in axes}
+        if len(values) == 1 and min(values).is_integer():
+            found[path] = int(min(values)), {name for name, _ in axes}
+    return found
 
 
 def _shapes(kind: type[PreTrainedModel], config: PretrainedConfig) -> dict[str, torch.Size]:
@@ -189,7 +210,10 @@ def _changed(
 
 
 def _cut(
-    network: Network, fields: Mapping[str, int], changed: Mapping[str, int]
+    network: Network,
+    fields: Mapping[str, int],
+    fixed: Mapping[str, int],
+    changed: Mapping[str, int],
 ) -> Iterator[Candidate]:
     """Ways in which the parameters of a layer may hold the units of some fields."""
     units = math.gcd(*fields.values())
@@ -211,7 +235,7 @@ def _cut(
     for chosen in product(*shapes_of.values()):
         pieces = dict(zip(shapes_of, chosen, strict=True))
         ways.append({n: Cut(a, pieces[sizes[n]]) for n, a in kinds[0].items()})
-    yield fields, units, ways
+    yield Candidate(fields, fixed, units, ways)
 
 
 def _in(name: str, layer: Layer) -> bool:
@@ -233,10 +257,9 @@ def _pieces(each: int, least: int) -> list[tuple[int, ...]]:
     return found
 
 
-def _tried(
-    trial: Trial, fields: Mapping[str, int], units: int, ways: Sequence[Mapping[str, Cut]]
-) -> Width | None:
+def _tried(trial: Trial, candidate: Candidate) -> Width | None:
     """The width that some fields are, if the units of a layer can change places."""
+    fields, fixed, units, ways = candidate
     for cuts in ways:
         readers = [n for n, c in cuts.items() if _reads(trial, n, c)]
         if len(readers) != 1 or len(cuts[readers[0]].pieces) != 1:
@@ -249,7 +272,7 @@ def _tried(
         change, lost = moved.away(trial.before), unread.away(trial.before)
         same = change and trial.run(turns).away(trial.before) <= KEPT * change
         if same and trial.run(zeros).away(unread) <= KEPT * lost:
-            return Width(fields, units, cuts, readers[0])
+            return Width(fields, units, cuts, readers[0], fixed)
     return None
 
 

@@ -74,10 +74,11 @@ def compare(
 ) -> Float[Tensor, "rows 4"]:
     """Count, loss, KL(original || edited) and agreement of every row of an answer.
 
-    In float32. Where nobody knows the labels, they are what the original answers.
+    In float32, where the edited network was computed. Where nobody knows the labels, they are what
+    the original answers.
     """
     q = edited.float().log_softmax(-1)
-    p = q if original is None else original.float().log_softmax(-1)
+    p = q if original is None else original.to(q.device).float().log_softmax(-1)
     wanted = p.argmax(-1) if labels is None else labels.to(q.device)
     loss = -q.gather(-1, wanted[:, None])[:, 0]
     kl = divergence(p, q)

@@ -184,12 +184,13 @@ class Gathering:
     def _mask(self, batch: int, state: Tensor) -> Tensor | None:
         """The mask of the batch, if it is one of the positions of this stack."""
         mask = self.batches[batch].get("attention_mask")
-        return mask if mask is not None and mask.shape == state.shape[:2] else None
+        return mask.to(state.device) if mask is not None and mask.shape == state.shape[:2] else None
 
     def _rows(self, rows: Rows, stop: Stop) -> None:
         for lane in _edited(stop):
             found = rows.edited[lane.batch]
             mask = self.batches[lane.batch].get("attention_mask")
+            mask = None if mask is None else mask.to(found.device)
             owners = _owners(found, hidden((lane.args, lane.kwargs)))
             clean = rows.clean.get(lane.batch)
             clean = clean if clean is not None and clean.shape == found.shape else None

@@ -39,14 +39,15 @@ class Width(NamedTuple):
     """How many units every layer has, by which fields of the configuration, and where they lie.
 
     `fields` are paths such as `text_config.intermediate_size` with their values now; all shrink by
-    the same share. `cuts` are by the names of parameters in a layer; `reader` is the one whose
-    inputs the units are.
+    the same share. What is `fixed` would follow from them if it were not said. `cuts` are by the
+    names of parameters in a layer; `reader` is the one whose inputs the units are.
     """
 
     fields: Mapping[str, int]
     units: int
     cuts: Mapping[str, Cut]
     reader: str
+    fixed: Mapping[str, int] = {}
 
     @property
     def name(self) -> str:
@@ -60,7 +61,7 @@ class Width(NamedTuple):
 
     def values(self, units: int) -> dict[str, int]:
         """The fields of the configuration with so many units."""
-        return {name: value * units // self.units for name, value in self.fields.items()}
+        return {n: v * units // self.units for n, v in self.fields.items()} | {**self.fixed}
 
     def read_units(self, tensors: Mapping[str, Tensor], units: int, where: str) -> Tensor:
         """The units of a layer that its reader reads: `[units]`, or `[experts, units]`.

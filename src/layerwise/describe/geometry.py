@@ -96,7 +96,9 @@ def affine(m: Moments, ridge: float) -> tuple[Float[Tensor, "left right"], Float
     """Least squares `y = x W + b` from moments; the ridge is a share of the mean variance."""
     xx, xy = m.covariance(0, 0), m.covariance(0, 1)
     damp = ridge * xx.diagonal().mean() + 1e-12
-    weight = torch.linalg.solve(xx + damp * torch.eye(len(xx), dtype=xx.dtype), xy)
+    weight = torch.linalg.solve(
+        xx + damp * torch.eye(len(xx), dtype=xx.dtype, device=xx.device), xy
+    )
     mean = m.total / m.count
     return weight, mean[m.side(1)] - mean[m.side(0)] @ weight
 

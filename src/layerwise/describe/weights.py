@@ -148,12 +148,12 @@ def tail_index(
     if n < 3:
         return math.nan
     logs = kept.log()
-    counts = torch.arange(n, 0, -1, dtype=kept.dtype)
+    counts = torch.arange(n, 0, -1, dtype=kept.dtype, device=kept.device)
     sums = logs.flip(0).cumsum(0).flip(0) - counts * logs
     alphas = 1 + counts / sums
     if how == "median":
         return alphas[n // 2].item() if sums[n // 2] > 0 else math.nan
-    ranks = torch.arange(n, dtype=kept.dtype)
+    ranks = torch.arange(n, dtype=kept.dtype, device=kept.device)
     model = 1 - ((logs[None] - logs[:, None]) * (1 - alphas[:, None])).exp()  # [start, value]
     gaps = (model - (ranks[None] - ranks[:, None]) / counts[:, None]).abs().triu()
     distance = gaps.amax(1)

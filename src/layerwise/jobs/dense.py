@@ -17,10 +17,10 @@ from layerwise.core.reader import samples_of
 from layerwise.core.select import selects
 from layerwise.core.stack import Layer
 from layerwise.core.width import Width
+from layerwise.jobs.contest import Contest
 from layerwise.jobs.joint import MOST, layers_alone, tried
-from layerwise.jobs.naive import Contest
 from layerwise.jobs.request import Planned, Request, identity
-from layerwise.jobs.session import Progress, load_reader, silent, texts_of
+from layerwise.jobs.session import Budget, Progress, load_reader, silent, texts_of
 from layerwise.jobs.units import able_to_go, layer_bytes, wiring_without
 
 #: into how many steps a width is cut at most
@@ -166,6 +166,22 @@ def plan_dense(request: Request, network: Network, progress: Progress) -> Planne
     best = min(range(len(rows)), key=lambda i: rows[i]["expected"])
     rows[best]["chosen"] = True
     return _planned(dense, chosen[best], plans[best], rows)
+
+
+def narrow_alone(network: Network, plan: Plan, nbytes: int) -> Plan | None:
+    """A plan of all layers in which one width gets as small as another plan; the widest first.
+
+    None if there is no such plan, or if it is that one.
+    """
+    step = plan.edits[0].chain[0]
+    named = Request("", Budget(bytes=nbytes), "hf", step.method, data=plan.data, keep=plan.fixed)
+    for width in find_widths(network):
+        for candidate in Dense(named, network, [width]).candidates((), nbytes):
+            found = Dense(named, network, [width]).plan(candidate)
+            if found.widths != plan.widths or plan.wiring:
+                return structs.replace(found, heal=plan.heal)
+            return None
+    return None
 
 
 def _pinned(request: Request, network: Network, width: Width) -> bool:

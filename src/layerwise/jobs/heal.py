@@ -66,7 +66,7 @@ def asked_to_heal(steps: int, pairs: Sequence[str]) -> tuple[Heal | None, list[s
 
 
 def check_healable(where: str, target: str, edits: object = (), before: str = "") -> None:
-    """Only weights that are as they were, in fewer layers or parts, can be healed.
+    """Only weights that are not rounded, of fewer layers, parts or units, can be healed.
 
     Raises:
         LayerwiseError: matrices are edited, or trained already (`before` says to what).
@@ -75,7 +75,7 @@ def check_healable(where: str, target: str, edits: object = (), before: str = ""
     if before or rounded:
         raise LayerwiseError(
             where,
-            allowed="a folder with fewer layers or parts, whose weights are as they were",
+            allowed="a folder with fewer layers, parts or units, whose weights are not rounded",
             found=before or "rounded weights",
             fix="heal once, after layers are left out and before matrices are rounded",
         )
@@ -84,7 +84,8 @@ def check_healable(where: str, target: str, edits: object = (), before: str = ""
 def to_be_healed(plan: Plan, how: Heal, where: str = "--heal") -> Plan:
     """The plan with healing, if what it makes can be healed."""
     before = "one that was healed before" if plan.heal else "experts" if plan.experts else ""
-    check_healable(where, plan.target, plan.edits, before)
+    rounded = () if plan.widths else plan.edits  # what these leave at zero is cut out
+    check_healable(where, plan.target, rounded, before)
     return structs.replace(plan, heal=how)
 
 

@@ -1,87 +1,36 @@
 """The naive plan: what a user would do without a planner, at the same size."""
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from msgspec import structs
 
 from layerwise.core.chain import kind_left, weights_left
 from layerwise.core.errors import LayerwiseError
-from layerwise.core.fold import Fold, Folds
-from layerwise.core.journal import Journal
 from layerwise.core.method import find
 from layerwise.core.network import Network, fill
-from layerwise.core.open import open_network, refolded, unrolled
-from layerwise.core.plan import Plan, Step, chain_for, describe
-from layerwise.core.quality import Quality, measure_quality
-from layerwise.core.reader import windows
-from layerwise.core.stack import Layer
-from layerwise.core.weight import Quantized, Weight
+from layerwise.core.open import open_network
+from layerwise.core.plan import Step, chain_for, describe
+from layerwise.core.quality import Quality
+from layerwise.core.weight import Quantized
 from layerwise.export import PACKED, TARGETS
+from layerwise.jobs.apply import apply_plan
 from layerwise.jobs.bits import plan_bits
+from layerwise.jobs.contest import Contest
+from layerwise.jobs.dense import narrow_alone
 from layerwise.jobs.depth import assemble_depth, units_to_drop
 from layerwise.jobs.experts import without_routers
 from layerwise.jobs.heal import trained
 from layerwise.jobs.mixes import MIXES, mix_plan, written_bytes
 from layerwise.jobs.request import Planned, Request
 from layerwise.jobs.rewrite import as_rewritten
-from layerwise.jobs.session import Budget, Progress, load_reader, silent, texts_of
-from layerwise.jobs.solve import needs_of, put_outside, solve
-from layerwise.jobs.stock import streamed
+from layerwise.jobs.session import Budget, Progress, silent
+from layerwise.jobs.solve import put_outside
 from layerwise.jobs.units import able_to_go, left_out, wiring_without
-
-
-class Contest(NamedTuple):
-    """What the candidates are measured on, and how many bytes they may take."""
-
-    model: str | Path
-    plan: Plan
-    nbytes: int
-    batches: Sequence[Any]
-    dtype: str = "float32"
-    device: str = "auto"
-    folds: Mapping[str, tuple[Fold, ...]] = {}
-
-    def opened(
-        self, wiring: Mapping[str, Sequence[Any]] | None = None, folds: Folds = {}
-    ) -> Network:
-        """The original, or what a wiring and folds make of it, to compute with."""
-        found = open_network(self.model, wiring=wiring, device=self.device, dtype=self.dtype)
-        found = unrolled(found)
-        return refolded(found, folds) if folds else found
-
-    def qualities(
-        self, edited: Network, records: Callable[[Layer], Mapping[str, Weight]] = lambda layer: {}
-    ) -> tuple[Quality, Quality]:
-        """The original and a candidate, with one layer of each in memory."""
-        with (
-            streamed(self.opened(), self.batches) as original,
-            streamed(edited, self.batches, records) as answers,
-        ):
-            before, after = measure_quality(self.batches, original, answers)
-            return before, after
-
-    def solved(self, plan: Plan, progress: Progress = silent) -> Quality:
-        """The original with the order and the edits of another plan, solved on that plan's data."""
-        network = open_network(self.model, wiring=plan.wiring, device=self.device)
-        needs = needs_of(plan.edits)
-        folds = self.folds if plan.rewrites else {}
-        network = refolded(network, folds) if folds else network
-        edited, outside = (
-            self.opened(plan.wiring, folds),
-            TARGETS[plan.target].outside(network, plan.export),
-        )
-        put_outside(network, outside)
-        put_outside(edited, outside)
-        reader = load_reader(network) if needs else None
-        batches = windows(reader, texts_of(plan.data), "calibrate") if reader else []
-        with tempfile.TemporaryDirectory() as folder, Journal(Path(folder), {}) as journal:
-            solver = solve(network, plan.edits, batches, journal, progress)
-            return self.qualities(edited, solver.finished)[1]
 
 
 class Naive(NamedTuple):
@@ -103,7 +52,9 @@ def build_naive(contest: Contest, progress: Progress = silent) -> Naive | None:
         found.append(naive_neurons(contest))
     if contest.plan.wiring:
         found.append(naive_depth(contest, progress))
-    if contest.plan.edits:
+    if contest.plan.widths:
+        found.append(naive_width(contest, progress))
+    elif contest.plan.edits:
         found.append(naive_bits(contest, progress))
     built = [naive for naive in found if naive is not None]
     return min(built, key=lambda naive: naive.quality.estimate("kl").value, default=None)
@@ -160,6 +111,42 @@ def naive_depth(contest: Contest, progress: Progress = silent) -> Naive | None:
     request = Request(contest.model, budget, kind, settings={kind: contest.plan.export})
     planned = assemble_depth(request, network, wiring_without(network, tails[0]), None)
     return Naive(f"best naive: {name}", best, planned.nbytes)
+
+
+def naive_width(contest: Contest, progress: Progress = silent) -> Naive:
+    """The better of: the plan's own widths, of units with large weights, and one width alone.
+
+    Units are chosen by their size and nothing is fitted anew in the first; the second has all
+    layers, the width of most units and the plan's own method, and is there beside plans that take
+    more than that. Both are healed if the plan is.
+    """
+    plan, network = contest.plan, contest.opened()
+    plain = tuple(structs.replace(edit, chain=_by_size(edit.chain)) for edit in plan.edits)
+    plans = {
+        "the same widths, units by the size of their weights": structs.replace(plan, edits=plain)
+    }
+    single = narrow_alone(network, plan, contest.nbytes)
+    if single is not None:
+        plans[f"one width alone, {describe(single)}"] = single
+    built = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (what, other) in enumerate(plans.items()):
+            path, bare = Path(folder) / str(number), structs.replace(other, heal=None)
+            nbytes = apply_plan(contest.model, bare, path, device=contest.device, check=False)[1]
+            edited = contest._replace(model=path).opened()
+            if plan.heal:
+                what = f"{what}, healed equally"
+                quality = healed_equally(contest._replace(plan=other), edited, progress)
+            else:
+                quality = contest.qualities(edited)[1]
+            built.append(Naive(what, quality, nbytes))
+    return min(built, key=lambda naive: naive.quality.estimate("kl").value)
+
+
+def _by_size(chain: Sequence[Step]) -> tuple[Step, ...]:
+    known = find("magnitude").options
+    kept = [{k: v for k, v in step.options.items() if k in known} for step in chain]
+    return tuple(Step("magnitude", options) for options in kept)
 
 
 def healed_equally(contest: Contest, edited: Network, progress: Progress) -> Quality:

@@ -198,7 +198,7 @@ class Trials:
                 if gradient is not None:
                     total[name].add_(gradient.square(), alpha=len(rows) / len(self.batches))
             progress(number, len(self.batches))
-        return {matrix.key: matrix.view(total[name]) for _, matrix, name in places}
+        return {matrix.key: matrix.view(total[name].cpu()) for _, matrix, name in places}
 
     def without(self, gone: Collection[str]) -> float:
         """Loss in nats per token without some layers, which hand their input on, or some parts."""

@@ -103,11 +103,12 @@ def streamed(
 
     def walked() -> Generator[Tensor, None, None]:
         finish = lambda i, clean, output: found.append(answer(output, batches[i]))  # noqa: E731
-        for stop in walk(network, batches, finish=finish):
-            if stop.kind == "enter":
-                stop.substitute_all(records(stop.layer))
-            elif stop.kind == "done":
-                yield found.pop()
+        with closing(walk(network, batches, finish=finish)) as stops:
+            for stop in stops:
+                if stop.kind == "enter":
+                    stop.substitute_all(records(stop.layer))
+                elif stop.kind == "done":
+                    yield found.pop()
 
     with torch.no_grad(), closing(walked()) as answers:
         yield lambda batch: next(answers)

@@ -22,11 +22,12 @@ from layerwise.export import TARGETS
 from layerwise.export._gguf_file import FILE, GgufFile
 from layerwise.export.compressed_tensors import packed_records
 from layerwise.jobs.checks import decode_checks, rebuild_check, reload_checks
+from layerwise.jobs.contest import Contest
 from layerwise.jobs.engine import engine_checks, in_llama
 from layerwise.jobs.fates import own_bytes
 from layerwise.jobs.forecast import memory_of_models
 from layerwise.jobs.measure import peak_memory, speeds
-from layerwise.jobs.naive import Contest, build_naive
+from layerwise.jobs.naive import build_naive
 from layerwise.jobs.session import Progress, load_reader, silent
 from layerwise.jobs.solve import put_outside
 from layerwise.jobs.stock import answers_of, compute_packed, load_stock, streamed
@@ -236,6 +237,7 @@ def layer_rows(case: Case) -> list[dict[str, Any]]:
     rows = []
     sizes, own = layer_bytes(original), own_bytes(edited)
     once = TARGETS[plan.target].once
+    narrow = layer_bytes(open_network(case.folder)) if plan.widths else {}
     for layer in original.layers():
         size = sizes[layer.key]
         visits = [
@@ -248,7 +250,9 @@ def layer_rows(case: Case) -> list[dict[str, Any]]:
                 "layer": layer.key,
                 "groups": {m.fusion.split("/", 2)[2]: label(c) for m, c in chains.items()},
                 "dropped": not visits and layer.key not in own,
-                "bytes": (size - saved) * (min(1, len(visits)) if once else len(visits))
+                "bytes": sum(narrow[new.key] for new in visits)
+                if narrow
+                else (size - saved) * (min(1, len(visits)) if once else len(visits))
                 + own.get(layer.key, 0) * once,
                 "original_bytes": size,
                 "error": errors.get(visits[0].key) if visits else None,

@@ -1,0 +1,70 @@
+"""Which architectures can be made narrower: every width halved, written, and reloaded.
+
+python -m benchmarks.widths [workers]      tiny random models of all types of the test suite
+"""
+
+import os
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from benchmarks.timing import table
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "architectures"))
+
+
+def halved(entry: tuple[str, ...]) -> tuple[str, str, str]:
+    """The task, what became of a type, and which fields of its configuration were halved."""
+    import torch
+    from build import Entry, build
+    from checks import Subject, _limited
+
+    import layerwise.families
+    from layerwise.core.find_widths import find_widths
+    from layerwise.core.plan import Edit, Step
+    from layerwise.jobs.apply import apply_plan
+
+    assert layerwise.families
+    torch.set_num_threads(1)
+    task, kind = entry[0], entry[1]
+    try:
+        with tempfile.TemporaryDirectory() as folder, _limited(120):
+            subject = Subject(Entry(*entry), build(Entry(*entry)), Path(folder))
+            network = subject.network
+            fields: dict[str, int] = {}
+            edits = []
+            for width in find_widths(network):
+                units = max(1, width.units // 2)
+                options = {"share": units / width.units, "pattern": f"column:{width.block}"}
+                fields |= width.values(units)
+                readers = (m for la in network.layers() for m in la.matrices)
+                keys = {m.key for m in readers if m.parameter == width.reader}
+                edits += [Edit(key, (Step("magnitude", options),)) for key in sorted(keys)]
+            if not fields:
+                return task, "no width found", kind
+            plan = subject.plan(target="hf", widths=fields, edits=tuple(edits))
+            apply_plan(subject.folder / "model", plan, Path(folder) / "out", dtype="float32")
+            return task, "written and reloaded", f"{kind}: {', '.join(fields)}"
+    except BaseException as error:  # a type that cannot be built or opened, or a refusal
+        return task, f"refused: {type(error).__name__}", f"{kind}: {str(error)[:300]}"
+
+
+def main(words: Sequence[str] = ()) -> None:
+    """Print how many types of every task can be made narrower, and what hindered the others."""
+    from build import entries
+
+    workers = int(words[0]) if words else os.cpu_count()
+    with ProcessPoolExecutor(workers) as pool:
+        found = list(pool.map(halved, [tuple(entry) for entry in entries()]))
+    counts = Counter((task, what) for task, what, _ in found)
+    rows = [(task, what, str(count)) for (task, what), count in sorted(counts.items())]
+    for row in sorted(found):
+        print(*row, sep="\t", file=sys.stderr)
+    table("Every width halved", ("task", "came to", "types"), rows)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,69 @@
+"""What plans are measured by: solved, with one layer in memory, and compared with the original."""
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from layerwise.core.fold import Fold, Folds
+from layerwise.core.journal import Journal
+from layerwise.core.network import Network
+from layerwise.core.open import open_network, refolded, unrolled
+from layerwise.core.plan import Plan
+from layerwise.core.quality import Quality, measure_quality
+from layerwise.core.reader import windows
+from layerwise.core.stack import Layer
+from layerwise.core.weight import Weight
+from layerwise.export import TARGETS
+from layerwise.jobs.session import Progress, load_reader, silent, texts_of
+from layerwise.jobs.solve import needs_of, put_outside, solve
+from layerwise.jobs.stock import streamed
+
+
+class Contest(NamedTuple):
+    """What the candidates are measured on, and how many bytes they may take."""
+
+    model: str | Path
+    plan: Plan
+    nbytes: int
+    batches: Sequence[Any]
+    dtype: str = "float32"
+    device: str = "auto"
+    folds: Mapping[str, tuple[Fold, ...]] = {}
+
+    def opened(
+        self, wiring: Mapping[str, Sequence[Any]] | None = None, folds: Folds = {}
+    ) -> Network:
+        """The original, or what a wiring and folds make of it, to compute with."""
+        found = open_network(self.model, wiring=wiring, device=self.device, dtype=self.dtype)
+        found = unrolled(found)
+        return refolded(found, folds) if folds else found
+
+    def qualities(
+        self, edited: Network, records: Callable[[Layer], Mapping[str, Weight]] = lambda layer: {}
+    ) -> tuple[Quality, Quality]:
+        """The original and a candidate, with one layer of each in memory."""
+        with (
+            streamed(self.opened(), self.batches) as original,
+            streamed(edited, self.batches, records) as answers,
+        ):
+            before, after = measure_quality(self.batches, original, answers)
+            return before, after
+
+    def solved(self, plan: Plan, progress: Progress = silent) -> Quality:
+        """The original with the order and the edits of another plan, solved on that plan's data."""
+        network = open_network(self.model, wiring=plan.wiring, device=self.device)
+        needs = needs_of(plan.edits)
+        folds = self.folds if plan.rewrites else {}
+        network = refolded(network, folds) if folds else network
+        edited, outside = (
+            self.opened(plan.wiring, folds),
+            TARGETS[plan.target].outside(network, plan.export),
+        )
+        put_outside(network, outside)
+        put_outside(edited, outside)
+        reader = load_reader(network) if needs else None
+        batches = windows(reader, texts_of(plan.data), "calibrate") if reader else []
+        with tempfile.TemporaryDirectory() as folder, Journal(Path(folder), {}) as journal:
+            solver = solve(network, plan.edits, batches, journal, progress)
+            return self.qualities(edited, solver.finished)[1]

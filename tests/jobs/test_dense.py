@@ -1,0 +1,75 @@
+"""Layers and widths under one size, from the command line to a healed folder."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from layerwise.cli import app
+from layerwise.core.checkpoint import Checkpoint
+from layerwise.core.plan import read_plan
+
+SMALL = "--samples 2 --length 32 --json"
+
+
+def run(words: str) -> dict:
+    found = CliRunner().invoke(app, words.split())
+    assert found.exit_code == 0, found.output
+    return json.loads(found.stdout)
+
+
+def test_the_planned_bytes_are_written_and_compared(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    model, out = tiny("llama"), tmp_path / "out"
+    words = f"compress {model} --size 75% --allow width,layer {SMALL} --heal 2 --documents 2"
+    found = run(f"{words} --set heal.samples=4 --set heal.length=32 --out {out}")
+    plan = read_plan(out / "plan.yaml")
+    assert plan.widths or plan.wiring
+    assert found["more"]["edge"]
+    assert Checkpoint(out).nbytes <= 0.75 * Checkpoint(model).nbytes
+    assert found["more"]["bytes"] == Checkpoint(out).nbytes
+    naive = found["rows"][-1]
+    assert naive["name"] == "naive" and "healed equally" in naive["what"]
+    AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_every_plan_that_was_weighed_is_told(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    words = f"plan {tiny('llama')} --size 70% --allow width,layer {SMALL}"
+    found = run(f"{words} --out {tmp_path / 'p.yaml'}")
+    edge = found["more"]["edge"]
+    assert sum(row["chosen"] for row in edge) == 1
+    assert min(row["expected"] for row in edge) == next(
+        row["expected"] for row in edge if row["chosen"]
+    )
+    assert all(row["bytes"] <= 0.7 * Checkpoint(tiny("llama")).nbytes for row in edge)
+
+
+def test_pinned_parts_keep_their_width(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    words = f"plan {tiny('llama')} --size 90% --allow width {SMALL} --keep */*/mlp.*"
+    run(f"{words} --out {tmp_path / 'p.yaml'}")
+    assert set(read_plan(tmp_path / "p.yaml").widths) == {
+        "num_attention_heads",
+        "num_key_value_heads",
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--size 1% --allow width,layer", "at least --bytes"),
+        ("--bits 3 --allow width", "--size or --bytes"),
+        ("--size 50% --allow width --target gguf", "--target hf"),
+        ("--size 50% --allow bits,width", "width,layer"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    words: str, said: str, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    given = f"plan {tiny('llama')} {words} --samples 2 --length 32 --out {tmp_path / 'p.yaml'}"
+    found = CliRunner().invoke(app, given.split())
+    assert found.exit_code == 2
+    assert said in " ".join(found.stderr.split())
