@@ -29,7 +29,7 @@ Depth = Annotated[str, typer.Option(help="Layers, or --parts, that may remain: 9
 Sparsity = Annotated[str, typer.Option(help="Share of the weights that is to be zero: 60%.")]
 Parts = Annotated[str, typer.Option(help="Count parts, not layers: attention, mlp, attention+mlp.")]
 Allow = Annotated[
-    str, typer.Option(help="What the budget may take: bits; bits,layer; width,layer.")
+    str, typer.Option(help="What the budget may take: bits,rank,sparsity,layer; or width,layer.")
 ]
 Target = Annotated[str, typer.Option(help="hf, compressed-tensors, gguf or compact.")]
 Method = Annotated[

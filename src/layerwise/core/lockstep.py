@@ -6,7 +6,7 @@ looks, solves, substitutes, and lets them pass. Weights are substituted at the c
 edited in place, so that a clean stream can run beside the edited one.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextvars import copy_context
 from functools import partial
 from typing import Any, Literal
@@ -216,7 +216,7 @@ def walk(
     matrices: Literal["", "watch", "pause"] = "",
     clean: bool = False,
     finish: Callable[[int, bool, Any], Any] | None = None,
-) -> Iterator[Stop]:
+) -> Generator[Stop, None, None]:
     """Walk all batches through the network, yielding every place where one can look or edit.
 
     Args:

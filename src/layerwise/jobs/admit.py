@@ -7,7 +7,7 @@ from layerwise.core.network import Network
 from layerwise.core.plan import Plan, chain_for, check_model, check_selectors
 from layerwise.core.stack import Visit
 from layerwise.core.target import Target, refusals
-from layerwise.core.visits import is_plain
+from layerwise.core.visits import is_plain, only_drops
 from layerwise.export import TARGETS
 from layerwise.jobs.rewrite import as_rewritten
 from layerwise.jobs.solve import try_chains
@@ -23,10 +23,11 @@ def check_plan(network: Network, plan: Plan, other_weights: bool) -> Target:
     check_target(network, plan, target)
     check_visits(network, target)
     check_widths(network, plan)
-    if plan.edits and plan.wiring and target.engine == "layerwise":
+    ordered = not all(map(only_drops, plan.wiring.values()))
+    if plan.edits and ordered and target.engine == "layerwise":
         raise LayerwiseError(
             f"plan, wiring with target {target.name}",
-            allowed="an order of layers as they are",
+            allowed="layers as they are, or an order that leaves some out",
             found="an edit of weights, which would be solved for another order",
             fix="leave out the edits or the order, or use target hf",
         )

@@ -1,10 +1,19 @@
 """Plans of weights: a chain of methods per fusion group, exact costs within the budget."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from layerwise.core.chain import kind_left
-from layerwise.core.damage import Choice, Damage, Menu, cost, left_out, predict_damage, staying
+from layerwise.core.damage import (
+    Choice,
+    Damage,
+    Menu,
+    Option,
+    cost,
+    left_out,
+    predict_damage,
+    staying,
+)
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.method import find
 from layerwise.core.network import Network
@@ -14,6 +23,7 @@ from layerwise.core.stats import Scores
 from layerwise.core.target import Target
 from layerwise.core.weight import Sparse
 from layerwise.jobs.edits import search_edits
+from layerwise.jobs.gain import as_solved
 from layerwise.jobs.menus import make_menus, option_errors, units, worth_it
 from layerwise.jobs.request import Planned, Request, identity
 from layerwise.jobs.scoring import make_scores
@@ -43,9 +53,16 @@ def plan_bits(
         scores = scores_of(request, network, target, progress)
     errors = None if allocator.needs else {g: (0.0,) * len(m.options) for g, m in menus.items()}
     damage = predicted(network, menus, groups, scores, progress, errors)
+    if errors is None and len({kind_left(o.chain[-1]) for o in options_of(menus)}) > 1:
+        damage = as_solved(damage, menus, request, network)
     choose = allocator.bind(request.options(allocator.name))
     choice = choose(damage, in_unit(menus, request), limit)
     return assemble(request, network, target, menus, damage, choice, scores)
+
+
+def options_of(menus: Mapping[str, Menu]) -> Iterator[Option]:
+    """All options that change something."""
+    return (option for menu in menus.values() for option in menu.options if option.chain)
 
 
 def scores_of(request: Request, network: Network, target: Target, progress: Progress) -> Scores:

@@ -1,10 +1,7 @@
 """One size for dense checkpoints: fewer layers, fewer channels and fewer heads, chosen together."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 from msgspec import structs
 
@@ -12,111 +9,21 @@ from layerwise.core.errors import LayerwiseError
 from layerwise.core.find_widths import find_widths
 from layerwise.core.network import Network
 from layerwise.core.open import rewired
-from layerwise.core.plan import Edit, Plan, Step
+from layerwise.core.plan import Plan
 from layerwise.core.reader import samples_of
 from layerwise.core.select import selects
-from layerwise.core.stack import Layer
 from layerwise.core.width import Width
 from layerwise.jobs.contest import Contest
 from layerwise.jobs.joint import MOST, layers_alone, tried
+from layerwise.jobs.narrow import Candidate, Dense
 from layerwise.jobs.request import Planned, Request, identity
-from layerwise.jobs.session import Budget, Progress, load_reader, silent, texts_of
-from layerwise.jobs.units import able_to_go, layer_bytes, wiring_without
+from layerwise.jobs.session import Progress, load_reader, silent, texts_of
+from layerwise.jobs.units import able_to_go, wiring_without
 
-#: into how many steps a width is cut at most
-LEVELS = 64
 #: shares of a width at which it is measured what its units are worth; between them it is a line
 SHARES = (0.75, 0.5, 0.25)
 #: plans that are solved and measured, windows to solve them on, and documents
 SOLVED, WINDOWS, DOCUMENTS = 8, 16, 16
-
-
-class Candidate(NamedTuple):
-    """The layers that go, and the units that stay of every width, by its name."""
-
-    gone: tuple[str, ...]
-    units: Mapping[str, int]
-
-
-@dataclass(frozen=True)
-class Dense:
-    """What a dense checkpoint of a network can lose, and what that saves."""
-
-    request: Request
-    network: Network
-    widths: Sequence[Width]
-
-    @cached_property
-    def sizes(self) -> dict[str, int]:
-        """Stored bytes of every layer."""
-        return layer_bytes(self.network)
-
-    def unit(self, width: Width, layer: Layer) -> int:
-        """Bytes of one unit in a layer."""
-        held = sum(layer.shapes[name].numel() for name in width.cuts)
-        return held * self.network.stored.dtype.itemsize // width.units
-
-    def nbytes(self, candidate: Candidate) -> int:
-        """Bytes of all tensors of a candidate."""
-        saved = sum(self.sizes[key] for key in candidate.gone)
-        for layer in self.network.layers():
-            if layer.key not in candidate.gone:
-                saved += sum(
-                    (w.units - candidate.units[w.name]) * self.unit(w, layer) for w in self.widths
-                )
-        return self.network.checkpoint.nbytes - saved
-
-    def levels(self, width: Width) -> list[int]:
-        """How many units a width may have, all of them first."""
-        step = 1
-        while 2 * step * LEVELS <= width.units:
-            step *= 2
-        return [width.units, *range((width.units - 1) // step * step, 0, -step)]
-
-    def candidates(self, gone: tuple[str, ...], limit: int) -> list[Candidate]:
-        """Without some layers, the largest that fit: the first width as wide as the others let."""
-        if not self.widths:
-            alone = Candidate(gone, {})
-            return [alone] if self.nbytes(alone) <= limit else []
-        found = []
-        first, *others = self.widths
-        for chosen in product(*(self.levels(width) for width in others)):
-            held = dict(zip((w.name for w in others), chosen, strict=True))
-            for units in self.levels(first):
-                candidate = Candidate(gone, {first.name: units, **held})
-                if self.nbytes(candidate) <= limit:
-                    found.append(candidate)
-                    break
-        return found
-
-    def plan(self, candidate: Candidate) -> Plan:
-        """The plan of a candidate."""
-        request, fields, edits = self.request, {}, []
-        for width in self.widths:
-            units = candidate.units[width.name]
-            if units < width.units:
-                fields |= width.values(units)
-                edits += self._edits(width, units)
-        return Plan(
-            model=identity(self.network),
-            target="hf",
-            budget=request.budget.as_dict(),
-            data=request.data,
-            wiring=wiring_without(self.network, candidate.gone),
-            widths=fields,
-            edits=tuple(edits),
-            fixed=request.keep,
-        )
-
-    def _edits(self, width: Width, units: int) -> list[Edit]:
-        method = self.request.method or "sparsegpt"
-        options = {"share": units / width.units, "pattern": f"column:{width.block}"}
-        step = Step(method, self.request.options(method) | options)
-        readers = [
-            m for la in self.network.layers() for m in la.matrices if m.parameter == width.reader
-        ]
-        names = dict.fromkeys(f"{m.layer.split('/')[0]}/*/{m.part}.{m.role}" for m in readers)
-        return [Edit(name, (step,)) for name in names]
 
 
 def plan_dense(request: Request, network: Network, progress: Progress) -> Planned:
@@ -154,7 +61,7 @@ def plan_dense(request: Request, network: Network, progress: Progress) -> Planne
         measured = _measured(contest, plans[-1])
         rows.append(
             {
-                "plan": _words(dense, candidate),
+                "plan": dense.words(candidate),
                 "layers left out": len(candidate.gone),
                 "bytes": dense.nbytes(candidate),
                 "predicted": predicted(candidate),
@@ -166,22 +73,6 @@ def plan_dense(request: Request, network: Network, progress: Progress) -> Planne
     best = min(range(len(rows)), key=lambda i: rows[i]["expected"])
     rows[best]["chosen"] = True
     return _planned(dense, chosen[best], plans[best], rows)
-
-
-def narrow_alone(network: Network, plan: Plan, nbytes: int) -> Plan | None:
-    """A plan of all layers in which one width gets as small as another plan; the widest first.
-
-    None if there is no such plan, or if it is that one.
-    """
-    step = plan.edits[0].chain[0]
-    named = Request("", Budget(bytes=nbytes), "hf", step.method, data=plan.data, keep=plan.fixed)
-    for width in find_widths(network):
-        for candidate in Dense(named, network, [width]).candidates((), nbytes):
-            found = Dense(named, network, [width]).plan(candidate)
-            if found.widths != plan.widths or plan.wiring:
-                return structs.replace(found, heal=plan.heal)
-            return None
-    return None
 
 
 def _pinned(request: Request, network: Network, width: Width) -> bool:
@@ -290,29 +181,15 @@ def _shortlist(dense: Dense, found: Sequence[Candidate], predicted: Any) -> list
     return chosen
 
 
-def _words(dense: Dense, candidate: Candidate) -> str:
-    depth = len(dense.network.layers())
-    words = [f"{depth - len(candidate.gone)} of {depth} layers"] if candidate.gone else []
-    for width in dense.widths:
-        units = candidate.units[width.name]
-        if units < width.units:
-            values = width.values(units)
-            words.append(", ".join(f"{name} {values[name]}" for name in width.fields))
-    return ", ".join(words) or "as it is"
-
-
 def _planned(
     dense: Dense, candidate: Candidate, plan: Plan, rows: Sequence[Mapping[str, Any]]
 ) -> Planned:
-    words = _words(dense, candidate._replace(gone=()))
+    words = dense.words(candidate._replace(gone=()))
     layers = [
         {
             "layer": layer.key,
             "option": "left out" if layer.key in candidate.gone else words,
-            "bytes": 0
-            if layer.key in candidate.gone
-            else dense.sizes[layer.key]
-            - sum((w.units - candidate.units[w.name]) * dense.unit(w, layer) for w in dense.widths),
+            "bytes": dense.layer_bytes(layer, candidate),
             "importance": None,
             "damage": None,
         }

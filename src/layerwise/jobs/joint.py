@@ -16,7 +16,7 @@ from layerwise.core.open import rewired
 from layerwise.core.plan import Step
 from layerwise.core.target import Target
 from layerwise.jobs.bits import assemble, limit_for, outside_of, predicted, scores_of
-from layerwise.jobs.gain import solver_gain
+from layerwise.jobs.gain import as_solved
 from layerwise.jobs.menus import make_menus, units, worth_it
 from layerwise.jobs.request import Planned, Request
 from layerwise.jobs.scoring import counting, trials_for
@@ -50,7 +50,7 @@ def plan_joint(request: Request, network: Network, target: Target, progress: Pro
     scores = scores_of(request, network, target, progress)
     plain = predicted(network, inner, groups, scores, progress)
     plain = _and_layers(plain, list(sizes), request, network, progress)
-    damage = _solved(plain, inner, request, network)
+    damage = as_solved(plain, inner, request, network)
     options = request.options(allocator.name)
     wanted = options.get("gone", -1)
     counts = range(int(MOST * len(network.layers())) + 1) if wanted < 0 else [wanted]
@@ -145,21 +145,6 @@ def layers_alone(
     alone = dict(zip(layers, found, strict=False))
     both = dict(zip(pairs, found[len(layers) :], strict=True))
     return alone, {(a, b): kl - alone[a] - alone[b] for (a, b), kl in both.items()}
-
-
-def _solved(
-    damage: Damage, menus: Mapping[str, Menu], request: Request, network: Network
-) -> Damage:
-    """The damage of options as they are solved, not just rounded."""
-    chains = {o.label: o.chain for menu in menus.values() for o in menu.options if o.chain}
-    gain = solver_gain(request, network, chains)
-    values = {
-        g: tuple(
-            v * gain.get(o.label, 1.0) for v, o in zip(damage.values[g], menu.options, strict=True)
-        )
-        for g, menu in menus.items()
-    }
-    return replace(damage, values={**damage.values, **values})
 
 
 def _row(

@@ -21,11 +21,11 @@ from layerwise.export import PACKED, TARGETS
 from layerwise.jobs.apply import apply_plan
 from layerwise.jobs.bits import plan_bits
 from layerwise.jobs.contest import Contest
-from layerwise.jobs.dense import narrow_alone
 from layerwise.jobs.depth import assemble_depth, units_to_drop
 from layerwise.jobs.experts import without_routers
 from layerwise.jobs.heal import trained
 from layerwise.jobs.mixes import MIXES, mix_plan, written_bytes
+from layerwise.jobs.narrow import narrow_alone
 from layerwise.jobs.request import Planned, Request
 from layerwise.jobs.rewrite import as_rewritten
 from layerwise.jobs.session import Budget, Progress, silent
@@ -166,11 +166,21 @@ def naive_neurons(contest: Contest) -> Naive:
 
 
 def naive_bits(contest: Contest, progress: Progress) -> Naive | None:
-    """The same solver, one option everywhere; for GGUF llama.cpp's own mixture, if it is better."""
+    """One solver of the plan, one option everywhere; for GGUF llama.cpp's own mixture as well.
+
+    The best of them, where a plan has several solvers.
+    """
     network = open_network(contest.model, device=contest.device)
     found = []
-    planned = plan_uniform(contest, as_rewritten(network, contest.plan.rewrites))
-    if planned is not None:
+    solvers = dict.fromkeys(
+        tuple(step.method for step in alone(edit.chain))
+        for edit in contest.plan.edits
+        if edit.chain
+    )
+    for solver in solvers:
+        planned = plan_uniform(contest, as_rewritten(network, contest.plan.rewrites), solver)
+        if planned is None:
+            continue
         quality = contest.solved(planned.plan, progress)
         found.append(Naive(f"uniform: {describe(planned.plan)}", quality, planned.nbytes))
     for name in MIXES if TARGETS[contest.plan.target].engine == "llama.cpp" else ():
@@ -183,14 +193,17 @@ def naive_bits(contest: Contest, progress: Progress) -> Naive | None:
     return min(found, key=lambda naive: naive.quality.estimate("kl").value, default=None)
 
 
-def plan_uniform(contest: Contest, network: Network) -> Planned | None:
-    """One option everywhere, the largest that fits, the rest in order; none may get so small.
+def plan_uniform(contest: Contest, network: Network, solver: Sequence[str]) -> Planned | None:
+    """One option of a solver everywhere, the largest that fits, the rest in order.
+
+    None if no option gets so small.
 
     A dense target stores no fewer bytes for fewer bits, nor for zeros: there both plans are priced
     packed, or have as many zeros.
     """
     model, plan = contest.model, contest.plan
     chains = [alone(edit.chain) for edit in plan.edits if edit.chain]
+    chains = [chain for chain in chains if tuple(s.method for s in chain) == tuple(solver)]
     grid = ("bits", "group", "type", "share")
     for chain in chains:
         known = [find(step.method, "weight").options.keys() for step in chain]

@@ -46,7 +46,9 @@ def make_plan(request: Request, progress: Progress = silent) -> Planned:
         )
     target, budget = TARGETS[request.target], request.budget
     check_allowed(request, target)
-    request = request._replace(method=request.method or target.method)
+    besides = [m for what, ms in BESIDE.items() if what in request.allow for m in ms]
+    first = request.method or target.method or ("gptq" if besides else "")
+    request = request._replace(method=",".join(filter(None, [first, *besides])))
     if budget.depth is None and "width" not in request.allow:
         check_unit(request, target)
     check_settings(request)
@@ -116,13 +118,21 @@ def check_allowed(request: Request, target: Target) -> None:
     Raises:
         LayerwiseError: it is not.
     """
-    if {*request.allow} not in ({"bits"}, {"bits", "layer"}, {"width"}, {"width", "layer"}):
-        unknown = set(request.allow) - {"bits", "layer", "width"}
+    asked, packed, dense = {*request.allow}, {"bits", *BESIDE, "layer"}, {"width", "layer"}
+    if not ("bits" in asked <= packed or "width" in asked <= dense):
         raise LayerwiseError(
             f"--allow {','.join(request.allow)}",
-            allowed="bits, bits,layer, width, or width,layer; --depth leaves layers out alone",
-            found=min(unknown, default=" and ".join(request.allow)),
+            allowed=f"bits and any of {', '.join(BESIDE)}, layer; or width and layer; --depth "
+            "leaves layers out alone",
+            found=min(asked - packed - dense, default=" and ".join(request.allow)),
             fix="choose one of these",
+        )
+    if asked & BESIDE.keys() and target.name != "compact":
+        raise LayerwiseError(
+            f"--allow {','.join(request.allow)}",
+            allowed="--target compact, which stores factors and sparse matrices as they are",
+            found=f"target {target.name}, whose engines know none",
+            fix="choose --target compact, or allow bits and layers",
         )
     if "width" in request.allow:
         check_dense(request)
@@ -154,6 +164,8 @@ def check_dense(request: Request) -> None:
         )
 
 
+#: methods that a menu has besides those that round, by what the budget may take
+BESIDE = {"rank": ("quantized_factors", "gptq+low_rank"), "sparsity": ("sparsegpt",)}
 #: what `--set menu.NAME` may say, and the type of its values
 MENU: dict[str, tuple[type, ...]] = {
     "bits": (int,),
