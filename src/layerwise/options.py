@@ -28,8 +28,11 @@ Bits = Annotated[
 Depth = Annotated[str, typer.Option(help="Layers, or --parts, that may remain: 9 or 75%.")]
 Sparsity = Annotated[str, typer.Option(help="Share of the weights that is to be zero: 60%.")]
 Parts = Annotated[str, typer.Option(help="Count parts, not layers: attention, mlp, attention+mlp.")]
+Flops = Annotated[str, typer.Option(help="Share of the products per token that may remain: 70%.")]
+Speed = Annotated[str, typer.Option(help="How many times as fast it decodes here: 1.3x.")]
 Allow = Annotated[
-    str, typer.Option(help="What the budget may take: bits,rank,sparsity,layer; or width,layer.")
+    str,
+    typer.Option(help="What the budget may take: bits,rank,sparsity,layer; or width,layer."),
 ]
 Target = Annotated[str, typer.Option(help="hf, compressed-tensors, gguf or compact.")]
 Method = Annotated[

@@ -25,14 +25,14 @@ def request_of(given: dict[str, Any]) -> Any:
     from layerwise.core.folder import find_folder
     from layerwise.core.plan import DataSpec, settings
     from layerwise.jobs.plan import Request
-    from layerwise.jobs.session import Budget, parse_bits, parse_bytes, parse_share
+    from layerwise.jobs.session import Budget, parse_bits, parse_bytes, parse_share, parse_speed
 
-    units = ("size", "bytes_", "bits", "depth", "sparsity")
+    units = ("size", "bytes_", "bits", "depth", "sparsity", "flops", "speed")
     named = [n for n in units if given[n] not in ("", None)]
     if len(named) != 1:
         raise LayerwiseError(
             "budget",
-            allowed="exactly one of --size, --bytes, --bits, --depth, --sparsity",
+            allowed="exactly one of --size, --bytes, --bits, --depth, --sparsity, --flops, --speed",
             found=", ".join("--" + n.rstrip("_") for n in named) or "none",
             fix="give one, such as --size 25%",
         )
@@ -45,8 +45,12 @@ def request_of(given: dict[str, Any]) -> Any:
         parse_bits(given["bits"]) if given["bits"] is not None else None,
         depth,
         parse_share(given["sparsity"], "--sparsity") if given["sparsity"] else None,
+        parse_share(given["flops"], "--flops") if given["flops"] else None,
+        parse_speed(given["speed"]) if given["speed"] else None,
     )
-    dense = given["depth"] or given["sparsity"] or "width" in given["allow"]
+    faster = given["flops"] or given["speed"]
+    allow = given["allow"] or ("width,layer" if faster else "bits")
+    dense = given["depth"] or given["sparsity"] or "width" in allow
     return Request(
         given["model"],
         budget,
@@ -62,7 +66,7 @@ def request_of(given: dict[str, Any]) -> Any:
         engine=engine_of(given["engine"], given["workers"]),
         rewrite=given["rewrite"],
         parts=parts,
-        allow=tuple(given["allow"].split(",")),
+        allow=tuple(allow.split(",")),
     )
 
 
@@ -113,6 +117,8 @@ def edge_of(rows: Any) -> str:
     taken = [" (taken)" if row["chosen"] else "" for row in rows]
     if "plan" in rows[0]:
         words = [f"{row['plan']}: {row['expected']:.4g}" for row in rows]
+        if rows[0]["speed"]:
+            words = [f"{w} at {r['speed']:.2f}x" for w, r in zip(words, rows, strict=True)]
         told = "; ".join(map("".join, zip(words, taken, strict=True)))
         return f"KL of plans of this size, solved on a little text: {told}"
     words = [f"{row['layers left out']}: {row['expected']:.4g}" for row in rows]

@@ -57,13 +57,30 @@ def test_pinned_parts_keep_their_width(tiny: Callable[..., Path], tmp_path: Path
     }
 
 
+@pytest.mark.parametrize("unit", ["flops 60%", "speed 1.05x"])
+def test_budgets_of_products_and_of_time(
+    unit: str, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    words = f"plan {tiny('llama')} --{unit} {SMALL} --out {tmp_path / 'p.yaml'}"
+    found = CliRunner().invoke(app, words.split())
+    if found.exit_code == 2:  # a busy machine may not show what half a layer saves
+        assert "--speed" in found.stderr
+        return
+    taken = next(r for r in json.loads(found.stdout)["more"]["edge"] if r["chosen"])
+    assert read_plan(tmp_path / "p.yaml").budget.keys() == {unit.split()[0]}
+    assert (taken["speed"] or 9) >= 0.97 * 1.05
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         ("--size 1% --allow width,layer", "at least --bytes"),
-        ("--bits 3 --allow width", "--size or --bytes"),
+        ("--bits 3 --allow width", "--size, --bytes"),
         ("--size 50% --allow width --target gguf", "--target hf"),
-        ("--size 50% --allow bits,width", "width,layer"),
+        ("--size 50% --allow bits,width", "width and layer"),
+        ("--flops 50% --allow bits", "--allow width,layer"),
+        ("--speed 0.5x", "more than 1x"),
+        ("--size 50% --allow bits,rank", "--target compact"),
     ],
 )
 def test_what_cannot_be_is_refused(

@@ -59,8 +59,8 @@ def test_the_command_says_what_was_weighed(tiny, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--bits 3 --allow layer", "found no bits"),
-        ("--bits 3 --allow bits,rank", "found rank"),
+        ("--bits 3 --allow layer", "found layer"),
+        ("--bits 3 --allow bits,colour", "found colour"),
         ("--depth 3 --allow bits,layer", "--depth"),
         ("--bits 3 --allow bits,layer --allocator uniform", "knapsack"),
     ],

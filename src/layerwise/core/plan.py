@@ -86,7 +86,7 @@ class DataSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 #: a plan of a model with 10,000 matrices has some 100,000 values
 MOST_VALUES = 10**7
 #: units of a budget
-UNITS = ("size", "bytes", "bits", "depth", "sparsity")
+UNITS = ("size", "bytes", "bits", "depth", "sparsity", "flops", "speed")
 
 
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -1,6 +1,6 @@
 """One size for dense checkpoints: fewer layers, fewer channels and fewer heads, chosen together."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from msgspec import structs
@@ -18,6 +18,7 @@ from layerwise.jobs.joint import MOST, layers_alone, tried
 from layerwise.jobs.narrow import Candidate, Dense
 from layerwise.jobs.request import Planned, Request, identity
 from layerwise.jobs.session import Progress, load_reader, silent, texts_of
+from layerwise.jobs.timed import CLOSE, Clock
 from layerwise.jobs.units import able_to_go, wiring_without
 
 #: shares of a width at which it is measured what its units are worth; between them it is a line
@@ -27,25 +28,27 @@ SOLVED, WINDOWS, DOCUMENTS = 8, 16, 16
 
 
 def plan_dense(request: Request, network: Network, progress: Progress) -> Planned:
-    """Layers that go and widths of those that stay, with the least KL at a size.
+    """Layers that go and widths of those that stay, with the least KL at a size or a speed.
 
     What layers and single widths cost is measured; sums of these say which plans are worth more.
     The best few are solved on a little text and measured on the select split, and so are those
-    that take only layers or only one width. The best of all these is taken.
+    that take only layers or only one width. The best of all these is taken; for a speed, of those
+    that have it when they are timed.
 
     Raises:
-        LayerwiseError: nothing that may go gets as small.
+        LayerwiseError: nothing that may go gets as small, or as fast.
     """
     widths = [w for w in find_widths(network) if not _pinned(request, network, w)]
     dense = Dense(request, network, widths if "width" in request.allow else [])
-    limit = _limit(request, network)
     sets: dict[tuple[str, ...], float] = {(): 0.0}
     if "layer" in request.allow:
         sets = _layer_sets(request, network, progress)
-    found = [c for gone in sets for c in dense.candidates(gone, limit)]
+    contest = _contest(request, network)
+    clock = Clock(dense, contest.batches) if request.budget.speed else None
+    fits = _fitting(dense, clock.times(list(sets)) if clock else None)
+    found = [c for gone in sets for c in dense.candidates(gone, fits)]
     if not found:
         raise _impossible(dense, list(sets))
-    contest = _contest(request, network)
     curves = _curves(dense, contest, progress)
     depth = len(network.layers())
 
@@ -58,31 +61,54 @@ def plan_dense(request: Request, network: Network, progress: Progress) -> Planne
     rows, plans = [], []
     for number, candidate in enumerate(chosen, 1):
         plans.append(dense.plan(candidate))
-        measured = _measured(contest, plans[-1])
-        rows.append(
-            {
-                "plan": dense.words(candidate),
-                "layers left out": len(candidate.gone),
-                "bytes": dense.nbytes(candidate),
-                "predicted": predicted(candidate),
-                "expected": measured,
-                "chosen": False,
-            }
-        )
+        row = {
+            "plan": dense.words(candidate),
+            "layers left out": len(candidate.gone),
+            "bytes": dense.nbytes(candidate),
+            "predicted": predicted(candidate),
+            "expected": _measured(contest, plans[-1]),
+        }
+        rows.append(row | {"speed": clock.speed(candidate) if clock else None, "chosen": False})
         progress("solving plans", number, len(chosen))
-    best = min(range(len(rows)), key=lambda i: rows[i]["expected"])
+    able = _fast_enough(request, rows)
+    best = min(able, key=lambda i: rows[i]["expected"])
     rows[best]["chosen"] = True
     return _planned(dense, chosen[best], plans[best], rows)
+
+
+def _fitting(
+    dense: Dense, time: Callable[[Candidate], float] | None
+) -> Callable[[Candidate], bool]:
+    """Whether a candidate is within the budget: of bytes, of products, or of predicted time."""
+    budget, whole = dense.request.budget, dense.network.checkpoint.nbytes
+    if time is not None:
+        speed = budget.speed or 1.0
+        return lambda candidate: time(candidate) * speed <= 1
+    if budget.flops is not None:
+        most = budget.flops * dense.products(dense.whole)
+        return lambda candidate: dense.products(candidate) <= most
+    limit = budget.bytes if budget.bytes is not None else int((budget.size or 1.0) * whole)
+    return lambda candidate: dense.nbytes(candidate) <= limit
+
+
+def _fast_enough(request: Request, rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The plans that are as fast as was asked for."""
+    asked = request.budget.speed
+    able = [i for i, row in enumerate(rows) if not asked or row["speed"] >= CLOSE * asked]
+    if not able:
+        fastest = max(row["speed"] for row in rows)
+        raise LayerwiseError(
+            "budget",
+            allowed=f"a speed that was measured here, at most --speed {fastest:.2f}x",
+            found=f"--speed {asked}x",
+            fix="lower it, allow more with --allow width,layer, or time it on an idle machine",
+        )
+    return able
 
 
 def _pinned(request: Request, network: Network, width: Width) -> bool:
     held = [m for la in network.layers() for m in la.matrices if m.parameter in width.cuts]
     return any(selects(pattern, matrix) for pattern in request.keep for matrix in held)
-
-
-def _limit(request: Request, network: Network) -> int:
-    budget, whole = request.budget, network.checkpoint.nbytes
-    return budget.bytes if budget.bytes is not None else int((budget.size or 1.0) * whole)
 
 
 def _layer_sets(
@@ -201,13 +227,18 @@ def _planned(
 
 def _impossible(dense: Dense, sets: Sequence[tuple[str, ...]]) -> LayerwiseError:
     least = {w.name: dense.levels(w)[-1] for w in dense.widths}
-    whole = dense.network.checkpoint.nbytes
-    small = min(dense.nbytes(Candidate(gone, least)) for gone in sets)
+    smallest = [Candidate(gone, least) for gone in sets]
+    whole, nbytes = dense.network.checkpoint.nbytes, min(map(dense.nbytes, smallest))
+    products = min(map(dense.products, smallest)) / dense.products(dense.whole)
     asked = dense.request.budget.as_dict()
+    reachable = f"at least --bytes {nbytes} (--size {100 * nbytes / whole:.1f}%)"
+    reachable = f"at least --flops {100 * products:.1f}%" if "flops" in asked else reachable
+    if "speed" in asked:
+        reachable = "a speed that the smallest network has here, as far as its parts were timed"
     return LayerwiseError(
         "budget",
-        allowed=f"at least --bytes {small} (--size {100 * small / whole:.1f}%)",
+        allowed=reachable,
         found=", ".join(f"--{k} {v}" for k, v in asked.items()),
-        fix="raise it, allow more with --allow width,layer, unpin what --keep pins, or choose "
+        fix="relax it, allow more with --allow width,layer, unpin what --keep pins, or choose "
         "--target compressed-tensors for fewer bits",
     )

@@ -1,6 +1,6 @@
 """What a dense checkpoint can lose: layers, and units of every width; and what that saves."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -52,6 +52,33 @@ class Dense:
         outside = self.network.checkpoint.nbytes - sum(self.sizes.values())
         return outside + sum(self.layer_bytes(layer, candidate) for layer in layers)
 
+    def products(self, candidate: Candidate) -> int:
+        """Multiplications per token in the matrices of the layers, in those of all experts."""
+        found = 0
+        for layer in self.network.layers():
+            if layer.key in candidate.gone:
+                continue
+            for matrix in layer.matrices:
+                size = matrix.size
+                for width in self.widths:
+                    if matrix.parameter in width.cuts:
+                        size = size * candidate.units[width.name] // width.units
+                found += size
+        return found
+
+    @property
+    def whole(self) -> Candidate:
+        """The network as it is."""
+        return Candidate((), {width.name: width.units for width in self.widths})
+
+    def fields(self, candidate: Candidate) -> dict[str, int]:
+        """What the configuration says of the widths of a candidate."""
+        fields: dict[str, int] = {}
+        for width in self.widths:
+            units = candidate.units[width.name]
+            fields |= width.values(units) if units < width.units else {}
+        return fields
+
     def levels(self, width: Width) -> list[int]:
         """How many units a width may have, all of them first."""
         step = 1
@@ -59,37 +86,37 @@ class Dense:
             step *= 2
         return [width.units, *range((width.units - 1) // step * step, 0, -step)]
 
-    def candidates(self, gone: tuple[str, ...], limit: int) -> list[Candidate]:
+    def candidates(
+        self, gone: tuple[str, ...], fits: Callable[[Candidate], bool]
+    ) -> list[Candidate]:
         """Without some layers, the largest that fit: the first width as wide as the others let."""
         if not self.widths:
             alone = Candidate(gone, {})
-            return [alone] if self.nbytes(alone) <= limit else []
+            return [alone] if fits(alone) else []
         found = []
         first, *others = self.widths
         for chosen in product(*(self.levels(width) for width in others)):
             held = dict(zip((w.name for w in others), chosen, strict=True))
             for units in self.levels(first):
                 candidate = Candidate(gone, {first.name: units, **held})
-                if self.nbytes(candidate) <= limit:
+                if fits(candidate):
                     found.append(candidate)
                     break
         return found
 
     def plan(self, candidate: Candidate) -> Plan:
         """The plan of a candidate."""
-        request, fields, edits = self.request, {}, []
+        request, edits = self.request, []
         for width in self.widths:
             units = candidate.units[width.name]
-            if units < width.units:
-                fields |= width.values(units)
-                edits += self._edits(width, units)
+            edits += self._edits(width, units) if units < width.units else []
         return Plan(
             model=identity(self.network),
             target="hf",
             budget=request.budget.as_dict(),
             data=request.data,
             wiring=wiring_without(self.network, candidate.gone),
-            widths=fields,
+            widths=self.fields(candidate),
             edits=tuple(edits),
             fixed=request.keep,
         )
@@ -131,8 +158,9 @@ def narrow_alone(network: Network, plan: Plan, nbytes: int) -> Plan | None:
     step = plan.edits[0].chain[0]
     named = Request("", Budget(bytes=nbytes), "hf", step.method, data=plan.data, keep=plan.fixed)
     for width in find_widths(network):
-        for candidate in Dense(named, network, [width]).candidates((), nbytes):
-            found = Dense(named, network, [width]).plan(candidate)
+        dense = Dense(named, network, [width])
+        for candidate in dense.candidates((), lambda c, d=dense: d.nbytes(c) <= nbytes):
+            found = dense.plan(candidate)
             if found.widths != plan.widths or plan.wiring:
                 return structs.replace(found, heal=plan.heal)
             return None

@@ -137,7 +137,15 @@ def check_allowed(request: Request, target: Target) -> None:
     if "width" in request.allow:
         check_dense(request)
         return
-    other = [f"--{unit}" for unit in ("depth", "sparsity") if getattr(request.budget, unit)]
+    budget = request.budget.as_dict()
+    if budget.keys() & OF_DENSE:
+        raise LayerwiseError(
+            f"--{min(budget.keys() & OF_DENSE)} with --allow {','.join(request.allow)}",
+            allowed="--allow width,layer: fewer bits are not fewer products",
+            found=", ".join(request.allow),
+            fix="leave --allow out",
+        )
+    other = [f"--{unit}" for unit in ("depth", "sparsity") if unit in budget]
     if "layer" in request.allow and (other or not target.by_bits):
         raise LayerwiseError(
             f"--allow {','.join(request.allow)}",
@@ -153,17 +161,18 @@ def check_dense(request: Request) -> None:
     Raises:
         LayerwiseError: the target or the budget is another.
     """
-    budget = request.budget
-    if request.target != "hf" or (budget.size is None and budget.bytes is None):
-        asked = ", ".join(f"--{k} {v}" for k, v in budget.as_dict().items())
+    asked = ", ".join(f"--{k} {v}" for k, v in request.budget.as_dict().items())
+    if request.target != "hf" or not {"size", "bytes", *OF_DENSE} & request.budget.as_dict().keys():
         raise LayerwiseError(
             f"--allow {','.join(request.allow)}",
-            allowed="--target hf, with a budget of --size or --bytes",
+            allowed="--target hf, with a budget of --size, --bytes, --flops or --speed",
             found=f"target {request.target}, {asked}",
             fix="write the narrower model with --target hf, then compress that folder further",
         )
 
 
+#: units of a budget that only dense networks meet, by being smaller
+OF_DENSE = {"flops", "speed"}
 #: methods that a menu has besides those that round, by what the budget may take
 BESIDE = {"rank": ("quantized_factors", "gptq+low_rank"), "sparsity": ("sparsegpt",)}
 #: what `--set menu.NAME` may say, and the type of its values

@@ -116,6 +116,8 @@ class Budget(NamedTuple):
     bits: float | None = None
     depth: int | None = None
     sparsity: float | None = None
+    flops: float | None = None
+    speed: float | None = None
 
     def as_dict(self) -> dict[str, float]:
         """The one that is set, by its unit."""
@@ -162,6 +164,22 @@ def parse_share(text: str, option: str) -> float:
             allowed="more than 0% and at most 100%",
             found=text,
             fix="write for instance 20%",
+        )
+    return value
+
+
+def parse_speed(text: str) -> float:
+    """How many times as fast, from `1.5x` or `1.5`.
+
+    Example:
+        >>> parse_speed("1.5x")
+        1.5
+    """
+    match = re.fullmatch(r"\s*(\d{1,3}(?:\.\d+)?)\s*x?\s*", text)
+    value = float(match[1]) if match else math.nan
+    if not value > 1:
+        raise LayerwiseError(
+            "--speed", allowed="more than 1x", found=text, fix="write for instance 1.5x"
         )
     return value
 
