@@ -20,16 +20,36 @@ from layerwise.core.lockstep import walk
 from layerwise.core.network import Network
 from layerwise.core.open import open_network
 from layerwise.core.plan import DataSpec, Edit, Identity, Plan, Step
-from layerwise.core.sites import At, Intervention
+from layerwise.core.sites import At, Intervention, Runs
 from layerwise.core.stack import Stack
 from layerwise.core.task import answer, forward_arguments
 from layerwise.intervene import patch
 from layerwise.jobs.apply import apply_plan
 from layerwise.jobs.checks import rebuild_check, reload_checks
 from layerwise.jobs.measure import agrees_cached, generates
+from layerwise.jobs.pays import PLAIN, decode, exit_draft
+from layerwise.jobs.speculate import Sampling
 from layerwise.jobs.stock import answers_of, load_stock
 
-STAGES = ("stack", "streaming", "lockstep", "rounding", "drop", "decoding", "patching", "parts")
+STAGES = (
+    "stack",
+    "streaming",
+    "lockstep",
+    "rounding",
+    "drop",
+    "decoding",
+    "patching",
+    "parts",
+    "loop",
+    "copy",
+    "drafts",
+)
+#: what stock code does is put on record, and not asked again
+RECORDED = (*STAGES, "stock_exit")
+#: stages of networks that write word after word from one stack
+CAUSAL = ("drafts", "stock_exit")
+#: tokens that are decoded in an order or with a draft, and the layers that draft
+FEW, EXIT = 5, 2
 
 
 class StockFails(Exception):
@@ -216,9 +236,104 @@ def _put_back(subject: Subject, where: list[At]) -> None:
     assert torch.equal(answer(patched, subject.inputs), plain), "its own states change the answer"
 
 
+def loop(subject: Subject) -> None:
+    """A middle layer runs twice: as if its output were given to it once more, and decoding with a
+    cache gives the tokens that it gives without."""
+    network = _repeated(subject, lambda order, i: [*order[: i + 1], *order[i:]])
+    if subject.entry.task in ("causal", "seq2seq") and generates(network.module):
+        _decodes_alike(subject, network.module)
+
+
+def copy(subject: Subject) -> None:
+    """The same with a copy of that layer, whose weights are its own: changed, they change it."""
+    again = lambda order, i: [*order[: i + 1], {"layer": i, "copy": True}, *order[i + 1 :]]  # noqa: E731
+    network = _repeated(subject, again)
+    before = answers_of(network.module)(subject.inputs)
+    number, own = next((n, v) for n, v in enumerate(network.visits.values()) if v.copy)
+    assert own.copy
+    layers = [layer for layer in network.layers() if layer.path in network.visits]
+    with torch.no_grad():
+        layers[number - 1].module.apply(_zeroed)
+    assert not torch.equal(answers_of(network.module)(subject.inputs), before)
+
+
+def _zeroed(module: nn.Module) -> None:
+    for p in module.parameters(recurse=False):
+        p.zero_()
+
+
+def _repeated(subject: Subject, again: Callable[[list[Any], int], list[Any]]) -> Network:
+    """The network with its most ordinary layer twice, if it computes what it is to."""
+    found = [s for s in subject.network.stacks if len(s.wiring) == len(s.layers) > 1]
+    stack = max(found, key=lambda s: (not s.name.startswith("encoder"), len(s.layers)))
+    depth = len(stack.layers)
+    gone = next((set(range(depth)) - set(kept) for kept in _choices(stack)), {depth // 2})
+    layer = min(gone)
+    wiring = {stack.name: again(list(range(depth)), layer)}
+    network = open_network(subject.folder / "model", wiring=wiring, dtype="float32").load()
+    twice = subject.loaded.run(subject.inputs, [Runs(f"{stack.name}/{layer}", 2)])
+    wanted = answer(twice, subject.inputs)
+    with torch.no_grad():
+        got = answers_of(network.module)(subject.inputs)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    return network
+
+
+def _decodes_alike(subject: Subject, module: nn.Module) -> None:
+    """With and without a cache, where the original does."""
+    ids = subject.inputs["input_ids"][:1]
+    try:
+        same, total = agrees_cached(subject.stock, ids, FEW)
+    except Exception as error:
+        raise StockFails(told(error)) from error
+    if same < total:
+        raise StockFails(f"cached and uncached decoding differ after {same} of {total} tokens")
+    same, total = agrees_cached(module, ids, FEW)
+    assert same == total, f"{same} of {total} tokens"
+
+
+def drafts(subject: Subject) -> None:
+    """What an exit after half of the layers drafts and the rest verifies is the plain text."""
+    prompt, sampling = subject.inputs["input_ids"][0].tolist(), Sampling(FEW)
+    plain, _, _ = decode(subject.loaded, prompt, sampling, PLAIN)
+    draft = exit_draft(subject.loaded, EXIT, 2)
+    found, _, tally = decode(subject.loaded, prompt, sampling, draft)
+    assert tally.drafted, "nothing was drafted"
+    assert found == plain, f"{found}, not {plain}"
+
+
+def stock_exit(subject: Subject) -> None:
+    """Stock `generate` with `assistant_early_exit`: fewer layers draft, and the text is the same."""
+    ids = subject.inputs["input_ids"][:1]
+    how = {"max_new_tokens": FEW, "min_new_tokens": FEW, "do_sample": False, "pad_token_id": 0}
+    plain = subject.stock.generate(ids, **how)  # type: ignore[operator]
+    calls: dict[int, int] = {}
+    layers = [subject.stock.get_submodule(la.path) for la in subject.network.stack.layers]
+    for number, module in enumerate(layers):
+        module.register_forward_hook(
+            lambda *_, n=number: calls.__setitem__(n, calls.get(n, 0) + 1)
+        )
+    found = subject.stock.generate(ids, assistant_early_exit=EXIT, **how)  # type: ignore[operator]
+    assert torch.equal(found, plain), "another text"
+    assert calls[0] > calls[len(layers) - 1], "ignored: all layers draft"
+
+
 CHECKS: dict[str, Callable[[Subject], None]] = {
     function.__name__: function
-    for function in (stack, streaming, lockstep, rounding, drop, decoding, patching, parts)
+    for function in (
+        stack,
+        streaming,
+        lockstep,
+        rounding,
+        drop,
+        decoding,
+        patching,
+        parts,
+        loop,
+        copy,
+        drafts,
+        stock_exit,
+    )
 }
 
 
@@ -240,6 +355,8 @@ def run(entry: Entry, folder: Path, stages: Collection[str] = STAGES) -> dict[st
         except Exception as error:
             return {"build": told(error)}
         for name in stages:
+            if name in CAUSAL and entry.task != "causal":
+                continue
             try:
                 CHECKS[name](subject)
                 results[name] = ""
