@@ -29,6 +29,8 @@ def test_what_passed_still_passes(entry: Entry, outside: ProcessPoolExecutor) ->
     if known is None:
         pytest.skip("not in the list: python tests/architectures/record.py")
     stages = [stage for stage in STAGES if known.get(stage) == ""]
+    if entry.task in ("masked", "image"):
+        stages = [stage for stage in stages if stage != "loop"]  # their loops have no cache
     if not stages:
         pytest.skip(known["build"] or "nothing passes")
     stages = [s for s in STAGES if s in stages or (s == "drop" and "decoding" in stages)]
