@@ -1,8 +1,8 @@
 """What healing closes: plans of depth and the best naive one, before and after equal training.
 
-python -m benchmarks.heal [demo|second [MODE ...]]
+python -m benchmarks.heal [demo|second [MODE ...]] [--steps=300]
 
-Modes are adapters, full and layers.
+Modes are adapters, full and layers; the last takes so many steps for each layer.
 """
 
 import sys
@@ -24,21 +24,24 @@ from layerwise.jobs.session import Budget, load_reader, silent, texts_of
 DOCUMENTS, LENGTH = 48, 256
 #: the share of the layers that stays
 SHARE = 0.75
-HOW = {
-    "adapters": Heal(steps=300, rate=2e-3, samples=1024, every=100),
-    "full": Heal(steps=300, mode="full", samples=1024, every=100),
-    "layers": Heal(steps=300, mode="layers", samples=256, every=100),
+MODES = {
+    "adapters": Heal(steps=0, rate=2e-3, samples=1024),
+    "full": Heal(steps=0, mode="full", samples=1024),
+    "layers": Heal(steps=0, mode="layers", samples=256),
 }
 
 
-def main(names: Sequence[str] = (), modes: Sequence[str] = ("adapters",)) -> None:
+def main(names: Sequence[str] = (), modes: Sequence[str] = (), steps: int = 300) -> None:
     """Print a table for each model; the goal is 0.9 of the best naive plan's rise of the loss."""
+    every = max(1, steps // 3)
+    chosen = [MODES[mode] for mode in modes or ("adapters",)]
+    hows = [structs.replace(how, steps=steps, every=every) for how in chosen]
     for model in models():
         if not names or model.name in names:
-            _table(model, modes)
+            _table(model, hows)
 
 
-def _table(model: Model, modes: Sequence[str]) -> None:
+def _table(model: Model, hows: Sequence[Heal]) -> None:
     data = DataSpec(model.data, samples=32, length=128)
     network = open_network(model.folder)
     depth = round(SHARE * len(network.stack.layers))
@@ -48,8 +51,8 @@ def _table(model: Model, modes: Sequence[str]) -> None:
     contest = Contest(model.folder, planned.plan, planned.nbytes, batches)
     original = contest.qualities(contest.opened())[0]
     rows = []
-    for mode in ("", *modes):
-        plan = structs.replace(planned.plan, heal=HOW.get(mode))
+    for how in (None, *hows):
+        plan = structs.replace(planned.plan, heal=how)
         rows += _pair(contest._replace(plan=plan), original)
     header = ("plan", "healing", "KL", "rise of the loss", "rise / naive's", "seconds")
     words = f"{depth} of {len(network.stack.layers)} layers, {DOCUMENTS} documents"
@@ -78,4 +81,6 @@ def _row(
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:2], sys.argv[2:] or ("adapters",))
+    words = [word for word in sys.argv[1:] if not word.startswith("--steps=")]
+    given = [int(word.removeprefix("--steps=")) for word in sys.argv[1:] if word not in words]
+    main(words[:1], words[1:], *given[-1:])
