@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 from subject import StockFails, Subject, told
@@ -17,8 +17,8 @@ from layerwise.core.task import answer
 from layerwise.jobs.apply import apply_plan
 from layerwise.jobs.checks import rebuild_check
 from layerwise.jobs.measure import agrees_cached, generates
-from layerwise.jobs.pays import PLAIN, decode, exit_draft
-from layerwise.jobs.speculate import Sampling
+from layerwise.jobs.pays import PLAIN, exit_draft
+from layerwise.jobs.speculate import Sampling, Tally, speculated
 from layerwise.jobs.stock import answers_of, load_stock
 
 #: tokens that are decoded in an order or with a draft, and the layers that draft
@@ -128,7 +128,9 @@ def _repeated(subject: Subject, stack: Stack, again: list[int], own: bool) -> No
     twice = subject.loaded.run(subject.inputs, [Intervention(enters, lambda x: state)])
     with torch.no_grad():
         got = answers_of(network.module)(subject.inputs)
-    torch.testing.assert_close(got, answer(twice, subject.inputs), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        got, answer(twice, subject.inputs), rtol=1e-4, atol=1e-4, msg="the logits are not close"
+    )
     if subject.entry.task in ("causal", "seq2seq") and generates(network.module):
         _decodes_alike(subject, network.module)
 
@@ -153,12 +155,12 @@ def _decodes_alike(subject: Subject, module: nn.Module) -> None:
 
 def drafts(subject: Subject) -> None:
     """What an exit after half of the layers drafts and the rest verifies is the plain text."""
-    prompt, sampling = subject.inputs["input_ids"][0].tolist(), Sampling(FEW)
-    plain, _, _ = decode(subject.loaded, prompt, sampling, PLAIN)
-    draft = exit_draft(subject.loaded, EXIT, 2)
-    found, _, tally = decode(subject.loaded, prompt, sampling, draft)
-    assert tally.drafted, "nothing was drafted"
-    assert found == plain, f"{found}, not {plain}"
+    network, prompt = subject.loaded, subject.inputs["input_ids"][0].tolist()
+    texts = [
+        list(chain(*speculated(network, prompt, Sampling(FEW), draft, set(), Tally())))
+        for draft in (PLAIN, exit_draft(network, EXIT, 2))
+    ]
+    assert texts[0] == texts[1], f"{texts[1]}, not {texts[0]}"
 
 
 def stock_exit(subject: Subject) -> None:
