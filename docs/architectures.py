@@ -52,8 +52,8 @@ configuration fields, goes from the file to greedy decoding.
 An empty cell has its reason below the table. None of them is a wrong result that looks right:
 `apply` and `run` refuse, or the checks of `verify` fail; but where the reason says that the logits
 of a loop are not close, a layer is another one in its second place, which `run` does not notice.
-*stock* marks what the untouched model of stock transformers does not do either. Loops are tried where
-there is a cache.
+*stock* marks what the untouched model of stock transformers does not do either. Loops are tried
+where there is a cache.
 """
 
 
