@@ -150,8 +150,8 @@ class Forecast(NamedTuple):
 
     def of(self, setting: Setting) -> dict[str, float]:
         """Speed against plain decoding, and the share of proposed tokens that stay."""
-        exit, *limits = setting
-        rounds = per_round(self.places[exit], *limits, keeps=self.costs.keeps)
+        exit, length, sure = setting
+        rounds = per_round(self.places[exit], length, sure, self.costs.keeps)
         plain = rounds.written * self.costs.of(1, self.costs.depth)
         speed = plain / self.costs.of_round(rounds.drafted, exit)
         return {"predicted": speed, "stays": rounds.stays}
@@ -260,4 +260,5 @@ def settings_for(depth: int) -> list[Setting]:
         [(1, 2, 0.0), (1, 4, 0.0), (1, 8, 0.5)]
     """
     exits = sorted({max(1, depth // part) for part in (6, 4, 3, 2)} - {depth})
-    return [Setting(exit, *how) for exit in exits for how in ((2,), (4,), (8, 0.5))]
+    limits = ((2, 0.0), (4, 0.0), (8, 0.5))
+    return [Setting(exit, length, sure) for exit in exits for length, sure in limits]
