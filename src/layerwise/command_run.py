@@ -225,10 +225,10 @@ def swept(
     prompts, found = forecast_for(output, network, sampling, data, documents)
     settings = sorted({*settings_for(len(network.stacks[-1].wiring)), found.best()[0]})
     if alone not in ("", "auto"):
-        kind, numbers, *limits = _read_draft(alone)
+        kind, numbers, length, sure = _read_draft(alone)
         if kind != "exit":
             raise _clash("--sweep", "with exits", alone)
-        settings = [Setting(numbers[0], *limits)]
+        settings = [Setting(numbers[0], length, sure)]
     with progress_bar(output.as_json) as progress:
         rows = sweep(network, prompts, found, settings, sampling, progress)
     columns = ("stays", "stays_predicted", "tokens/s", "speed", "speed_predicted", "same")
