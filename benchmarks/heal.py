@@ -1,11 +1,20 @@
-"""What healing closes: plans of depth and the best naive one, before and after equal training."""
+"""What healing closes: plans of depth and the best naive one, before and after equal training.
 
+python -m benchmarks.heal [demo|second [MODE ...]] [--steps=300]
+
+Modes are adapters, full and layers; the last takes so many steps for each layer.
+"""
+
+import sys
 import time
+from collections.abc import Sequence
 
 from msgspec import structs
 
+from benchmarks.models import Model, models
 from benchmarks.timing import table
-from layerwise.core.plan import DataSpec, Heal
+from layerwise.core.open import open_network
+from layerwise.core.plan import DataSpec, Heal, Plan
 from layerwise.core.quality import Quality, ratio
 from layerwise.core.reader import samples_of
 from layerwise.jobs.contest import Contest
@@ -13,54 +22,66 @@ from layerwise.jobs.naive import healed_equally, naive_depth
 from layerwise.jobs.plan import Request, make_plan
 from layerwise.jobs.session import Budget, load_reader, silent, texts_of
 
-DEPTH, DOCUMENTS, LENGTH = 9, 48, 256
-DATA = DataSpec(samples=32, length=128)
-HOW = Heal(steps=300, rank=16, rate=2e-3, batch=4, samples=1024, length=128, every=100)
+DOCUMENTS, LENGTH = 48, 256
+#: the share of the layers that stays
+SHARE = 0.75
+MODES = {
+    "adapters": Heal(steps=0, rate=2e-3, samples=1024),
+    "full": Heal(steps=0, mode="full", samples=1024),
+    "layers": Heal(steps=0, mode="layers", samples=256),
+}
 
 
-def main(scores: tuple[str, ...] = ("greedy",)) -> None:
-    """Print the table; the goal is 0.9 of the best naive plan's rise of the loss."""
+def main(names: Sequence[str] = (), modes: Sequence[str] = (), steps: int = 300) -> None:
+    """Print a table for each model; the goal is 0.9 of the best naive plan's rise of the loss."""
+    every = max(1, steps // 3)
+    chosen = [MODES[mode] for mode in modes or ("adapters",)]
+    hows = [structs.replace(how, steps=steps, every=every) for how in chosen]
+    for model in models():
+        if not names or model.name in names:
+            _table(model, hows)
+
+
+def _table(model: Model, hows: Sequence[Heal]) -> None:
+    data = DataSpec(model.data, samples=32, length=128)
+    network = open_network(model.folder)
+    depth = round(SHARE * len(network.stack.layers))
+    planned = make_plan(Request(model.folder, Budget(depth=depth), target="hf", data=data))
+    texts = texts_of(data)._replace(length=LENGTH)
+    batches = samples_of(load_reader(network), texts, "evaluate", DOCUMENTS)
+    contest = Contest(model.folder, planned.plan, planned.nbytes, batches)
+    original = contest.qualities(contest.opened())[0]
     rows = []
-    original: Quality | None = None
-    rivals: dict[bool, tuple[str, Quality]] = {}
-    for score in scores:
-        request = Request("demo", Budget(depth=DEPTH), target="hf", score=score, data=DATA)
-        planned = make_plan(request)
-        for how in (None, HOW):
-            plan = structs.replace(planned.plan, heal=how)
-            contest = Contest("demo", plan, planned.nbytes, ())
-            texts = texts_of(DATA)._replace(length=LENGTH)
-            batches = samples_of(load_reader(contest.opened()), texts, "evaluate", DOCUMENTS)
-            contest = contest._replace(batches=batches)
-            edited = contest.opened(plan.wiring)
-            if original is None:
-                original = contest.qualities(edited)[0]
-            began = time.monotonic()
-            own = healed_equally(contest, edited, silent) if how else contest.qualities(edited)[1]
-            seconds = time.monotonic() - began if how else 0.0
-            if bool(how) not in rivals:
-                naive = naive_depth(contest)
-                assert naive is not None
-                rivals[bool(how)] = naive.what, naive.quality
-                rows.append(_row(naive.what, how, naive.quality, original, naive.quality, 0.0))
-            rows.append(_row(score, how, own, original, rivals[bool(how)][1], seconds))
-    header = ("plan", "steps", "KL", "rise of the loss", "rise / naive's", "seconds")
-    title = f"Healing the demo model at {DEPTH} of 12 layers, {DOCUMENTS} documents"
-    table(title, header, sorted(rows, key=lambda row: row[1]))
+    for how in (None, *hows):
+        plan = structs.replace(planned.plan, heal=how)
+        rows += _pair(contest._replace(plan=plan), original)
+    header = ("plan", "healing", "KL", "rise of the loss", "rise / naive's", "seconds")
+    words = f"{depth} of {len(network.stack.layers)} layers, {DOCUMENTS} documents"
+    table(f"Healing the {model.name} model at {words}", header, rows)
+
+
+def _pair(contest: Contest, original: Quality) -> list[tuple[object, ...]]:
+    """The best naive plan and the searched one, both healed as the plan says, if at all."""
+    plan, naive = contest.plan, naive_depth(contest)
+    assert naive is not None
+    edited, began = contest.opened(plan.wiring), time.monotonic()
+    own = healed_equally(contest, edited, silent) if plan.heal else contest.qualities(edited)[1]
+    seconds = f"{time.monotonic() - began:.0f}" if plan.heal else ""
+    return [
+        _row(naive.what, plan, naive.quality, original, naive.quality, ""),
+        _row("greedy", plan, own, original, naive.quality, seconds),
+    ]
 
 
 def _row(
-    name: str,
-    how: Heal | None,
-    own: Quality,
-    original: Quality,
-    naive: Quality,
-    seconds: float,
+    name: str, plan: Plan, own: Quality, original: Quality, naive: Quality, seconds: str
 ) -> tuple[object, ...]:
     share = ratio(own.loss - original.loss, naive.loss - original.loss)
-    steps, taken = how.steps if how else 0, f"{seconds:.0f}" if seconds else ""
-    return name, steps, own.estimate("kl"), own.rise(original), share, taken
+    how = f"{plan.heal.mode}, {plan.heal.steps} steps" if plan.heal else "none"
+    return name, how, own.estimate("kl"), own.rise(original), share, seconds
 
 
 if __name__ == "__main__":
-    main()
+    words = [word for word in sys.argv[1:] if not word.startswith("--steps=")]
+    given = [int(word.removeprefix("--steps=")) for word in sys.argv[1:] if word not in words]
+    main(words[:1], words[1:], *given[-1:])

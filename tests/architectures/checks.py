@@ -1,71 +1,41 @@
 """What must hold for an architecture, from the file to greedy decoding; stages in their order."""
 
-import re
-import shutil
 import signal
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from build import Entry, build, example
-from torch import Tensor, nn
+from depth import copy, decoding, drafts, drop, loop, stock_exit
+from subject import Subject, told
+from torch import Tensor
 
-from layerwise.core.checkpoint import Checkpoint
-from layerwise.core.errors import LayerwiseError
 from layerwise.core.lockstep import walk
-from layerwise.core.network import Network
-from layerwise.core.open import open_network
-from layerwise.core.plan import DataSpec, Edit, Identity, Plan, Step
+from layerwise.core.plan import Edit, Step
 from layerwise.core.sites import At, Intervention
-from layerwise.core.stack import Stack
 from layerwise.core.task import answer, forward_arguments
 from layerwise.intervene import patch
 from layerwise.jobs.apply import apply_plan
-from layerwise.jobs.checks import rebuild_check, reload_checks
-from layerwise.jobs.measure import agrees_cached, generates
-from layerwise.jobs.stock import answers_of, load_stock
+from layerwise.jobs.stock import answers_of
 
-STAGES = ("stack", "streaming", "lockstep", "rounding", "drop", "decoding", "patching", "parts")
-
-
-class StockFails(Exception):
-    """The untouched model of stock transformers does not do this either."""
-
-
-class Subject:
-    """A saved tiny model and what was made of it so far."""
-
-    def __init__(self, entry: Entry, model: nn.Module, folder: Path) -> None:
-        self.entry, self.folder = entry, folder
-        self.inputs = example(entry, model)
-        model.save_pretrained(folder / "model")  # type: ignore[operator]
-        self.stock = load_stock(folder / "model", "float32", torch.device("cpu"))
-
-    @cached_property
-    def network(self) -> Network:
-        """The streamed network; a walk leaves it as it was."""
-        return open_network(self.folder / "model", dtype="float32")
-
-    @cached_property
-    def loaded(self) -> Network:
-        """The same with all its weights."""
-        return open_network(self.folder / "model", dtype="float32").load()
-
-    def plan(self, **fields: Any) -> Plan:
-        held = Checkpoint(self.folder / "model")
-        identity = Identity(held.structure, held.weights)
-        return Plan(model=identity, data=DataSpec(samples=1, length=16), **fields)
-
-    def sound(self, out: Path) -> nn.Module:
-        """The written folder, loaded by stock transformers, after its own check."""
-        edited = load_stock(out, "float32", torch.device("cpu"))
-        for check in reload_checks(out, edited):
-            assert check["ok"], check["found"]
-        return edited
+STAGES = (
+    "stack",
+    "streaming",
+    "lockstep",
+    "rounding",
+    "drop",
+    "decoding",
+    "patching",
+    "parts",
+    "loop",
+    "drafts",
+)
+#: beside these is put on record, and not asked again: copies, and what stock code does
+RECORDED = (*STAGES, "copy", "stock_exit")
+#: stages of networks that write word after word from one stack
+CAUSAL = ("drafts", "stock_exit")
 
 
 def stack(subject: Subject) -> None:
@@ -121,66 +91,6 @@ def rounding(subject: Subject) -> None:
     assert not torch.equal(got, plain), "nothing changed"
 
 
-def drop(subject: Subject) -> None:
-    """A middle layer left out: the stock rebuild gives what the original gives without it."""
-    network = subject.network
-    stacks = [s for s in network.stacks if len(s.wiring) == len(s.layers) > 1]
-    # a stock T5 takes the size of its cache from the depth of its encoder
-    stacks.sort(key=lambda s: (s.name.startswith("encoder"), -len(s.layers)))
-    wirings = [{s.name: kept} for s in stacks for kept in _choices(s)]
-    assert wirings, "no layer that can be left out"
-    tried = []
-    for wiring in wirings:
-        shutil.rmtree(subject.folder / "dropped", ignore_errors=True)
-        try:
-            tried.append(_dropped(subject, network, wiring))
-        except LayerwiseError:
-            continue
-        if not tried[-1]:
-            return
-        if len(tried) == 4:
-            break
-    raise AssertionError(tried[0] if tried else "every way to leave a layer out is refused")
-
-
-def _dropped(subject: Subject, network: Network, wiring: dict[str, list[int]]) -> str:
-    """Write it, load it, compare; what is wrong, if anything."""
-    plan, out = subject.plan(wiring=wiring), subject.folder / "dropped"
-    apply_plan(subject.folder / "model", plan, out, dtype="float32")
-    edited = subject.sound(out)
-    found = rebuild_check(subject.stock, network, plan, edited, subject.inputs)
-    return "".join(check["found"] for check in found if not check["ok"])
-
-
-def _choices(stack: Stack) -> list[list[int]]:
-    """What may be kept: without a middle layer that is not the only one of its kind, else
-    without a pair, for architectures whose kinds have a rhythm."""
-    depth = len(stack.layers)
-    kinds = [[(m.parameter, m.shape) for m in layer.matrices] for layer in stack.layers]
-    able = [la.index for la in stack.layers if la.keeps_shape and la.index > 0]
-    peers = [i for i in able if kinds.count(kinds[i]) > 1] or able
-    middle = sorted(peers, key=lambda i: abs(i - (depth - 1) / 2))
-    pairs = [(i, i + 1) for i in able if i + 1 in able]
-    return [
-        [i for i in range(depth) if i not in gone] for gone in [*((i,) for i in middle), *pairs]
-    ]
-
-
-def decoding(subject: Subject) -> None:
-    """After the drop, greedy decoding with a cache gives the tokens that it gives without."""
-    if subject.entry.task in ("causal", "seq2seq") and generates(subject.stock):
-        ids = subject.inputs["input_ids"][:1]
-        try:
-            same, total = agrees_cached(subject.stock, ids, 8)
-        except Exception as error:
-            raise StockFails(told(error)) from error
-        if same < total:
-            raise StockFails(f"cached and uncached decoding differ after {same} of {total} tokens")
-        edited = load_stock(subject.folder / "dropped", "float32", torch.device("cpu"))
-        same, total = agrees_cached(edited, ids, 8)
-        assert same == total, f"{same} of {total} tokens"
-
-
 def patching(subject: Subject) -> None:
     """The stream before and after every layer put back in its place changes nothing, other states
     there do."""
@@ -218,7 +128,20 @@ def _put_back(subject: Subject, where: list[At]) -> None:
 
 CHECKS: dict[str, Callable[[Subject], None]] = {
     function.__name__: function
-    for function in (stack, streaming, lockstep, rounding, drop, decoding, patching, parts)
+    for function in (
+        stack,
+        streaming,
+        lockstep,
+        rounding,
+        drop,
+        decoding,
+        patching,
+        parts,
+        loop,
+        copy,
+        drafts,
+        stock_exit,
+    )
 }
 
 
@@ -240,6 +163,8 @@ def run(entry: Entry, folder: Path, stages: Collection[str] = STAGES) -> dict[st
         except Exception as error:
             return {"build": told(error)}
         for name in stages:
+            if name in CAUSAL and entry.task != "causal":
+                continue
             try:
                 CHECKS[name](subject)
                 results[name] = ""
@@ -262,9 +187,3 @@ def _limited(seconds: float = 60.0) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, before)
-
-
-def told(error: Exception) -> str:
-    """An exception on one line, without what changes from run to run."""
-    text = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {re.sub(r'/[^ ]*/(model|dropped|rounded)', '', text)}"[:160]

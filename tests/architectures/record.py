@@ -18,12 +18,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 from build import Entry, entries
-from checks import STAGES, run
+from checks import RECORDED, run
 
 LIST = Path(__file__).with_name("passes.json")
 
 
-def recorded(entry: Entry, stages: Collection[str] = STAGES) -> tuple[str, dict[str, str]]:
+def recorded(entry: Entry, stages: Collection[str] = RECORDED) -> tuple[str, dict[str, str]]:
     """Run the stages of an entry in whatever process this is."""
     import torch
     import transformers
@@ -42,7 +42,7 @@ def main() -> None:
     known = json.loads(LIST.read_text()) if LIST.exists() else {}
     keys = [word for word in sys.argv[1:] if not word.startswith("--stages=")]
     named = [word.partition("=")[2].split(",") for word in sys.argv[1:] if word not in keys]
-    stages = named[0] if named else STAGES
+    stages = named[0] if named else RECORDED
     chosen = [e for e in entries() if not keys or e.key in keys]
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         for key, found in pool.map(partial(recorded, stages=stages), chosen):

@@ -52,3 +52,5 @@ def test_the_shares_that_are_promised() -> None:
     assert share("parts", list(built)) >= 0.88
     assert share("drop", causal) >= 0.95
     assert share("drop", others) >= 0.85
+    assert share("loop", causal) >= 0.84
+    assert share("drafts", causal) >= 0.77

@@ -21,12 +21,14 @@ from layerwise.core.plan import DataSpec, Heal, Identity, Plan
 from layerwise.core.quality import Quality
 from layerwise.core.shards import write_safetensors
 from layerwise.core.stats import Scores
-from layerwise.core.visits import entries_of
+from layerwise.core.visits import entries_of, parse_wiring
 from layerwise.jobs.apply import apply_plan
 from layerwise.jobs.contest import Contest
 from layerwise.jobs.heal import heal_folder
 from layerwise.jobs.measure import agrees_cached
 from layerwise.jobs.naive import naive_depth
+from layerwise.jobs.plan import Request, make_plan
+from layerwise.jobs.session import Budget
 from layerwise.jobs.units import layer_bytes
 from layerwise.jobs.verify import Settings, verify
 from layerwise.report.terminal import show_bytes
@@ -150,6 +152,19 @@ def test_shared_tensors_stay_shared_and_products_stay_in_factors(tiny) -> None:
     assert kinds.count(Adapted) == 0  # norms of a new model are all alike
 
 
+def test_a_budget_of_bytes_shares_as_few_layers_as_it_can(tiny) -> None:
+    model = tiny("llama")
+    whole, settings = Checkpoint(model).nbytes, {"tie": {"rank": 4}}
+    request = Request(model, Budget(size=1.0), "compact", score="tie", settings=settings)
+    by_depth = {n: make_plan(request._replace(budget=Budget(depth=n))).nbytes for n in (1, 2, 3)}
+    assert by_depth[1] < by_depth[2] < by_depth[3] < whole
+    for kept, nbytes in by_depth.items():
+        planned = make_plan(request._replace(budget=Budget(bytes=nbytes)))
+        assert planned.nbytes == nbytes
+        visits = parse_wiring(planned.plan.wiring["decoder"], 4, "wiring")
+        assert len({(visit.layer, visit.mix) for visit in visits}) == kept
+
+
 def test_plan_apply_verify_run_and_heal(tiny, tmp_path: Path) -> None:
     model, plan, out = tiny("llama", "bfloat16"), tmp_path / "plan.yaml", tmp_path / "out"
     text = tmp_path / "text.txt"
@@ -254,7 +269,7 @@ def test_broken_adapters(tiny, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "found"),
     [
-        (["--size", "50%", "--score", "tie"], "a budget by --depth"),
+        (["--size", "70%", "--score", "tie", "--set", "tie.rank=128"], "what --score tie shares"),
         (["--depth", "2", "--score", "tie", "--set", "tie.rank=-1"], "a rank of 0 or more"),
         (["--depth", "2", "--score", "drop"], "one of every layer"),
     ],

@@ -12,9 +12,22 @@ from torch import Tensor
 import layerwise
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.network import Network
+from layerwise.jobs.costs import Costs
+from layerwise.jobs.decoding import Session
 from layerwise.jobs.generate import generate
-from layerwise.jobs.pays import PLAIN, agreement, decode, forecast, median_interval, per_round
-from layerwise.jobs.speculate import Draft, Sampling, Session
+from layerwise.jobs.pays import (
+    LENGTHS,
+    PLAIN,
+    SURE,
+    Places,
+    Setting,
+    agreement,
+    decode,
+    forecast,
+    median_interval,
+    per_round,
+)
+from layerwise.jobs.speculate import Draft, Sampling
 from layerwise.run import same_choices, speculative_sample
 
 PROMPT = torch.arange(3, 15)[None]
@@ -63,7 +76,10 @@ def test_a_draft_changes_no_token(opened, kind: str, length: int) -> None:
     plain = generate(network, PROMPT, max_tokens=20).tokens
     skip = (2,) if kind == "both kinds" else (1,)
     for left_out in [tuple(range(depth - 1, depth)), tuple(range(1, depth)), skip]:
-        found = generate(network, PROMPT, max_tokens=20, speculate=Draft(left_out, length))
+        sure = 0.02 * (length == 7)  # of 128 tokens: a draft ends early at some places
+        found = generate(
+            network, PROMPT, max_tokens=20, speculate=Draft(left_out, length, sure=sure)
+        )
         assert found.tokens == plain
         assert found.tally is not None
         assert found.tally.written == len(plain[0]) - 1
@@ -91,7 +107,7 @@ def test_a_perfect_draft_is_kept_whole(opened) -> None:
         for p, own in zip(last.parameters(), kept, strict=True):
             p.data.copy_(own)
     assert found.tally is not None
-    assert (found.tally.rounds, found.tally.drafted, found.tally.kept) == (3, 9, 9)
+    assert (found.tally.rounds, found.tally.drafted, found.tally.kept) == (4, 12, 12)
 
 
 def test_it_stops_where_plain_decoding_stops(opened) -> None:
@@ -181,7 +197,8 @@ def test_sampled_text_has_the_network_s_distribution() -> None:
         wanted[first] = one[first] * two
     seen, runs = torch.zeros(5, 5), 800
     for seed in range(runs):
-        text, _, _ = decode(network, prompt, sampling._replace(seed=seed), Draft((1, 2), 2))
+        draft = Draft((1, 2) if seed % 2 else (1,), 2, sure=0.3 * (seed % 4 > 1))
+        text, _, _ = decode(network, prompt, sampling._replace(seed=seed), draft)
         seen[text[0], text[1]] += 1
     good = wanted > 0
     assert not seen[~good].any()
@@ -196,12 +213,13 @@ def test_a_forecast_counts_what_decoding_counts(opened, kind: str) -> None:
     text, _, _ = decode(network, prompt, sampling, PLAIN)
     places = agreement(network, [(prompt, text)], sampling)
     depth = len(network.stack.layers)
-    for exit, length in product(range(1, depth), (1, 3)):
-        draft = Draft(tuple(range(exit, depth)), length)
+    for exit, length, sure in product(range(1, depth), (2, 3), (0.0, 0.03)):
+        draft = Draft(tuple(range(exit, depth)), length, sure=sure)
         found, _, tally = decode(network, prompt, sampling, draft)
         assert found == text
-        tokens, _ = per_round([places[exit][0][1:]], length)
-        assert tokens == pytest.approx(tally.written / tally.rounds, abs=0.35)
+        foreseen = per_round([Places(*(t[1:] for t in places[exit][0]))], length, sure)
+        assert foreseen.written == pytest.approx(tally.written / tally.rounds, abs=0.35)
+        assert foreseen.drafted == pytest.approx(tally.drafted / tally.rounds, abs=0.35)
 
 
 def test_exits_are_the_networks_that_end_there(opened, tiny) -> None:
@@ -212,16 +230,20 @@ def test_exits_are_the_networks_that_end_there(opened, tiny) -> None:
     for exit in places:
         short = layerwise.open(tiny("llama"), wiring={"decoder": list(range(exit))})
         early: Tensor = short.load().run(batch).logits[0, len(prompt) - 1 :].argmax(-1)
-        assert torch.equal(places[exit][0], early == torch.tensor(text))
+        assert torch.equal(places[exit][0].stays, early == torch.tensor(text))
 
 
 def test_a_forecast_and_its_choice(opened) -> None:
     found = forecast(opened("llama"), [PROMPT[0].tolist()], Sampling(8))
-    assert found.costs.call >= 0 and found.costs.layer >= 0  # 0 where a busy machine blurs it
-    assert list(found.costs.verify) == sorted(found.costs.verify)
-    exit, length, speed = found.best()
-    assert speed == max(found.of(e, n)["predicted"] for e in (1, 2, 3) for n in range(1, 9))
-    assert found.of(exit, length)["predicted"] == speed
+    assert found.costs.call >= 0  # 0 where a busy machine blurs it
+    assert list(found.costs.forward) == sorted(found.costs.forward) and found.costs.keeps
+    setting, speed = found.best()
+    settings = [Setting(*s) for s in product((1, 2, 3), LENGTHS, SURE)]
+    assert speed == max(found.of(s)["predicted"] for s in settings)
+    assert found.of(setting)["predicted"] == speed
+    costs = Costs(call=1.0, depth=4, forward=(5.0,) * 6)
+    assert costs.of_round(2, 1) == 2 * (1 + 1) + (1 + 3)  # two tokens by one layer, then three
+    assert costs._replace(keeps=False).of_round(2, 1) == 2 * (1 + 1) + (1 + 4)
 
 
 def test_median_interval_holds_the_median() -> None:
@@ -241,3 +263,25 @@ def test_a_session_cuts_what_it_is_told_to(opened) -> None:
         assert [s.get_seq_length() for s in session.cache.layers] == [4, 4, 3, 3]
         session.cut(3)
         torch.testing.assert_close(session.feed([4, 5]), first)
+
+
+@pytest.mark.parametrize("kind", ["llama", "sliding"])
+def test_a_verification_goes_on_from_the_states_of_the_draft(opened, kind: str) -> None:
+    network, calls = opened(kind), []
+    parts = [layer.module.get_submodule("mlp") for layer in network.stack.layers]
+    session = Session(network, [2, 3])
+    with torch.no_grad():
+        session.start(list(range(3, 12)))
+        with session.drafting():
+            session.feed([4])
+            session.feed([5])
+        handles = [
+            m.register_forward_hook(lambda *_, i=i: calls.append(i)) for i, m in enumerate(parts)
+        ]
+        found = session.verify(4, [5, 6], 9)
+        for handle in handles:
+            handle.remove()
+        assert calls == [2, 3], "what was drafted by runs again"
+        assert [s.get_seq_length() for s in session.cache.layers] == [11] * 4
+        session.cut(9)
+        torch.testing.assert_close(found, session.feed([4, 5]))

@@ -273,9 +273,11 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], device: torch.device)
 
 
 def share(owner: nn.Module, module: nn.Module, which: Callable[[str], bool]) -> None:
-    """Let a module have some of another's parameters, by their names."""
+    """Let a module have some of another's parameters and buffers, by their names."""
     for path, own in module.named_modules():
-        theirs = owner.get_submodule(path)._parameters
-        for name in own._parameters:
-            if which(f"{path}.{name}" if path else name):
-                own._parameters[name] = theirs[name]
+        theirs = owner.get_submodule(path)
+        kinds = (own._parameters, theirs._parameters), (own._buffers, theirs._buffers)
+        for mine, others in kinds:
+            for name in mine:
+                if which(f"{path}.{name}" if path else name):
+                    mine[name] = others[name]  # type: ignore[assignment]

@@ -41,21 +41,26 @@ class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
 class Heal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """How an edited network is trained on what the original answers.
 
-    So many `steps` of AdamW at `rate`, each on `batch` of `samples` windows of `length` tokens:
-    on `adapters`, additions of `rank` to every matrix; on the layers in `full`; or on the `layers`
-    one by one, each by itself. Every `every` steps the select part of the data is asked; after
-    `patience` times without an improvement it ends.
+    So many `steps` of AdamW at `rate` (0 for what suits the mode), each on `batch` of `samples`
+    windows of `length` tokens: on `adapters`, additions of `rank` to every matrix; on the layers in
+    `full`; or on the `layers` one by one, each by so many steps. Every `every` steps the select
+    part of the data is asked; after `patience` times without an improvement it ends.
     """
 
     steps: Annotated[int, msgspec.Meta(ge=0)]
     mode: Literal["adapters", "full", "layers"] = "adapters"
     rank: Annotated[int, msgspec.Meta(ge=1)] = 16
-    rate: Annotated[float, msgspec.Meta(gt=0)] = 1e-3
+    rate: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     batch: Annotated[int, msgspec.Meta(ge=1)] = 4
     samples: Annotated[int, msgspec.Meta(ge=1)] = 512
     length: Annotated[int, msgspec.Meta(ge=16)] = 128
     every: Annotated[int, msgspec.Meta(ge=1)] = 50
     patience: Annotated[int, msgspec.Meta(ge=1)] = 3
+
+    @property
+    def peak(self) -> float:
+        """The rate at its highest."""
+        return self.rate or (3e-4 if self.mode == "full" else 1e-3)
 
 
 class Experts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

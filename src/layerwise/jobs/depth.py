@@ -111,7 +111,10 @@ def _span(key: str, count: int) -> set[str]:
 def merged(
     request: Request, network: Network, name: str, count: int, progress: Progress
 ) -> Planned:
-    """The plan in which a method merges or ties so many layers of the longest stack."""
+    """The plan in which a method merges or ties so many layers of the longest stack.
+
+    By a budget of bytes a method that ties takes the fewest with which the result fits.
+    """
     stack, method = network.stack, find(name, "stack")
     if "count" not in method.options:
         raise LayerwiseError(
@@ -119,13 +122,6 @@ def merged(
             allowed="a method that chooses layers",
             found="one that is told which",
             fix="write the order into the plan, or choose --score laco or tie",
-        )
-    if request.budget.depth is None and "similarity" not in method.given:
-        raise LayerwiseError(
-            f"--score {name}",
-            allowed="a budget by --depth: how many layers are shared",
-            found=", ".join(f"--{k} {v}" for k, v in request.budget.as_dict().items()),
-            fix="give --depth, and the rank with --set",
         )
     if not 0 < count < len(stack.layers) or request.keep:
         raise LayerwiseError(
@@ -138,9 +134,26 @@ def merged(
     if "similarity" in method.given:
         tick = counting(progress, "merging layers", 4 * len(stack.layers))
         given["similarity"] = similarity_to(request, network, tick)
-    options = {**request.options(method.name), "count": count}
-    wiring = method.bind(options, **given)(stack, Scores({}, "layer", ""))
-    return assemble_depth(request, network, {stack.name: entries_of(wiring)}, None)
+
+    def planned(number: int) -> Planned:
+        choose = method.bind({**request.options(method.name), "count": number}, **given)
+        order = entries_of(choose(stack, Scores({}, "layer", "")))
+        return assemble_depth(request, network, {stack.name: order}, None)
+
+    if request.budget.depth is not None or given:
+        return planned(count)
+    limit, least = most_bytes(request.budget, network), 0
+    for number in range(1, len(stack.layers)):
+        found = planned(number)
+        if found.nbytes <= limit:
+            return found
+        least = min(least or found.nbytes, found.nbytes)
+    raise LayerwiseError(
+        "budget",
+        allowed=f"at least --bytes {least} for what --score {name} shares",
+        found=limit,
+        fix="raise it, choose a smaller rank, or --target compact, which stores it once",
+    )
 
 
 def similarity_to(
@@ -227,8 +240,7 @@ def units_to_drop(budget: Budget, network: Network, parts: Sequence[str] = ()) -
             found=", ".join(f"--{k} {v}" for k, v in budget.as_dict().items()),
             fix="say how many of them stay, such as --depth 75%",
         )
-    whole = network.checkpoint.nbytes
-    limit = budget.bytes if budget.bytes is not None else int((budget.size or 1.0) * whole)
+    whole, limit = network.checkpoint.nbytes, most_bytes(budget, network)
     sizes = sorted(layer_bytes(network).values())
     for count in range(depth):
         if whole - sum(sizes[:count]) <= limit:
@@ -240,6 +252,12 @@ def units_to_drop(budget: Budget, network: Network, parts: Sequence[str] = ()) -
         found=", ".join(f"--{k} {v}" for k, v in budget.as_dict().items()),
         fix="raise it, or choose --target compressed-tensors for fewer bits",
     )
+
+
+def most_bytes(budget: Budget, network: Network) -> int:
+    """How many bytes a result may take."""
+    share = (budget.size or 1.0) * network.checkpoint.nbytes
+    return budget.bytes if budget.bytes is not None else int(share)
 
 
 def search_depth(

@@ -1,13 +1,13 @@
 """Whether a draft pays: forecast from one pass and measured costs, and measured itself."""
 
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from layerwise.core.data import Texts
@@ -15,41 +15,26 @@ from layerwise.core.method import find
 from layerwise.core.network import Network
 from layerwise.core.reader import Reader
 from layerwise.core.sites import At
+from layerwise.jobs.costs import Costs, measured_costs
 from layerwise.jobs.generate import ends_of
 from layerwise.jobs.session import Progress, silent
-from layerwise.jobs.speculate import Draft, Sampling, Session, Tally, speculated
+from layerwise.jobs.speculate import Draft, Sampling, Tally, speculated
 from layerwise.jobs.tail import Tail
 
 #: tokens of a document that a forecast reads, and how many it lets the network write
 PROMPT, WRITTEN = 32, 64
 #: what a forecast has to promise before a draft is used
 WORTH = 1.05
-#: sizes of a verification whose time is measured; others are interpolated
-SIZES = (1, 2, 3, 5, 9, 17)
+#: lengths of drafts, and below which probability a token is the last of one; 0 for none
+LENGTHS, SURE = range(1, 9), (0.0, 0.3, 0.5, 0.7)
 PLAIN = Draft((), 0, "plain decoding")
 
 
-class Costs(NamedTuple):
-    """Seconds on this machine: of a call with its end and head, of a layer, and of a
-    verification by its number of tokens."""
-
-    call: float
-    layer: float
-    verify: tuple[float, ...]
-
-    def of_draft(self, layers: int) -> float:
-        """One proposed token."""
-        return self.call + layers * self.layer
-
-    def of_verification(self, tokens: int) -> float:
-        """One forward of the whole network on so many tokens, and cutting the cache."""
-        return float(np.interp(tokens, SIZES, self.verify))
-
-
-def exit_draft(network: Network, exit: int, length: int) -> Draft:
+def exit_draft(network: Network, exit: int, length: int, sure: float = 0.0) -> Draft:
     """The draft that ends after `exit` layers."""
     steps = find("early_exit", "run").bind({"exit": exit})(network.stacks[-1])
-    return Draft(steps, length, f"exit={exit},length={length}")
+    what = f"exit={exit},length={length}" + (f",sure={sure:g}" if sure else "")
+    return Draft(steps, length, what, sure)
 
 
 def documents_for(reader: Reader, data: str, count: int) -> list[list[int]]:
@@ -69,27 +54,11 @@ def decode(
     return written, time.perf_counter() - began, tally
 
 
-def measured_costs(network: Network, prompt: Sequence[int], repeats: int = 15) -> Costs:
-    """Time calls of different depth and length in turns; medians."""
-    depth = len(network.stacks[-1].wiring)
-    session = Session(network, range(1, depth))
-    times: dict[int, list[float]] = {size: [] for size in (0, *SIZES)}
-    with torch.no_grad():
-        session.start(prompt)
-        for _ in range(repeats + 1):
-            for size, found in times.items():
-                began = time.perf_counter()
-                if size:
-                    session.feed(list(prompt[:1]) * size)
-                else:
-                    with session.drafting():
-                        session.feed(prompt[:1])
-                session.cut(len(prompt))
-                found.append(time.perf_counter() - began)
-    medians = {size: statistics.median(found[1:]) for size, found in times.items()}
-    layer = max(medians[1] - medians[0], 0.0) / max(depth - 1, 1)
-    verify = np.maximum.accumulate([medians[size] for size in SIZES])
-    return Costs(max(medians[0] - layer, 0.0), layer, tuple(verify.tolist()))
+class Places(NamedTuple):
+    """Whether the tokens of an exit would stay along a text, and the probability it gives them."""
+
+    stays: Bool[Tensor, " places"]
+    sure: Float[Tensor, " places"]
 
 
 def agreement(
@@ -97,7 +66,7 @@ def agreement(
     rows: Sequence[tuple[Sequence[int], Sequence[int]]],
     sampling: Sampling,
     progress: Progress = silent,
-) -> dict[int, list[Bool[Tensor, " places"]]]:
+) -> dict[int, list[Places]]:
     """At every place of some continuations, whether the token of each exit would stay.
 
     All exits are read out of one forward of each text: the network's own end on the state after
@@ -106,7 +75,7 @@ def agreement(
     """
     depth = len(network.stacks[-1].wiring)
     generator = torch.Generator().manual_seed(sampling.seed)
-    found: dict[int, list[Tensor]] = {exit: [] for exit in range(1, depth)}
+    found: dict[int, list[Places]] = {exit: [] for exit in range(1, depth)}
     tail: Tail | None = None
     for number, (prompt, written) in enumerate(rows):
         batch = {"input_ids": torch.tensor([[*prompt, *written[:-1]]])}
@@ -116,7 +85,8 @@ def agreement(
         final = kept.output["logits"][0, begin:]
         for exit in found:
             early = tail(kept[At(exit - 1)][0, begin:])
-            found[exit].append(_stays(early, final, sampling, generator))
+            stays = _stays(early, final, sampling, generator)
+            found[exit].append(Places(stays, early.float().softmax(-1).amax(-1).cpu()))
         progress("reading every exit", number + 1, len(rows))
     return found
 
@@ -128,44 +98,70 @@ def _stays(early: Tensor, final: Tensor, sampling: Sampling, generator: torch.Ge
     return torch.rand(overlap.shape, generator=generator) < overlap
 
 
-def per_round(places: Sequence[Bool[Tensor, " places"]], length: int) -> tuple[float, float]:
-    """Tokens a round, and the share of proposed tokens that stay, of drafts along some texts.
+class Rounds(NamedTuple):
+    """Means of a round: tokens that are written and proposed; and the share of these that stay."""
+
+    written: float
+    drafted: float
+    stays: float
+
+
+def per_round(
+    texts: Sequence[Places], length: int, sure: float = 0.0, keeps: bool = True
+) -> Rounds:
+    """What comes of drafts along some texts; each ends with `length` tokens, or one not `sure`.
+
+    Without kept states the network runs behind the last proposed token too, and adds one.
 
     Example:
-        >>> per_round([torch.tensor([True, True, False, True, True, True])], 2)
-        (3.0, 1.0)
-        >>> per_round([torch.tensor([False, False, False])], 2)
-        (1.0, 0.0)
+        >>> ones = torch.ones(6)
+        >>> text = Places(torch.tensor([True, True, False, True, True, True]), ones)
+        >>> per_round([text], 2), per_round([text], 2, keeps=False).written
+        (Rounds(written=1.5, drafted=1.75, stays=0.7142857142857143), 3.0)
     """
-    rounds = kept = written = 0
-    for text in places:
-        at, flags = 0, text.tolist()
+    rounds = kept = drafted = written = 0
+    for stays, certain in texts:
+        at, flags, unsure = 0, stays.tolist(), (certain < sure).tolist()
         while at < len(flags):
             run = flags[at : at + length]
+            last = next((i for i, stop in enumerate(unsure[at : at + length]) if stop), len(run))
+            run = run[: last + 1]
             stay = next((i for i, same in enumerate(run) if not same), len(run))
-            rounds, kept, at = rounds + 1, kept + stay, at + stay + 1
-            written += stay + 1
-    return written / max(rounds, 1), kept / max(rounds * length, 1)
+            made = min(stay + 1, len(run) + (not keeps))
+            rounds, kept, drafted = rounds + 1, kept + stay, drafted + len(run)
+            at, written = at + made, written + made
+    count = max(rounds, 1)
+    return Rounds(written / count, drafted / count, kept / max(drafted, 1))
+
+
+class Setting(NamedTuple):
+    """Of a draft by an exit."""
+
+    exit: int
+    length: int
+    sure: float = 0.0
 
 
 class Forecast(NamedTuple):
     """What a forecast knows: agreement of every exit, and what calls cost here."""
 
-    places: Mapping[int, Sequence[Tensor]]
+    places: Mapping[int, Sequence[Places]]
     costs: Costs
 
-    def of(self, exit: int, length: int) -> dict[str, float]:
+    def of(self, setting: Setting) -> dict[str, float]:
         """Speed against plain decoding, and the share of proposed tokens that stay."""
-        tokens, share = per_round(self.places[exit], length)
-        verification = self.costs.of_verification(length + 1)
-        seconds = length * self.costs.of_draft(exit) + verification
-        return {"predicted": tokens * self.costs.of_verification(1) / seconds, "stays": share}
+        exit, length, sure = setting
+        rounds = per_round(self.places[exit], length, sure, self.costs.keeps)
+        plain = rounds.written * self.costs.of(1, self.costs.depth)
+        speed = plain / self.costs.of_round(rounds.drafted, exit)
+        return {"predicted": speed, "stays": rounds.stays}
 
-    def best(self, lengths: Sequence[int] = range(1, 9)) -> tuple[int, int, float]:
-        """Exit, length and speed of the best of all settings."""
-        speeds = {(e, n): self.of(e, n)["predicted"] for e in self.places for n in lengths}
-        exit, length = max(speeds, key=lambda setting: speeds[setting])
-        return exit, length, speeds[exit, length]
+    def best(self) -> tuple[Setting, float]:
+        """The best of all settings, and its speed."""
+        settings = (Setting(*found) for found in product(self.places, LENGTHS, SURE))
+        speeds = {setting: self.of(setting)["predicted"] for setting in settings}
+        best = max(speeds, key=lambda setting: speeds[setting])
+        return best, speeds[best]
 
 
 def forecast(
@@ -187,13 +183,13 @@ def forecast(
 
 def choose_draft(found: Forecast, network: Network) -> tuple[Draft | None, str]:
     """The best draft, or none, and why."""
-    exit, length, speed = found.best()
+    setting, speed = found.best()
+    draft = exit_draft(network, *setting)
     if speed < WORTH:
         return None, (
-            f"plain decoding is faster here: the best draft, exit={exit},length={length}, is "
-            f"predicted at {speed:.2f} of its speed"
+            f"plain decoding is faster here: the best draft, {draft.what}, is predicted at "
+            f"{speed:.2f} of its speed"
         )
-    draft = exit_draft(network, exit, length)
     return draft, f"drafts with {draft.what}, predicted {speed:.2f} times as fast as plain decoding"
 
 
@@ -201,7 +197,7 @@ def sweep(
     network: Network,
     prompts: Sequence[Sequence[int]],
     found: Forecast,
-    settings: Sequence[tuple[int, int]],
+    settings: Sequence[Setting],
     sampling: Sampling,
     progress: Progress = silent,
 ) -> list[dict[str, Any]]:
@@ -212,8 +208,8 @@ def sweep(
         pairs' ratios with its interval and the predicted one, and whether every text was the same.
     """
     rows = []
-    for number, (exit, length) in enumerate(settings):
-        draft = exit_draft(network, exit, length)
+    for number, setting in enumerate(settings):
+        draft = exit_draft(network, *setting)
         pairs, total = [], Tally()
         same, tokens, seconds = True, 0, 0.0
         for prompt in prompts:
@@ -222,11 +218,10 @@ def sweep(
             same &= plain == text or bool(sampling.temperature)
             total.drafted, total.kept = total.drafted + tally.drafted, total.kept + tally.kept
             tokens, seconds = tokens + len(text), seconds + fast
-        told = found.of(exit, length)
+        told = found.of(setting)
         rows.append(
             {
-                "exit": exit,
-                "length": length,
+                **setting._asdict(),
                 "stays": round(total.acceptance, 3),
                 "stays_predicted": round(told["stays"], 3),
                 "tokens/s": round(tokens / seconds, 1),
@@ -256,12 +251,14 @@ def median_interval(values: Sequence[float], draws: int = 2000) -> list[float]:
     return [float(np.median(whole)), *map(float, np.quantile(drawn, [0.025, 0.975]))]
 
 
-def settings_for(depth: int) -> list[tuple[int, int]]:
-    """Exits at a sixth, a quarter, a third and half of the depth, with two, four and six tokens.
+def settings_for(depth: int) -> list[Setting]:
+    """Exits at a sixth, a quarter, a third and half of the depth: two and four tokens, and up to
+    eight while the draft is sure.
 
     Example:
-        >>> settings_for(4)
-        [(1, 2), (1, 4), (1, 6), (2, 2), (2, 4), (2, 6)]
+        >>> [tuple(setting) for setting in settings_for(3)]
+        [(1, 2, 0.0), (1, 4, 0.0), (1, 8, 0.5)]
     """
     exits = sorted({max(1, depth // part) for part in (6, 4, 3, 2)} - {depth})
-    return [(exit, length) for exit in exits for length in (2, 4, 6)]
+    limits = ((2, 0.0), (4, 0.0), (8, 0.5))
+    return [Setting(exit, length, sure) for exit in exits for length, sure in limits]

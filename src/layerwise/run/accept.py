@@ -5,43 +5,44 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
-def same_choices(drafted: Int[Tensor, " length"], chosen: Int[Tensor, " one_more"]) -> list[int]:
+def same_choices(drafted: Int[Tensor, " length"], chosen: Int[Tensor, " places"]) -> list[int]:
     """The longest start on which draft and network agree, and the network's next token.
 
     Args:
         drafted: the proposed tokens.
-        chosen: the network's most likely token at each of their places, and after them.
+        chosen: the network's most likely token at each of their places, and after them if the
+            network ran there.
 
     Returns:
-        Between one and `length + 1` tokens.
+        As many tokens as places, or fewer.
 
     Example:
         >>> same_choices(torch.tensor([5, 6, 7]), torch.tensor([5, 6, 8, 9]))
         [5, 6, 8]
     """
-    agreed = int((drafted == chosen[:-1]).long().cumprod(0).sum())
+    agreed = int((drafted == chosen[: len(drafted)]).long().cumprod(0).sum())
     return chosen[: agreed + 1].tolist()
 
 
 def speculative_sample(
     drafted: Int[Tensor, " length"],
     q: Float[Tensor, "length classes"],
-    p: Float[Tensor, "one_more classes"],
+    p: Float[Tensor, "places classes"],
     generator: torch.Generator,
 ) -> list[int]:
     """Tokens distributed as `p`, out of tokens that were drawn from `q`.
 
     Token `x` stays with probability `min(1, p(x) / q(x))`; the first that does not is drawn anew
-    from `(p - q)+`, normalised, and ends the run. If all stay, one more is drawn from the last `p`.
+    from `(p - q)+`, normalised, and ends the run. If all stay, one more is drawn from a last `p`.
 
     Args:
         drafted: the proposed tokens, each drawn from its row of `q`.
         q: the draft's probabilities.
-        p: the network's, at the same places and after the last.
+        p: the network's, at the same places, and after the last if the network ran there.
         generator: of the draws.
 
     Returns:
-        Between one and `length + 1` tokens.
+        As many tokens as places, or fewer.
 
     Example:
         >>> q = torch.tensor([[0.5, 0.5]])
@@ -58,7 +59,7 @@ def speculative_sample(
         rest = (p[place] - q[place]).clamp_min(0)
         rest = rest if rest.sum() > 0 else p[place]
         return [*drafted[:place].tolist(), draw_from(rest, generator)]
-    return [*drafted.tolist(), draw_from(p[-1], generator)]
+    return [*drafted.tolist(), *(draw_from(row, generator) for row in p[len(q) :])]
 
 
 def draw_from(weights: Float[Tensor, " classes"], generator: torch.Generator) -> int:

@@ -29,9 +29,8 @@ def early_exit(stack: Stack, *, exit: int = 0) -> Steps:
         >>> early_exit(Stack("decoder", "", layers, plain_wiring(4)), exit=1)
         (1, 2, 3)
 
-    Reference: Elhoushi et al., 2024, arXiv:2404.16710. There a verification goes on from the
-    hidden states that were kept while drafting; here it runs all layers on the drafted tokens at
-    once, which reads the same weights and needs one call less.
+    Reference: Elhoushi et al., 2024, arXiv:2404.16710. There the last proposed token runs through
+    the early layers too, to verify what follows it; here it does not, and is the last one.
     """
     depth = len(stack.wiring)
     if not 0 <= exit < depth:

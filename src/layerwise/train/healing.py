@@ -123,7 +123,7 @@ def rate_at(step: int, how: Heal) -> float:
     """
     warm = max(1, round(WARM * how.steps))
     after = max(0, step - warm) / max(1, how.steps - warm)
-    return how.rate * min(1.0, (step + 1) / warm) * (1 + math.cos(math.pi * after)) / 2
+    return how.peak * min(1.0, (step + 1) / warm) * (1 + math.cos(math.pi * after)) / 2
 
 
 class Course:
@@ -135,7 +135,7 @@ class Course:
         self.counts = {name: len(own) for name, own in start.items()}
         self.best = [leaf.detach().clone() for leaf in self.leaves]
         self.history: list[tuple[int, float]] = []
-        self.optimizer = torch.optim.AdamW(self.leaves, lr=how.rate, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.leaves, lr=how.peak, weight_decay=0.0)
         if file is not None and file.exists():
             self._restore({n: read_tensor(info) for n, info in read_header(file).items()})
 
