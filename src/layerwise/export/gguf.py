@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from layerwise.core.chain import framed, kind_left, made_by
 from layerwise.core.dense import GGUF as FILE
 from layerwise.core.ggml import FLOATS, encode, fitting, format_of, needing_gguf
+from layerwise.core.ggml_codes import codes_of
 from layerwise.core.method import find, method
 from layerwise.core.network import Network
 from layerwise.core.plan import Edit, Plan, Step, chain_for
@@ -249,7 +251,9 @@ def _type(matrix: Matrix, chain: Sequence[Step], itemsize: int) -> str:
     """The type that a chain leaves a matrix in."""
     if not chain:
         return "F32" if itemsize >= 4 else "F16"  # or BF16, of the same size
-    chosen = find(chain[-1].method, "weight").values(chain[-1].options)
+    step = made_by(chain)
+    assert step is not None
+    chosen = find(step.method, "weight").values(step.options)
     return fitting(chosen["type"], matrix.shape[1]).name
 
 
@@ -258,8 +262,11 @@ def _nbytes(matrix: Matrix, chain: Sequence[Step], itemsize: int) -> int:
 
 
 def _refuses(matrix: Matrix, module: nn.Module, chain: Sequence[Step]) -> str | None:
-    if chain and "type" not in find(chain[-1].method, "weight").options:
+    step = made_by(chain)
+    if chain and (step is None or kind_left(step) is not Packed or framed(chain)):
         return f"{chain[-1].method}, which has no GGML type; let the chain end in ggml"
+    if step in chain[:-1] and codes_of(name := _type(matrix, chain, 4)) is None:
+        return f"{name}, whose codes stand for several weights, in front of {chain[-1].method}"
     return None
 
 
