@@ -24,9 +24,10 @@ from hypothesis import settings
 
 
 def _shaped(hint: Any) -> bool:
-    """Whether an annotation names the sizes of an array."""
+    """Whether an annotation names the sizes of an array, or is a word that may."""
     array = isinstance(hint, type) and issubclass(hint, jaxtyping.AbstractArray)
-    return array or any(map(_shaped, hint if isinstance(hint, list) else get_args(hint)))
+    inner = hint if isinstance(hint, list) else get_args(hint)
+    return array or isinstance(hint, str) or any(map(_shaped, inner))
 
 
 def _jaxtyped(*, typechecker: Any, whole: Any = jaxtyping.jaxtyped) -> Callable[[Any], Any]:
