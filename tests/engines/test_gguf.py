@@ -70,6 +70,16 @@ MODELS: dict[str, Callable[[], Any]] = {
     "stablelm": lambda: t.StableLmConfig(**FEW),
     "phi": lambda: t.PhiConfig(**FEW),
     "cohere": lambda: t.CohereConfig(**FEW),
+    "gpt_neox": lambda: t.GPTNeoXConfig(**FEW, rotary_pct=0.5),
+    "gpt_neox one by one": lambda: t.GPTNeoXConfig(**FEW, use_parallel_residual=False),
+    "falcon": lambda: t.FalconConfig(**FEW),
+    "falcon with key heads": lambda: t.FalconConfig(
+        **FEW, new_decoder_architecture=True, num_kv_heads=2
+    ),
+    "bloom": lambda: t.BloomConfig(vocab_size=128, hidden_size=64, n_layer=2, n_head=4),
+    "gpt_bigcode": lambda: t.GPTBigCodeConfig(
+        n_embd=64, n_layer=2, n_head=4, n_positions=512, vocab_size=128
+    ),
 }
 
 
@@ -231,8 +241,8 @@ def test_plan_apply_verify_on_the_demo_model(tmp_path: Path) -> None:
 def test_budgets_count_embedding_and_norms(kind: str) -> None:
     whole = open_network("demo").checkpoint.nbytes
     budget = Budget(size=0.3) if kind == "size" else Budget(bytes=int(0.3 * whole))
-    larger = {"gguf": {"embedding": "Q8_0"}}
-    for settings in ({}, larger):
+    few = {"menu": {"type": ["Q8_0", "Q6_K", "Q4_K", "Q3_K", "Q2_K"]}}
+    for settings in (few, few | {"gguf": {"embedding": "Q8_0"}}):
         request = Request("demo", budget, target="gguf", score="lim", data=SMALL, settings=settings)
         planned = make_plan(request)
         assert 0.29 * whole < planned.nbytes <= 0.3 * whole

@@ -15,7 +15,8 @@ from layerwise.core.network import Network
 from layerwise.core.stack import Layer
 from layerwise.core.weight import Dense, Packed, Weight
 from layerwise.export._gguf_models import Names
-from layerwise.export.gguf import FILE, in_pairs
+from layerwise.export._gguf_rows import reordered
+from layerwise.export.gguf import FILE
 
 __all__ = ["FILE", "GgufFile"]
 
@@ -60,7 +61,7 @@ class GgufFile:
         tensor = self.tensors[name]
         columns, kind = int(tensor.shape[0]), tensor.tensor_type.name
         raw = torch.from_numpy(numpy.array(tensor.data)).view(torch.uint8)
-        rows = in_pairs(raw.reshape(-1, raw.shape[-1]), name, network, back=True)
+        rows = reordered(raw.reshape(-1, raw.shape[-1]), name, network, back=True)
         return Dense(_floats(rows, kind)) if kind in FLOATS else Packed(rows, kind, columns)
 
     def records(self, network: Network, layer: Layer) -> dict[str, Weight]:

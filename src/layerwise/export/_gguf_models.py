@@ -19,12 +19,14 @@ class Known(NamedTuple):
     """An architecture of GGUF.
 
     `halves`: rows of queries and keys go from two halves per head, as transformers rotates them,
-    to pairs. `shift` is added to the weights of norms. `period`: every `period`-th layer attends
-    to all positions, the others to a window.
+    to pairs. `woven`: fused rows of queries, keys and values come head by head. `shift` is added to
+    the weights of norms. `period`: every `period`-th layer attends to all positions, the others to
+    a window.
     """
 
     name: str
     halves: bool = False
+    woven: bool = False
     shift: float = 0.0
     period: int = 0
 
@@ -48,6 +50,10 @@ KNOWN = {
     "gemma": Known("gemma", shift=1.0),
     "gemma2": Known("gemma2", shift=1.0, period=2),
     "gemma3_text": Known("gemma3", shift=1.0, period=6),
+    "gpt_neox": Known("gptneox", woven=True),
+    "falcon": Known("falcon", woven=True),
+    "bloom": Known("bloom", woven=True),
+    "gpt_bigcode": Known("starcoder"),
 }
 
 #: llama.cpp looks for a token where the model is called so, and stops if it is missing
@@ -77,6 +83,9 @@ _REAL = {
     "logit_scale": ("logits_scaling", "logit_scale"),
     "attention.clamp_kqv": ("clip_qkv",),
 }
+#: positions where a model does not limit them
+UNBOUND = 2048
+_TRUTH = {"use_parallel_residual": ("use_parallel_residual",)}
 
 
 def known(network: Network) -> Known:
@@ -113,7 +122,9 @@ class Names:
         Raises:
             LayerwiseError: the format has no place for it.
         """
-        found = self._map.get_name(name, try_suffixes=(".weight", ".bias"))
+        tried = name, name.partition(".")[2]  # some are known without the name of the base model
+        names = (self._map.get_name(n, try_suffixes=(".weight", ".bias")) for n in tried)
+        found = next(filter(None, names), None)
         if found is None:
             raise LayerwiseError(
                 f"target gguf, architecture {self.known.name}",
@@ -136,25 +147,22 @@ def heads_of(config: Any, name: str) -> int:
     return grouped if ".attn_k." in name else config.num_attention_heads
 
 
-def hyper_parameters(network: Network, inner: int) -> dict[str, Any]:
+def hyper_parameters(network: Network) -> dict[str, Any]:
     """Keys of GGUF, without the architecture's prefix, and their values.
-
-    Args:
-        network: what is written.
-        inner: width inside of the MLP.
 
     Raises:
         LayerwiseError: the configuration says something that llama.cpp cannot do.
     """
     config, size = network.model.config, head_size(network.model.config)
-    found: dict[str, Any] = {"block_count": len(network.layers()), "feed_forward_length": inner}
-    for kinds, to in ((_WHOLE, int), (_REAL, float)):
+    found: dict[str, Any] = {"block_count": len(network.layers())}
+    for kinds, to in ((_WHOLE, int), (_REAL, float), (_TRUTH, bool)):
         for key, fields in kinds.items():
             values = [config.to_dict().get(f, _get(config, f)) for f in fields]
             value = next((v for v in values if v is not None), None)
             if value is not None:
                 found[key] = to(value)
     found.setdefault("attention.head_count_kv", found["attention.head_count"])
+    found.setdefault("context_length", UNBOUND)
     found |= {"attention.key_length": size, "attention.value_length": size}
     if config.model_type == "olmo":
         found["attention.layer_norm_epsilon"] = 1e-5  # a constant of its code

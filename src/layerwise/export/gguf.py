@@ -20,11 +20,11 @@ from layerwise.core.weight import Packed, Weight
 from layerwise.export._gguf_models import (
     NAMED,
     Names,
-    heads_of,
     hyper_parameters,
     known,
     rope_factors,
 )
+from layerwise.export._gguf_rows import key_heads, reordered
 from layerwise.export._gguf_tokenizer import TOKENS, tokenizer_entries
 from layerwise.export._writer import Finished
 
@@ -124,9 +124,13 @@ def _opened(network: Network, path: Path, places: Sequence[Place], facts: Mappin
         from gguf import GGMLQuantizationType, GGUFWriter
     entry, folder = known(network), network.checkpoint.folder
     downs = [p.shape[1] for p in places if ".ffn_down.weight" in p.name]
+    fused = [p.shape[0] for p in places if ".attn_qkv.weight" in p.name]
+    measured = {"feed_forward_length": downs[0]}
+    if fused:
+        measured["attention.head_count_kv"] = key_heads(fused[0], network)
     writer = GGUFWriter(path, entry.name)
     writer.add_quantization_version(2)
-    for key, value in hyper_parameters(network, downs[0]).items():
+    for key, value in {**hyper_parameters(network), **measured}.items():
         _add(writer, f"{entry.name}.{key}", value)
     rows = next(p.shape[0] for p in places if p.name == "token_embd.weight")
     words = tokenizer_entries(folder, rows)
@@ -218,28 +222,13 @@ def _stored(
     own = names(f"{layer.path}.{name}")
     matrix = next((m for m in layer.matrices if m.parameter == name), None)
     if matrix is None:
-        return in_pairs(
-            _plain(tensors[name], own, names).reshape(len(tensors[name]), -1), own, network
-        )
+        plain = _plain(tensors[name], own, names).reshape(len(tensors[name]), -1)
+        return reordered(plain, own, network)
     record = records.get(matrix.key)
     if isinstance(record, Packed):
-        return in_pairs(record.data, own, network)
+        return reordered(record.data, own, network)
     dense = matrix.view(tensors[name]) if record is None else record.dense()
-    return in_pairs(encode(dense, _float(network.stored.dtype)), own, network)
-
-
-def in_pairs(rows: Tensor, name: str, network: Network, back: bool = False) -> Tensor:
-    """Rows of queries and keys in the order of llama.cpp's rotation; others as they are.
-
-    Of a head's `d` rows, transformers turns row `i` with row `i + d/2`, llama.cpp `2i` with
-    `2i + 1`.
-    """
-    entry, config = known(network), network.model.config
-    if not entry.halves or not any(f".attn_{x}." in name for x in "qk"):
-        return rows.contiguous()
-    split = (-1, 2) if back else (2, -1)
-    heads = rows.reshape(heads_of(config, name), *split, rows.shape[1])  # [heads, 2, d / 2, bytes]
-    return heads.transpose(1, 2).reshape(rows.shape).contiguous()
+    return reordered(encode(dense, _float(network.stored.dtype)), own, network)
 
 
 def _float(dtype: torch.dtype) -> str:
@@ -280,7 +269,7 @@ def _rest(network: Network, options: Mapping[str, Any]) -> int:
 def _accepts(network: Network) -> None:
     """Refuse what the file could not say, before anything is computed."""
     assert list(_places(network, (), Names(network), {}))
-    hyper_parameters(network, 1)
+    hyper_parameters(network)
 
 
 TARGET = Target(
