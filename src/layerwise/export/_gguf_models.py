@@ -54,8 +54,14 @@ KNOWN = {
     "falcon": Known("falcon", woven=True),
     "bloom": Known("bloom", woven=True),
     "gpt_bigcode": Known("starcoder"),
+    "mixtral": Known("llama", halves=True),
+    "qwen2_moe": Known("qwen2moe"),
+    "qwen3_moe": Known("qwen3moe"),
+    "olmoe": Known("olmoe"),
 }
 
+#: a parameter that transformers fuses -> the names of what its rows hold, one after the other
+FUSED = {"gate_up_proj": ("gate_proj", "up_proj")}
 #: llama.cpp looks for a token where the model is called so, and stops if it is missing
 NAMED = {"phi": "<|endoftext|>"}
 
@@ -66,6 +72,10 @@ _WHOLE = {
     "attention.head_count": ("num_attention_heads",),
     "attention.head_count_kv": ("num_key_value_heads",),
     "vocab_size": ("vocab_size",),
+    "expert_count": ("num_local_experts", "num_experts"),
+    "expert_used_count": ("num_experts_per_tok",),
+    "expert_feed_forward_length": ("moe_intermediate_size",),
+    "expert_shared_feed_forward_length": ("shared_expert_intermediate_size",),
 }
 _REAL = {
     "attention.layer_norm_rms_epsilon": ("rms_norm_eps",),
@@ -117,22 +127,38 @@ class Names:
         self._map = TensorNameMap(numbers[self.known.name], len(network.layers()))
 
     def __call__(self, name: str) -> str:
-        """The name of a tensor in GGUF.
+        """The name of a tensor in GGUF, the first where it is cut.
 
         Raises:
             LayerwiseError: the format has no place for it.
         """
-        tried = name, name.partition(".")[2]  # some are known without the name of the base model
-        names = (self._map.get_name(n, try_suffixes=(".weight", ".bias")) for n in tried)
-        found = next(filter(None, names), None)
-        if found is None:
-            raise LayerwiseError(
-                f"target gguf, architecture {self.known.name}",
-                allowed="the tensors that GGUF has names for",
-                found=name,
-                fix="this variant of the architecture cannot be written; use --target hf",
-            )
-        return found
+        return self.pieces(name)[0]
+
+    def pieces(self, name: str) -> tuple[str, ...]:
+        """Names in GGUF of the equal blocks of rows that a tensor is cut into; mostly one.
+
+        Raises:
+            LayerwiseError: the format has no place for it.
+        """
+        path, _, last = name.rpartition(".")
+        for parts in ((last,), FUSED.get(last, ())):
+            found = [self._find(f"{path}.{part}") for part in parts]
+            if found and all(found):
+                return tuple(filter(None, found))
+        raise LayerwiseError(
+            f"target gguf, architecture {self.known.name}",
+            allowed="the tensors that GGUF has names for",
+            found=name,
+            fix="this variant of the architecture cannot be written; use --target hf",
+        )
+
+    def _find(self, name: str) -> str | None:
+        """One name; some are known without that of the base model, parameters of experts bare."""
+        for tried in (name, name.partition(".")[2]):
+            found = self._map.get_name(tried, try_suffixes=(".weight", ".bias"))
+            if found is not None:
+                return found if found.endswith((".weight", ".bias")) else f"{found}.weight"
+        return None
 
 
 def head_size(config: Any) -> int:

@@ -1,10 +1,56 @@
-"""Rows of queries, keys and values: in the order of transformers, and in that of llama.cpp."""
+"""Rows of a GGUF file: their bytes, cut and in the order that llama.cpp wants, and back."""
+
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
+from layerwise.core.ggml import FLOATS, encode
 from layerwise.core.network import Network
-from layerwise.export._gguf_models import head_size, heads_of, known
+from layerwise.core.stack import Layer
+from layerwise.core.weight import Packed, Weight
+from layerwise.export._gguf_models import Names, head_size, heads_of, known
+
+
+def blocks_of(
+    network: Network,
+    layer: Layer,
+    name: str,
+    tensors: Mapping[str, Tensor],
+    records: Mapping[str, Weight],
+    names: Names,
+) -> Iterator[Tensor]:
+    """The bytes of a tensor of a layer, block by block where it is cut."""
+    pieces = names.pieces(f"{layer.path}.{name}")
+    own = [m for m in layer.matrices if m.parameter == name]
+    if not own:
+        rows = plain(tensors[name], pieces[0], names).reshape(len(tensors[name]), -1)
+        yield reordered(rows, pieces[0], network)
+        return
+    parts = []
+    for matrix in own:
+        record = records.get(matrix.key)
+        if isinstance(record, Packed):
+            parts.append(record.data)
+        else:
+            dense = matrix.view(tensors[name]) if record is None else record.dense()
+            parts.append(encode(dense, float_type(network.stored.dtype)))
+    blocks = torch.cat(parts).unflatten(
+        0, (len(own), len(pieces), -1)
+    )  # [experts, pieces, out, ..]
+    for number, piece in enumerate(pieces):
+        yield reordered(blocks[:, number].flatten(0, 1), piece, network)
+
+
+def plain(tensor: Tensor, name: str, names: Names) -> Tensor:
+    """A tensor that is no matrix, in float32; norms as llama.cpp multiplies with them."""
+    shift = names.known.shift if name.endswith("norm.weight") else 0.0
+    return (tensor.float() + shift).contiguous().cpu().view(torch.uint8)
+
+
+def float_type(dtype: torch.dtype) -> str:
+    """The type of a matrix that is kept: the checkpoint's own."""
+    return next((name for name, kind in FLOATS.items() if kind == dtype), "F32")
 
 
 def reordered(rows: Tensor, name: str, network: Network, back: bool = False) -> Tensor:
