@@ -222,6 +222,23 @@ def test_types_in_the_engine(type_: str, tmp_path: Path) -> None:
     assert not applied.warnings, applied.warnings
 
 
+def test_a_plan_whose_codes_are_chosen_anew(tmp_path: Path) -> None:
+    few = {"menu": {"type": ["Q4_K", "Q3_K", "IQ3_XXS"]}, "refine": {"by": "feedback"}}
+    request = Request(
+        "demo",
+        Budget(bits=4),
+        method="ggml+refine",
+        allocator="uniform",
+        target="gguf",
+        data=SMALL,
+        settings=few,
+    )
+    planned = make_plan(request)
+    assert {step.method for e in planned.plan.edits for step in e.chain} == {"ggml", "refine"}
+    applied = apply_plan("demo", planned.plan, tmp_path / "out")
+    assert planned.nbytes == applied.nbytes == GgufFile(tmp_path / "out" / FILE).nbytes
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2"])
 def test_dropped_and_repeated_layers(
     name: str, folder_of: Callable[[str], Path], tmp_path: Path
