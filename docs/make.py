@@ -12,8 +12,11 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
+from time import monotonic
 
 import msgspec
 from outputs import refreshed
@@ -39,6 +42,8 @@ COMMANDS = (
     "methods",
     "demo",
 )
+#: pages that take longest come first, so that no core waits for one of them
+SLOW = ("layers", "depth", "bits", "sparsity")
 assert families
 
 
@@ -148,20 +153,27 @@ def tell(page: Path, drift: str) -> None:
     print(f"{page.relative_to(ROOT)}: {drift}", file=sys.stderr)
 
 
+def timed(path: Path, make: Callable[[], str]) -> tuple[Path, str]:
+    """A page and its text; how long that took is told."""
+    began = monotonic()
+    text = make()
+    print(f"{path.relative_to(ROOT)}: {monotonic() - began:.0f} s", file=sys.stderr)
+    return path, text
+
+
 def main() -> None:
     """Write the pages, or compare them with what is there."""
     named = [word for word in sys.argv[1:] if not word.startswith("--")]
+    wanted = {path: make for path, make in pages().items() if not named or path.stem in named}
+    longest = sorted(wanted, key=lambda path: SLOW.index(path.stem) if path.stem in SLOW else 99)
     stale = []
-    for path, make in pages().items():
-        if named and path.stem not in named:
-            continue
-        text = make()
-        if "--check" in sys.argv:
-            if not path.exists() or path.read_text() != text:
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        for path, text in pool.map(timed, longest, [wanted[path] for path in longest]):
+            if "--check" not in sys.argv:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text)
+            elif not path.exists() or path.read_text() != text:
                 stale.append(str(path.relative_to(ROOT)))
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
     if stale:
         raise SystemExit(f"out of date, run `make docs`: {', '.join(stale)}")
 

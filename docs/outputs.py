@@ -55,6 +55,7 @@ def refreshed(page: str, tell: Callable[[str], None]) -> str:
         return page
     torch.set_num_threads(1)  # sums in the same order, whatever the number of cores
     os.environ |= {"COLUMNS": "100", "NO_COLOR": "1", "CUDA_VISIBLE_DEVICES": ""}
+    os.environ["OMP_NUM_THREADS"] = "1"  # of processes that examples start
     same_text = set(VERSION.findall(page)) <= {platform.python_version()}
     names: dict[str, Any] = {}
     found = []

@@ -1,22 +1,51 @@
 """What all tests share: shapes and types are checked at run time, models are tiny and made here."""
 
+import os
+
+# before torch starts its threads, and for processes that tests start: workers share the cores
+os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from inspect import isfunction
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
+import jaxtyping
 import pytest
+import scipy.stats  # noqa: F401 - what is imported beneath the hook below is compiled each time
 import torch
+import transformers.conversion_mapping
+import transformers.modeling_utils
 from beartype import BeartypeConf, beartype
 from hypothesis import settings
-from jaxtyping import install_import_hook
+
+
+def _shaped(hint: Any) -> bool:
+    """Whether an annotation names the sizes of an array, or is a word that may."""
+    array = isinstance(hint, type) and issubclass(hint, jaxtyping.AbstractArray)
+    inner = hint if isinstance(hint, list) else get_args(hint)
+    return array or isinstance(hint, str) or any(map(_shaped, inner))
+
+
+def _jaxtyped(*, typechecker: Any, whole: Any = jaxtyping.jaxtyped) -> Callable[[Any], Any]:
+    """Sizes are compared within calls that name some; elsewhere that costs time and checks nothing."""
+
+    def decorate(item: Any) -> Any:
+        if isfunction(item) and not any(map(_shaped, item.__annotations__.values())):
+            return typechecker(item)
+        return whole(typechecker=typechecker)(item)
+
+    return decorate
+
 
 # beartype, but an int is good where a float is asked for; the hook takes it by name only
 sys.modules["typecheck"] = ModuleType("typecheck")
 sys.modules["typecheck"].check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # type: ignore[attr-defined]
-install_import_hook("layerwise", "typecheck.check")
+jaxtyping.install_import_hook("layerwise", "typecheck.check")
+jaxtyping.jaxtyped = _jaxtyped  # the hook looks it up there
 import_module("layerwise.families")  # the registry is complete before tests are collected
 torch.set_num_threads(1)
 settings.register_profile(
@@ -37,8 +66,7 @@ The layers of a network are links of a chain: what one returns, the next receive
 
 def _config(kind: str) -> Any:
     """Three or four layers of width 64; hidden sizes that differ wherever the model allows it."""
-    import transformers as t
-
+    t = transformers
     common = {"vocab_size": VOCABULARY, "hidden_size": 64, "initializer_range": 0.1}
     llama = common | {
         "intermediate_size": 96,

@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from layerwise.core.chain import run_chain
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.ggml import FLOATS, TYPES, decode, encode, fitting, format_of
+from layerwise.core.ggml_codes import codes_of
 from layerwise.core.imatrix import Importance, read_imatrix, write_imatrix
 from layerwise.core.method import find
 from layerwise.core.plan import Step
@@ -19,9 +21,9 @@ from layerwise.core.stack import Matrix
 from layerwise.core.weight import Packed, flatten, unflatten
 from layerwise.export import TARGETS
 
-every_type = pytest.mark.parametrize("name", TYPES)
-#: types whose encoder takes half a second for a row of blocks
-SLOW = ("IQ2_S", "IQ1_M", "IQ2_XS")
+#: types whose encoder takes seconds to start in every process that calls it
+SLOW = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_S", "IQ1_M")
+every_type = pytest.mark.parametrize("name", [name for name in TYPES if name not in SLOW])
 
 
 def problem(rows: int = 4, columns: int = 512) -> tuple[Tensor, Tensor]:
@@ -96,13 +98,22 @@ def test_deterministic_and_nothing_is_changed(name: str) -> None:
 def test_rows_that_do_not_fit_take_what_llama_cpp_takes(
     name: str, columns: int, block: int
 ) -> None:
-    if name in SLOW and block == 256:
-        return
     record = ggml(problem(2, columns)[0], name)
     assert record.dense().shape == (2, columns)
     whole = columns % format_of(name).weights == 0
     assert record.type == name if whole else format_of(record.type).weights in (32, 1)
     assert (record.type == "F16") == (block == 1)
+
+
+def test_all_of_this_for_types_that_are_slow_to_start() -> None:
+    """In one test, so that one process starts them."""
+    for name in SLOW:
+        test_bytes_and_values_are_those_of_the_gguf_package(name)
+        test_more_bits_err_less_and_importance_counts(name)
+        test_rows_of_zeros_constants_and_one_large_weight_stay_finite(name)
+        test_deterministic_and_nothing_is_changed(name)
+        for columns, block in ((256, 256), (96, 32), (100, 1)):
+            test_rows_that_do_not_fit_take_what_llama_cpp_takes(name, columns, block)
 
 
 def test_the_fallbacks() -> None:
@@ -123,6 +134,57 @@ def test_any_shape_keeps_its_size(rows: int, blocks: int, name: str) -> None:
     record = ggml(weight, name)
     assert record.dense().shape == weight.shape
     assert (record.dense() - weight).abs().max() < 1.01
+
+
+#: types in which every weight has bits of its own
+OWN = tuple(name for name in TYPES if name[:3] in ("Q8_", "Q6_", "Q5_", "Q4_", "Q3_", "Q2_"))
+OWN += ("IQ4_NL", "IQ4_XS", "TQ2_0")
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_codes_are_found_in_the_bytes(name: str) -> None:
+    """What a code stands for is what the library decodes; bits put back are the same bytes."""
+    record = ggml(problem()[0], name)
+    found = codes_of(name)
+    assert found is not None
+    codes = found.read(record.data)
+    assert codes.min() >= 0 and codes.max() < 2 ** found.place.shape[1]
+    values = found.values(record.data).repeat_interleave(found.width, 1)  # [out, in, levels]
+    assert torch.equal(values.gather(2, codes.long()[..., None])[..., 0], record.dense())
+    assert torch.equal(found.write(record.data, codes), record.data)
+    other = (codes + 1) % 2 ** found.place.shape[1]
+    assert torch.equal(found.read(found.write(record.data, other)), other)
+
+
+@pytest.mark.parametrize("name", ["IQ3_XXS", "IQ3_S", "TQ1_0", "F16"])
+def test_types_whose_codes_stand_for_several_weights_have_none(name: str) -> None:
+    assert codes_of(name) is None
+
+
+@pytest.mark.parametrize("by", ["feedback", "descent"])
+@pytest.mark.parametrize("name", ["Q4_K", "Q3_K", "Q2_K", "IQ4_XS", "Q4_0"])
+def test_codes_are_chosen_anew_by_the_error_on_the_inputs(name: str, by: str) -> None:
+    weight, inputs = problem(16)[0], torch.randn(800, 512, generator=torch.manual_seed(1))
+    inputs[:, 1:] += inputs[:, :-1]
+    stats = {"second_moment": inputs.T @ inputs}
+    steps = Step("ggml", {"type": name}), Step("refine", {"by": by})
+    plain, refined = (run_chain(weight, stats, steps[:n]) for n in (1, 2))
+    assert isinstance(refined, Packed) and refined.nbytes == plain.nbytes
+    before, after = ((inputs @ (r.dense() - weight).T).square().sum(0) for r in (plain, refined))
+    assert (after <= before * (1 + 1e-5)).all()
+    assert after.sum() < 0.8 * before.sum()
+
+
+def test_shared_codes_cannot_be_chosen_anew() -> None:
+    chain = Step("ggml", {"type": "IQ3_XXS"}), Step("refine")
+    with pytest.raises(LayerwiseError, match=r"refine, the step before it.*found IQ3_XXS"):
+        run_chain(problem()[0], {}, chain)
+    matrix = Matrix("d/0", "mlp", "up", "up.weight", None, (4, 512), False, "", "")
+    refuses = TARGETS["gguf"].refuses
+    module = torch.nn.Linear(512, 4)
+    assert "IQ3_XXS" in str(refuses(matrix, module, chain))
+    assert refuses(matrix, module, (Step("ggml"), Step("refine"))) is None
+    assert "no GGML type" in str(refuses(matrix, module, (Step("rotate"), Step("ggml"))))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])

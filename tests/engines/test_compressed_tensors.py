@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.open import open_network
-from layerwise.core.plan import Edit, Identity, Plan, Step
+from layerwise.core.plan import DataSpec, Edit, Identity, Plan, Step
 from layerwise.export.compressed_tensors import packed_records
 from layerwise.jobs.apply import apply_plan, preview
 from layerwise.jobs.verify import Settings, verify
@@ -26,7 +26,8 @@ MIXED = (
 def plan_for(model: Path, *edits: Edit) -> Plan:
     held = Checkpoint(model)
     identity = Identity(held.structure, held.weights)
-    return Plan(identity, target="compressed-tensors", edits=edits)
+    data = DataSpec(samples=8, length=64)
+    return Plan(identity, target="compressed-tensors", edits=edits, data=data)
 
 
 def test_integers_and_small_floats_side_by_side(tiny: Callable[..., Path], tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
 YARN |= {"original_max_position_embeddings": 128}
 GRANITE = {"embedding_multiplier": 2.0, "logits_scaling": 1.5, "residual_multiplier": 0.7}
 WINDOWS = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: t.LlamaConfig(**FEW, tie_word_embeddings=True),
@@ -70,6 +71,22 @@ MODELS: dict[str, Callable[[], Any]] = {
     "stablelm": lambda: t.StableLmConfig(**FEW),
     "phi": lambda: t.PhiConfig(**FEW),
     "cohere": lambda: t.CohereConfig(**FEW),
+    "gpt_neox": lambda: t.GPTNeoXConfig(**FEW, rotary_pct=0.5),
+    "gpt_neox one by one": lambda: t.GPTNeoXConfig(**FEW, use_parallel_residual=False),
+    "falcon": lambda: t.FalconConfig(**FEW),
+    "falcon with key heads": lambda: t.FalconConfig(
+        **FEW, new_decoder_architecture=True, num_kv_heads=2
+    ),
+    "mixtral": lambda: t.MixtralConfig(**FEW, num_local_experts=4),
+    "qwen2_moe": lambda: t.Qwen2MoeConfig(**FEW, **MOE, shared_expert_intermediate_size=64),
+    "qwen3_moe": lambda: t.Qwen3MoeConfig(**FEW, **MOE, head_dim=16, norm_topk_prob=True),
+    "olmoe": lambda: t.OlmoeConfig(
+        **FEW | {"num_key_value_heads": 4}, num_experts=4, num_experts_per_tok=2
+    ),
+    "bloom": lambda: t.BloomConfig(vocab_size=128, hidden_size=64, n_layer=2, n_head=4),
+    "gpt_bigcode": lambda: t.GPTBigCodeConfig(
+        n_embd=64, n_layer=2, n_head=4, n_positions=512, vocab_size=128
+    ),
 }
 
 
@@ -121,6 +138,13 @@ def test_llama_cpp_gives_our_logits(
     found = t.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     with torch.no_grad():
         wanted = found(ids).logits[0]
+    network = open_network(model)
+    for layer in network.layers():
+        tensors, back = network.fetch(layer), file.records(network, layer)
+        for matrix in layer.matrices:
+            weight = matrix.view(tensors[matrix.parameter])
+            off = (back[matrix.key].dense() - weight).abs().max() / weight.abs().max()
+            assert off < 0.01, matrix.key
     batches = [{"input_ids": ids}]
     with engine.in_llama(file.path, batches) as answers:
         near = engine.agreement([wanted], map(answers, batches))
@@ -156,6 +180,15 @@ def test_rewritten_weights_are_the_original_in_llama_cpp(
     assert near.kl < 5e-3
 
 
+def test_experts_of_a_layer_share_their_type(
+    folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    plan = plan_of(folder_of("mixtral"), select="*/*/mlp.gate_up_proj[1]")
+    with pytest.raises(LayerwiseError, match=r"one type for all experts.*found F32, Q8_0"):
+        apply_plan(folder_of("mixtral"), plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_head_that_the_format_ties_cannot_be_untied(
     folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -187,6 +220,23 @@ def test_types_in_the_engine(type_: str, tmp_path: Path) -> None:
         type_,
     }
     assert not applied.warnings, applied.warnings
+
+
+def test_a_plan_whose_codes_are_chosen_anew(tmp_path: Path) -> None:
+    few = {"menu": {"type": ["Q4_K", "Q3_K", "IQ3_XXS"]}, "refine": {"by": "feedback"}}
+    request = Request(
+        "demo",
+        Budget(bits=4),
+        method="ggml+refine",
+        allocator="uniform",
+        target="gguf",
+        data=SMALL,
+        settings=few,
+    )
+    planned = make_plan(request)
+    assert {step.method for e in planned.plan.edits for step in e.chain} == {"ggml", "refine"}
+    applied = apply_plan("demo", planned.plan, tmp_path / "out")
+    assert planned.nbytes == applied.nbytes == GgufFile(tmp_path / "out" / FILE).nbytes
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2"])
@@ -231,8 +281,8 @@ def test_plan_apply_verify_on_the_demo_model(tmp_path: Path) -> None:
 def test_budgets_count_embedding_and_norms(kind: str) -> None:
     whole = open_network("demo").checkpoint.nbytes
     budget = Budget(size=0.3) if kind == "size" else Budget(bytes=int(0.3 * whole))
-    larger = {"gguf": {"embedding": "Q8_0"}}
-    for settings in ({}, larger):
+    few = {"menu": {"type": ["Q8_0", "Q6_K", "Q4_K", "Q3_K", "Q2_K"]}}
+    for settings in (few, few | {"gguf": {"embedding": "Q8_0"}}):
         request = Request("demo", budget, target="gguf", score="lim", data=SMALL, settings=settings)
         planned = make_plan(request)
         assert 0.29 * whole < planned.nbytes <= 0.3 * whole

@@ -179,9 +179,10 @@ def _stop_after_two(write):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_a_journal(tiny, tmp_path: Path, number: int) -> None:
-    model, plan, out = tiny("llama"), tmp_path / "plan.yaml", tmp_path / "out"
-    plan_of(model, data=DataSpec(samples=64, length=256)).save(plan)
-    command = [sys.executable, "-m", "layerwise.cli", "apply", str(model), str(plan)]
+    model, file, out = tiny("llama"), tmp_path / "plan.yaml", tmp_path / "out"
+    plan = plan_of(model, data=DataSpec(samples=32, length=128))
+    plan.save(file)
+    command = [sys.executable, "-m", "layerwise.cli", "apply", str(model), str(file)]
     process = subprocess.Popen(
         [*command, "--out", str(out)],
         stderr=subprocess.PIPE,
@@ -199,7 +200,7 @@ def test_a_signal_leaves_a_journal(tiny, tmp_path: Path, number: int) -> None:
     assert process.returncode == 128 + number, said
     assert said.strip().splitlines()[-1] == "stopped; the same command goes on where it was"
     assert not out.exists()
-    apply_plan(model, plan_of(model, data=DataSpec(samples=64, length=256)), out)
+    apply_plan(model, plan, out)
 
 
 def test_a_result_that_reloads_as_something_else_gets_no_name(

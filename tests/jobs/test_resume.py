@@ -19,11 +19,11 @@ def test_twenty_kills(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=2048,
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=32,
+        intermediate_size=64,
         num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
     )
     model = tmp_path / "model"
     LlamaForCausalLM(config).save_pretrained(model)

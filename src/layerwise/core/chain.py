@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import lru_cache
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import msgspec
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from layerwise.core.frame import innermost, put_inside, seen_inside
 from layerwise.core.method import find
 from layerwise.core.plan import Step
-from layerwise.core.weight import Dense, Quantized, Sparse, Weight
+from layerwise.core.weight import Dense, Frame, Quantized, Sparse, Weight
 
 #: what leaves such a record without statistics
 _PLAIN = {Quantized: "rtn", Sparse: "magnitude"}
@@ -39,6 +39,16 @@ def run_chain(weight: Any, stats: Mapping[str, Any], chain: Sequence[Step]) -> W
 def kind_left(step: Step) -> Any:
     """The kind of record that a step says it leaves."""
     return get_type_hints(find(step.method, "weight").function)["return"]
+
+
+def made_by(chain: Sequence[Step]) -> Step | None:
+    """The step that decides how a matrix is stored: the last that does not keep what it got."""
+    return next((step for step in reversed(chain) if kind_left(step) is not Weight), None)
+
+
+def framed(chain: Sequence[Step]) -> bool:
+    """Whether a chain puts a frame around what is stored."""
+    return any(kind_left(step) in get_args(Frame) for step in chain)
 
 
 def nearest(chain: Sequence[Step]) -> tuple[Step, ...]:

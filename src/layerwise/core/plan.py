@@ -1,7 +1,7 @@
 """The plan: a file that says what every layer gets, made by hand or by an allocator."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
@@ -198,13 +198,9 @@ def _mend(found: str) -> str:
     return otherwise
 
 
-def chain_for(edits: Iterable[Edit], matrix: Matrix) -> tuple[Step, ...]:
+def chain_for(edits: Sequence[Edit], matrix: Matrix) -> tuple[Step, ...]:
     """The chain of the last edit whose selector names the matrix; empty where none does."""
-    chain: tuple[Step, ...] = ()
-    for edit in edits:
-        if selects(edit.select, matrix):
-            chain = edit.chain
-    return chain
+    return next((e.chain for e in reversed(edits) if selects(e.select, matrix)), ())
 
 
 def check_selectors(plan: Plan, matrices: list[Matrix]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -183,7 +184,7 @@ def samples_of(reader: Reader, texts: Texts, use: Use, count: int = 64) -> Batch
         return _pairs(reader, found[:count], texts.length)
     bare = reader.task in ("masked", "seq2seq")
     rows = (reader.tokens(d.text, d.chat, bare)[: texts.length] for d in found)
-    long_enough = [row for row in rows if len(row) > 16][:count]
+    long_enough = list(islice((row for row in rows if len(row) > 16), count))
     if not long_enough:
         raise LayerwiseError(
             f"data {texts.source}",

@@ -2,27 +2,46 @@
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
+from typing import NamedTuple
 
 from layerwise.core.errors import LayerwiseError, nearest
 from layerwise.core.stack import Matrix
 
 
-def _field(pattern: str, values: Iterable[str]) -> bool:
-    regex = ".*".join(re.escape(piece) for piece in pattern.split("*"))
-    return any(re.fullmatch(regex, value) for value in values)
+class _Fields(NamedTuple):
+    """A selector, taken apart; without a `role` it names whole parts."""
+
+    stack: re.Pattern[str]
+    first: int
+    last: float
+    step: int
+    part: re.Pattern[str]
+    role: re.Pattern[str] | None
 
 
-def _range(pattern: str, index: int, where: str) -> bool:
-    found = re.fullmatch(r"(?:\*|(\d+)(?:-(\d+))?)(?:/([1-9]\d*))?", pattern)
+@lru_cache(1 << 14)
+def _fields(selector: str) -> _Fields:
+    stack, layers, inner = [*selector.split("/", 2), "*", "*"][:3]
+    step, slash, rest = inner.partition("/")
+    if step.isdecimal():
+        layers, inner = f"{layers}/{step}", rest if slash else "*"
+    found = re.fullmatch(r"(?:\*|(\d+)(?:-(\d+))?)(?:/([1-9]\d*))?", layers)
     if not found:
         raise LayerwiseError(
-            f"selector {where!r}",
+            f"selector {selector!r}",
             allowed="stack/layers/part.matrix with layers such as 4, 3-7, 0-8/2 or *",
-            found=pattern,
+            found=layers,
             fix="correct the middle field",
         )
-    low, high = int(found[1] or 0), int(found[2] or found[1] or index)
-    return low <= index <= high and (index - low) % int(found[3] or 1) == 0
+    first, last = int(found[1] or 0), float(found[2] or found[1] or "inf")
+    part, dot, role = inner.partition(".")
+    names = _words(stack), first, last, int(found[3] or 1)
+    return _Fields(*names, _words(part), _words(role) if dot else None)
+
+
+def _words(pattern: str) -> re.Pattern[str]:
+    return re.compile(".*".join(re.escape(piece) for piece in pattern.split("*")))
 
 
 def selects(pattern: str, matrix: Matrix) -> bool:
@@ -36,18 +55,16 @@ def selects(pattern: str, matrix: Matrix) -> bool:
         >>> selects("decoder/3-7/mlp.down", m), selects("*/0-2/*", m), selects("*/*/mlp", m)
         (True, False, True)
     """
-    stack, layers, inner = [*pattern.split("/", 2), "*", "*"][:3]
-    step, slash, rest = inner.partition("/")
-    if step.isdecimal():
-        layers, inner = f"{layers}/{step}", rest if slash else "*"
+    stack, first, last, step, part, role = _fields(pattern)
     name, _, number = matrix.layer.partition("/")
-    if not _field(stack, [name]) or not _range(layers, int(number), pattern):
+    index = int(number)
+    if not first <= index <= last or (index - first) % step or not stack.fullmatch(name):
         return False
+    if role is None or not part.fullmatch(matrix.part):
+        return role is None and part.fullmatch(matrix.part) is not None
     own = matrix.parameter.removesuffix(".weight").rpartition(".")[2]
-    part, dot, role = inner.partition(".")
     expert = "" if matrix.expert is None else f"[{matrix.expert}]"
-    roles = (matrix.role, matrix.role + expert, own, own + expert)
-    return _field(part, [matrix.part]) and (not dot or _field(role, roles))
+    return any(map(role.fullmatch, (matrix.role, matrix.role + expert, own, own + expert)))
 
 
 def check_selector(pattern: str, matrices: Iterable[Matrix], where: str) -> None:

@@ -1,13 +1,13 @@
 """Reading a GGUF file back: the records of its matrices, under the names of a network."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
-from torch import Tensor
 
 from layerwise.core.errors import LayerwiseError, refusing
 from layerwise.core.ggml import FLOATS, decode, needing_gguf
@@ -15,7 +15,8 @@ from layerwise.core.network import Network
 from layerwise.core.stack import Layer
 from layerwise.core.weight import Dense, Packed, Weight
 from layerwise.export._gguf_models import Names
-from layerwise.export.gguf import FILE, in_pairs
+from layerwise.export._gguf_rows import reordered
+from layerwise.export.gguf import FILE
 
 __all__ = ["FILE", "GgufFile"]
 
@@ -44,8 +45,8 @@ class GgufFile:
         """Bytes of all tensors."""
         return sum(int(tensor.n_bytes) for tensor in self.tensors.values())
 
-    def record(self, name: str, network: Network) -> Weight:
-        """A matrix as it lies in the file, its rows in the order of transformers.
+    def rows(self, name: str, network: Network) -> Packed:
+        """A tensor as it lies in the file, its rows in the order of transformers.
 
         Raises:
             LayerwiseError: the file has no tensor of that name.
@@ -58,18 +59,20 @@ class GgufFile:
                 fix="take the file that was made of this network",
             )
         tensor = self.tensors[name]
-        columns, kind = int(tensor.shape[0]), tensor.tensor_type.name
         raw = torch.from_numpy(numpy.array(tensor.data)).view(torch.uint8)
-        rows = in_pairs(raw.reshape(-1, raw.shape[-1]), name, network, back=True)
-        return Dense(_floats(rows, kind)) if kind in FLOATS else Packed(rows, kind, columns)
+        rows = reordered(raw.reshape(-1, raw.shape[-1]), name, network, back=True)
+        return Packed(rows, tensor.tensor_type.name, int(tensor.shape[0]))
 
     def records(self, network: Network, layer: Layer) -> dict[str, Weight]:
         """What the file holds of the matrices of a layer."""
-        names = Names(network)
-        return {
-            m.key: self.record(names(f"{layer.path}.{m.parameter}"), network)
-            for m in layer.matrices
-        }
+        names, found = Names(network), {}
+        for name in dict.fromkeys(m.parameter for m in layer.matrices):
+            own = [m for m in layer.matrices if m.parameter == name]
+            pieces = [self.rows(n, network) for n in names.pieces(f"{layer.path}.{name}")]
+            blocks = [piece.data.unflatten(0, (len(own), -1)) for piece in pieces]
+            for matrix, data in zip(own, torch.cat(blocks, 1), strict=True):
+                found[matrix.key] = _record(replace(pieces[0], data=data))
+        return found
 
     def unpack(self, path: Path) -> None:
         """Write the same file with every weight in float32: what llama.cpp then runs is exact.
@@ -105,11 +108,12 @@ class GgufFile:
         found = ((name, names(name)) for name in network.fetch_outside())
         kept = (pair for pair in found if pair[1] in self.tensors)
         return {
-            name: self.record(own, network)
+            name: _record(self.rows(own, network))
             for name, own in kept
             if own in ("token_embd.weight", "output.weight")
         }
 
 
-def _floats(rows: Tensor, kind: str) -> Tensor:
-    return rows.view(FLOATS[kind])
+def _record(rows: Packed) -> Weight:
+    """Plain numbers are dense."""
+    return Dense(rows.data.view(FLOATS[rows.type])) if rows.type in FLOATS else rows

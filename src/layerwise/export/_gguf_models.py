@@ -19,12 +19,14 @@ class Known(NamedTuple):
     """An architecture of GGUF.
 
     `halves`: rows of queries and keys go from two halves per head, as transformers rotates them,
-    to pairs. `shift` is added to the weights of norms. `period`: every `period`-th layer attends
-    to all positions, the others to a window.
+    to pairs. `woven`: fused rows of queries, keys and values come head by head. `shift` is added to
+    the weights of norms. `period`: every `period`-th layer attends to all positions, the others to
+    a window.
     """
 
     name: str
     halves: bool = False
+    woven: bool = False
     shift: float = 0.0
     period: int = 0
 
@@ -48,8 +50,18 @@ KNOWN = {
     "gemma": Known("gemma", shift=1.0),
     "gemma2": Known("gemma2", shift=1.0, period=2),
     "gemma3_text": Known("gemma3", shift=1.0, period=6),
+    "gpt_neox": Known("gptneox", woven=True),
+    "falcon": Known("falcon", woven=True),
+    "bloom": Known("bloom", woven=True),
+    "gpt_bigcode": Known("starcoder"),
+    "mixtral": Known("llama", halves=True),
+    "qwen2_moe": Known("qwen2moe"),
+    "qwen3_moe": Known("qwen3moe"),
+    "olmoe": Known("olmoe"),
 }
 
+#: a parameter that transformers fuses -> the names of what its rows hold, one after the other
+FUSED = {"gate_up_proj": ("gate_proj", "up_proj")}
 #: llama.cpp looks for a token where the model is called so, and stops if it is missing
 NAMED = {"phi": "<|endoftext|>"}
 
@@ -60,6 +72,10 @@ _WHOLE = {
     "attention.head_count": ("num_attention_heads",),
     "attention.head_count_kv": ("num_key_value_heads",),
     "vocab_size": ("vocab_size",),
+    "expert_count": ("num_local_experts", "num_experts"),
+    "expert_used_count": ("num_experts_per_tok",),
+    "expert_feed_forward_length": ("moe_intermediate_size",),
+    "expert_shared_feed_forward_length": ("shared_expert_intermediate_size",),
 }
 _REAL = {
     "attention.layer_norm_rms_epsilon": ("rms_norm_eps",),
@@ -77,6 +93,9 @@ _REAL = {
     "logit_scale": ("logits_scaling", "logit_scale"),
     "attention.clamp_kqv": ("clip_qkv",),
 }
+#: positions where a model does not limit them
+UNBOUND = 2048
+_TRUTH = {"use_parallel_residual": ("use_parallel_residual",)}
 
 
 def known(network: Network) -> Known:
@@ -108,20 +127,38 @@ class Names:
         self._map = TensorNameMap(numbers[self.known.name], len(network.layers()))
 
     def __call__(self, name: str) -> str:
-        """The name of a tensor in GGUF.
+        """The name of a tensor in GGUF, the first where it is cut.
 
         Raises:
             LayerwiseError: the format has no place for it.
         """
-        found = self._map.get_name(name, try_suffixes=(".weight", ".bias"))
-        if found is None:
-            raise LayerwiseError(
-                f"target gguf, architecture {self.known.name}",
-                allowed="the tensors that GGUF has names for",
-                found=name,
-                fix="this variant of the architecture cannot be written; use --target hf",
-            )
-        return found
+        return self.pieces(name)[0]
+
+    def pieces(self, name: str) -> tuple[str, ...]:
+        """Names in GGUF of the equal blocks of rows that a tensor is cut into; mostly one.
+
+        Raises:
+            LayerwiseError: the format has no place for it.
+        """
+        path, _, last = name.rpartition(".")
+        for parts in ((last,), FUSED.get(last, ())):
+            found = [self._find(f"{path}.{part}") for part in parts]
+            if found and all(found):
+                return tuple(filter(None, found))
+        raise LayerwiseError(
+            f"target gguf, architecture {self.known.name}",
+            allowed="the tensors that GGUF has names for",
+            found=name,
+            fix="this variant of the architecture cannot be written; use --target hf",
+        )
+
+    def _find(self, name: str) -> str | None:
+        """One name; some are known without that of the base model, parameters of experts bare."""
+        for tried in (name, name.partition(".")[2]):
+            found = self._map.get_name(tried, try_suffixes=(".weight", ".bias"))
+            if found is not None:
+                return found if found.endswith((".weight", ".bias")) else f"{found}.weight"
+        return None
 
 
 def head_size(config: Any) -> int:
@@ -136,25 +173,22 @@ def heads_of(config: Any, name: str) -> int:
     return grouped if ".attn_k." in name else config.num_attention_heads
 
 
-def hyper_parameters(network: Network, inner: int) -> dict[str, Any]:
+def hyper_parameters(network: Network) -> dict[str, Any]:
     """Keys of GGUF, without the architecture's prefix, and their values.
-
-    Args:
-        network: what is written.
-        inner: width inside of the MLP.
 
     Raises:
         LayerwiseError: the configuration says something that llama.cpp cannot do.
     """
     config, size = network.model.config, head_size(network.model.config)
-    found: dict[str, Any] = {"block_count": len(network.layers()), "feed_forward_length": inner}
-    for kinds, to in ((_WHOLE, int), (_REAL, float)):
+    found: dict[str, Any] = {"block_count": len(network.layers())}
+    for kinds, to in ((_WHOLE, int), (_REAL, float), (_TRUTH, bool)):
         for key, fields in kinds.items():
             values = [config.to_dict().get(f, _get(config, f)) for f in fields]
             value = next((v for v in values if v is not None), None)
             if value is not None:
                 found[key] = to(value)
     found.setdefault("attention.head_count_kv", found["attention.head_count"])
+    found.setdefault("context_length", UNBOUND)
     found |= {"attention.key_length": size, "attention.value_length": size}
     if config.model_type == "olmo":
         found["attention.layer_norm_epsilon"] = 1e-5  # a constant of its code

@@ -1,15 +1,16 @@
 """How compressed-tensors stores one matrix: packed integers, 8-bit floats, microscaled floats."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, get_args, get_type_hints
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from layerwise.core.chain import framed, kind_left, made_by
 from layerwise.core.floats import FLOAT_TYPES
 from layerwise.core.method import find
 from layerwise.core.plan import Step
-from layerwise.core.weight import Codebook, Frame, Quantized, Weight, packed_bytes
+from layerwise.core.weight import Codebook, Quantized, Weight, packed_bytes
 
 #: `weight_shape` of packed integers, two int64
 _SHAPE_BYTES = 16
@@ -75,15 +76,11 @@ def scheme_after(chain: Sequence[Step]) -> Scheme | None:
 
     None where it leaves no such grid, or one inside a frame: those are stored dense.
     """
-    methods = [find(step.method, "weight") for step in chain]
-    kinds = [get_type_hints(found.function)["return"] for found in methods]
-    if any(kind in get_args(Frame) for kind in kinds):
+    step = made_by(chain)
+    if step is None or framed(chain):
         return None
-    made = [i for i, kind in enumerate(kinds) if kind is not Weight]
-    if not made:
-        return None
-    chosen = methods[made[-1]].values(chain[made[-1]].options)
-    if kinds[made[-1]] is Quantized:
+    chosen = find(step.method, "weight").values(step.options)
+    if kind_left(step) is Quantized:
         return Scheme(INTEGERS, chosen["bits"], chosen["group"], chosen["symmetric"])
     return _floats(chosen["type"]) if chosen.get("type") in FORMATS else None
 

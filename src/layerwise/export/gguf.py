@@ -7,22 +7,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from layerwise.core.chain import framed, kind_left, made_by
 from layerwise.core.dense import GGUF as FILE
+from layerwise.core.errors import LayerwiseError
 from layerwise.core.ggml import FLOATS, encode, fitting, format_of, needing_gguf
+from layerwise.core.ggml_codes import codes_of
 from layerwise.core.method import find, method
 from layerwise.core.network import Network
 from layerwise.core.plan import Edit, Plan, Step, chain_for
-from layerwise.core.stack import Layer, Matrix, Stack
+from layerwise.core.stack import Matrix, Stack
 from layerwise.core.target import Target
 from layerwise.core.weight import Packed, Weight
 from layerwise.export._gguf_models import (
     NAMED,
     Names,
-    heads_of,
     hyper_parameters,
     known,
     rope_factors,
 )
+from layerwise.export._gguf_rows import blocks_of, float_type, key_heads, plain
 from layerwise.export._gguf_tokenizer import TOKENS, tokenizer_entries
 from layerwise.export._writer import Finished
 
@@ -75,9 +78,9 @@ def gguf(
     written = sum(t.nbytes for t in ends.values())
     for layer, tensors, records in layers:
         for name in layer.module.state_dict():
-            data = _stored(network, layer, name, tensors, records, names)
-            writer.write_tensor_data(data.numpy())
-            written += data.nbytes
+            for data in blocks_of(network, layer, name, tensors, records, names):
+                writer.write_tensor_data(data.numpy())
+                written += data.nbytes
     writer.close()
     return written
 
@@ -105,15 +108,34 @@ def _places(
     for name, factors in rope_factors(network.model.config).items():
         yield Place(name, tuple(factors.shape), "F32")
     for layer in network.layers():
-        matrices = {m.parameter: m for m in layer.matrices}
         for name, tensor in layer.module.state_dict().items():
-            matrix = matrices.get(name)
-            shape, kind = tuple(tensor.shape), "F32"
-            if matrix is not None:
-                chain = chain_for(edits, matrix)
-                shape, kind = matrix.shape, _type(matrix, chain, network.stored.dtype.itemsize)
-                kind = _float(network.stored.dtype) if kind in FLOATS and not chain else kind
-            yield Place(names(f"{layer.path}.{name}"), shape, kind)
+            own = [m for m in layer.matrices if m.parameter == name]
+            shape = (*tensor.shape[:-2], *own[0].shape) if own else tuple(tensor.shape)
+            kind = _one_type(network, own, edits) if own else "F32"
+            pieces = names.pieces(f"{layer.path}.{name}")
+            for piece in pieces:
+                yield Place(piece, _cut(shape, len(pieces)), kind)
+
+
+def _cut(shape: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """The shape of one of so many equal blocks of rows."""
+    return (*shape[:-2], shape[-2] // count, shape[-1]) if count > 1 else shape
+
+
+def _one_type(network: Network, matrices: Sequence[Matrix], edits: Sequence[Edit]) -> str:
+    """The type of a tensor, which its experts share."""
+    size, own = network.stored.dtype.itemsize, float_type(network.stored.dtype)
+    chains = [chain_for(edits, m) for m in matrices]
+    kinds = [_type(m, chain, size) for m, chain in zip(matrices, chains, strict=True)]
+    found = {own if k in FLOATS and not c else k for k, c in zip(kinds, chains, strict=True)}
+    if len(found) > 1:
+        raise LayerwiseError(
+            f"target gguf, {matrices[0].layer}/{matrices[0].part}.{matrices[0].role}",
+            allowed="one type for all experts, which are one tensor there",
+            found=", ".join(sorted(found)),
+            fix="select all experts of a layer at once",
+        )
+    return found.pop()
 
 
 def _opened(network: Network, path: Path, places: Sequence[Place], facts: Mapping[str, Any]) -> Any:
@@ -121,10 +143,14 @@ def _opened(network: Network, path: Path, places: Sequence[Place], facts: Mappin
     with needing_gguf():
         from gguf import GGMLQuantizationType, GGUFWriter
     entry, folder = known(network), network.checkpoint.folder
-    downs = [p.shape[1] for p in places if ".ffn_down.weight" in p.name]
+    downs = [p.shape[-1] for p in places if ".ffn_down" in p.name]
+    fused = [p.shape[0] for p in places if ".attn_qkv.weight" in p.name]
+    measured = {"feed_forward_length": downs[0]}
+    if fused:
+        measured["attention.head_count_kv"] = key_heads(fused[0], network)
     writer = GGUFWriter(path, entry.name)
     writer.add_quantization_version(2)
-    for key, value in hyper_parameters(network, downs[0]).items():
+    for key, value in {**hyper_parameters(network), **measured}.items():
         _add(writer, f"{entry.name}.{key}", value)
     rows = next(p.shape[0] for p in places if p.name == "token_embd.weight")
     words = tokenizer_entries(folder, rows)
@@ -193,63 +219,18 @@ def _outside_bytes(
     for name in _outside_shapes(network):
         record = encoded.get(name)
         own = names(name)
-        bytes_[own] = record.data if isinstance(record, Packed) else _plain(found[name], own, names)
+        bytes_[own] = record.data if isinstance(record, Packed) else plain(found[name], own, names)
     extra = rope_factors(network.model.config)
     return bytes_ | {name: t.float().view(torch.uint8) for name, t in extra.items()}
-
-
-def _plain(tensor: Tensor, name: str, names: Names) -> Tensor:
-    """A tensor that is no matrix, in float32; norms as llama.cpp multiplies with them."""
-    shift = names.known.shift if name.endswith("norm.weight") else 0.0
-    return (tensor.float() + shift).contiguous().cpu().view(torch.uint8)
-
-
-def _stored(
-    network: Network,
-    layer: Layer,
-    name: str,
-    tensors: Mapping[str, Tensor],
-    records: Mapping[str, Weight],
-    names: Names,
-) -> Tensor:
-    """The bytes of a tensor of a layer."""
-    own = names(f"{layer.path}.{name}")
-    matrix = next((m for m in layer.matrices if m.parameter == name), None)
-    if matrix is None:
-        return in_pairs(
-            _plain(tensors[name], own, names).reshape(len(tensors[name]), -1), own, network
-        )
-    record = records.get(matrix.key)
-    if isinstance(record, Packed):
-        return in_pairs(record.data, own, network)
-    dense = matrix.view(tensors[name]) if record is None else record.dense()
-    return in_pairs(encode(dense, _float(network.stored.dtype)), own, network)
-
-
-def in_pairs(rows: Tensor, name: str, network: Network, back: bool = False) -> Tensor:
-    """Rows of queries and keys in the order of llama.cpp's rotation; others as they are.
-
-    Of a head's `d` rows, transformers turns row `i` with row `i + d/2`, llama.cpp `2i` with
-    `2i + 1`.
-    """
-    entry, config = known(network), network.model.config
-    if not entry.halves or not any(f".attn_{x}." in name for x in "qk"):
-        return rows.contiguous()
-    split = (-1, 2) if back else (2, -1)
-    heads = rows.reshape(heads_of(config, name), *split, rows.shape[1])  # [heads, 2, d / 2, bytes]
-    return heads.transpose(1, 2).reshape(rows.shape).contiguous()
-
-
-def _float(dtype: torch.dtype) -> str:
-    """The type of a matrix that is kept: the checkpoint's own."""
-    return next((name for name, kind in FLOATS.items() if kind == dtype), "F32")
 
 
 def _type(matrix: Matrix, chain: Sequence[Step], itemsize: int) -> str:
     """The type that a chain leaves a matrix in."""
     if not chain:
         return "F32" if itemsize >= 4 else "F16"  # or BF16, of the same size
-    chosen = find(chain[-1].method, "weight").values(chain[-1].options)
+    step = made_by(chain)
+    assert step is not None
+    chosen = find(step.method, "weight").values(step.options)
     return fitting(chosen["type"], matrix.shape[1]).name
 
 
@@ -258,8 +239,11 @@ def _nbytes(matrix: Matrix, chain: Sequence[Step], itemsize: int) -> int:
 
 
 def _refuses(matrix: Matrix, module: nn.Module, chain: Sequence[Step]) -> str | None:
-    if chain and "type" not in find(chain[-1].method, "weight").options:
+    step = made_by(chain)
+    if chain and (step is None or kind_left(step) is not Packed or framed(chain)):
         return f"{chain[-1].method}, which has no GGML type; let the chain end in ggml"
+    if step in chain[:-1] and codes_of(name := _type(matrix, chain, 4)) is None:
+        return f"{name}, whose codes stand for several weights, in front of {chain[-1].method}"
     return None
 
 
@@ -273,7 +257,7 @@ def _rest(network: Network, options: Mapping[str, Any]) -> int:
 def _accepts(network: Network) -> None:
     """Refuse what the file could not say, before anything is computed."""
     assert list(_places(network, (), Names(network), {}))
-    hyper_parameters(network, 1)
+    hyper_parameters(network)
 
 
 TARGET = Target(

@@ -1,12 +1,11 @@
 """llama.cpp's own mixtures of types, as plans: what its users get without a planner."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from layerwise.core.errors import LayerwiseError, nearest
 from layerwise.core.ggml import fitting
 from layerwise.core.network import Network
-from layerwise.core.plan import DataSpec, Edit, Plan, Step
+from layerwise.core.plan import DataSpec, Edit, Plan, Step, chain_for
 from layerwise.core.stack import Matrix
 from layerwise.export import TARGETS
 from layerwise.export._gguf_models import Names
@@ -94,9 +93,8 @@ def _types(network: Network, rule: Rule) -> Iterator[tuple[Matrix, str]]:
 def written_bytes(network: Network, plan: Plan) -> int:
     """Bytes of all tensors of a plan's GGUF file."""
     target, size = TARGETS["gguf"], network.stored.dtype.itemsize
-    chains: dict[str, Any] = {edit.select: edit.chain for edit in plan.edits}
     inside = (m for layer in network.layers() for m in layer.matrices)
     assert target.rest is not None
     return target.rest(network, plan.export) + sum(
-        target.nbytes(m, chains.get(m.key, ()), size) for m in inside
+        target.nbytes(m, chain_for(plan.edits, m), size) for m in inside
     )

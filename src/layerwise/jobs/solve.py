@@ -42,13 +42,17 @@ def solve_matrix(task: Task) -> tuple[Weight, float]:
 
 
 def try_chains(edits: Sequence[Edit]) -> None:
-    """Run every chain on a small matrix, so that a wrong option is found before the work.
+    """Run every chain once on a small matrix, so that a wrong option is found before the work.
 
     Raises:
         LayerwiseError: a method refuses its options.
     """
     small = torch.linspace(-1, 1, 8 * 256).reshape(8, 256)
+    tried: list[tuple[Step, ...]] = []
     for edit in edits:
+        if edit.chain in tried:
+            continue
+        tried.append(edit.chain)
         with refusing(
             f"plan, {edit.select}",
             allowed="chains of methods that can be solved",

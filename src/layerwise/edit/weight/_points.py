@@ -9,7 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from layerwise.core.errors import LayerwiseError
-from layerwise.core.weight import Codebook, Quantized, Sum, Trits, Weight
+from layerwise.core.ggml_codes import codes_of
+from layerwise.core.weight import Codebook, Packed, Quantized, Sum, Trits, Weight
 from layerwise.edit.weight._grid import Grid, round_column
 from layerwise.edit.weight._solve import RoundColumn
 
@@ -23,7 +24,7 @@ class Points(NamedTuple):
 
 
 def points_of(record: Weight, name: str) -> Points:
-    """The grid of integers, of a codebook of single values, or of two trit planes.
+    """The grid of integers, of a codebook of single values, of two trit planes, or of GGML blocks.
 
     Raises:
         LayerwiseError: in the name of a method, the record is no such grid.
@@ -39,10 +40,17 @@ def points_of(record: Weight, name: str) -> Points:
         )
     if isinstance(record, Sum) and isinstance(record.a, Trits) and isinstance(record.b, Trits):
         return _planes(record.a, record.b)
+    own = codes_of(record.type) if isinstance(record, Packed) else None
+    if isinstance(record, Packed) and own is not None:
+        return Points(
+            own.read(record.data),
+            _among(own.values(record.data), own.width),
+            lambda codes: replace(record, data=own.write(record.data, codes)),
+        )
     raise LayerwiseError(
         f"{name}, the step before it",
         allowed="one that rounds each weight to a grid, such as rtn, gaussian or trit_planes",
-        found=type(record).__name__,
+        found=record.type if isinstance(record, Packed) else type(record).__name__,
         fix=f"put such a step before {name} in the chain",
     )
 

@@ -151,7 +151,7 @@ def refine(
     """Choose anew, by the error on the inputs, among the values that the step before left.
 
     Its scales stay. `feedback` rounds as GPTQ does, `descent` improves what is there as COMQ does;
-    so a grid without a solver of its own (Gaussian values, trit planes) gets one.
+    so a grid without a solver of its own (Gaussian values, trit planes, GGML's types) gets one.
 
     Args:
         weight: `[out, in]`.

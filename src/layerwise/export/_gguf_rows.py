@@ -1,0 +1,100 @@
+"""Rows of a GGUF file: their bytes, cut and in the order that llama.cpp wants, and back."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from layerwise.core.ggml import FLOATS, encode
+from layerwise.core.network import Network
+from layerwise.core.stack import Layer
+from layerwise.core.weight import Packed, Weight
+from layerwise.export._gguf_models import Names, head_size, heads_of, known
+
+
+def blocks_of(
+    network: Network,
+    layer: Layer,
+    name: str,
+    tensors: Mapping[str, Tensor],
+    records: Mapping[str, Weight],
+    names: Names,
+) -> Iterator[Tensor]:
+    """The bytes of a tensor of a layer, block by block where it is cut."""
+    pieces = names.pieces(f"{layer.path}.{name}")
+    own = [m for m in layer.matrices if m.parameter == name]
+    if not own:
+        rows = plain(tensors[name], pieces[0], names).reshape(len(tensors[name]), -1)
+        yield reordered(rows, pieces[0], network)
+        return
+    parts = []
+    for matrix in own:
+        record = records.get(matrix.key)
+        if isinstance(record, Packed):
+            parts.append(record.data)
+        else:
+            dense = matrix.view(tensors[name]) if record is None else record.dense()
+            parts.append(encode(dense, float_type(network.stored.dtype)))
+    blocks = torch.cat(parts).unflatten(
+        0, (len(own), len(pieces), -1)
+    )  # [experts, pieces, out, ..]
+    for number, piece in enumerate(pieces):
+        yield reordered(blocks[:, number].flatten(0, 1), piece, network)
+
+
+def plain(tensor: Tensor, name: str, names: Names) -> Tensor:
+    """A tensor that is no matrix, in float32; norms as llama.cpp multiplies with them."""
+    shift = names.known.shift if name.endswith("norm.weight") else 0.0
+    return (tensor.float() + shift).contiguous().cpu().view(torch.uint8)
+
+
+def float_type(dtype: torch.dtype) -> str:
+    """The type of a matrix that is kept: the checkpoint's own."""
+    return next((name for name, kind in FLOATS.items() if kind == dtype), "F32")
+
+
+def reordered(rows: Tensor, name: str, network: Network, back: bool = False) -> Tensor:
+    """Rows of a tensor, by its GGUF name, in the order of llama.cpp, or `back`; others as they are.
+
+    Args:
+        rows: `[out, bytes]`.
+        name: of the tensor in GGUF.
+        network: whose tensor it is.
+        back: from the order of llama.cpp to that of transformers.
+    """
+    entry = known(network)
+    if entry.halves and any(f".attn_{x}." in name for x in "qk"):
+        return _in_pairs(rows, heads_of(network.model.config, name), back)
+    if entry.woven and ".attn_qkv." in name:
+        return _apart(rows, network, back)
+    return rows.contiguous()
+
+
+def _in_pairs(rows: Tensor, heads: int, back: bool) -> Tensor:
+    """Of a head's `d` rows, transformers turns row `i` with row `i + d/2`, llama.cpp `2i` with
+    `2i + 1`.
+    """
+    split = (-1, 2) if back else (2, -1)
+    halves = rows.reshape(heads, *split, rows.shape[1])  # [heads, 2, d / 2, bytes]
+    return halves.transpose(1, 2).reshape(rows.shape).contiguous()
+
+
+def _apart(rows: Tensor, network: Network, back: bool) -> Tensor:
+    """Fused rows that come head by head, for each key head its queries, itself and its values:
+    llama.cpp wants all queries, then all keys, then all values.
+    """
+    heads = key_heads(len(rows), network)
+    size, width = head_size(network.model.config), rows.shape[1]
+    each = len(rows) // size // heads - 2  # queries of a key head
+    if back:
+        parts = rows.split([heads * each * size, heads * size, heads * size])
+        woven = [part.reshape(heads, -1, size, width) for part in parts]  # [heads, each, d, bytes]
+        return torch.cat(woven, 1).reshape(rows.shape)
+    woven = rows.reshape(heads, each + 2, size, width).split([each, 1, 1], 1)
+    return torch.cat([part.reshape(-1, width) for part in woven])
+
+
+def key_heads(rows: int, network: Network) -> int:
+    """Key heads of a fused matrix of so many rows: what is left beside its query heads."""
+    config = network.model.config
+    return (rows // head_size(config) - config.num_attention_heads) // 2
