@@ -126,7 +126,11 @@ def test_only_the_shape_of_the_second_moment_counts(
             differing(solve(method, weight, factor * moment, bits=3, group=33, **chosen), record)
             == 0
         )
-    assert differing(solve(method, weight, 10 * moment, bits=3, group=33, **chosen), record) < 0.005
+    # a learned code that stands between two grid points may go either way
+    ten = solve(method, weight, 10 * moment, bits=3, group=33, **chosen)
+    assert differing(ten, record) < 0.005 or damage(ten, weight, moment) == pytest.approx(
+        damage(record, weight, moment), rel=1e-3
+    )
 
 
 @every_setting

@@ -147,7 +147,8 @@ def test_twelve_combinations_and_the_layer_that_has_the_label() -> None:
     assert found["decoder/1"]["first"] == found["decoder/1"]["cutoff"] > 0.9
     assert max(found["decoder/0"][name] for name in names) < 0.75
     assert min(found["decoder/1"][name] for name in ("weighted", "largest")) > 0.9
-    for name in ("first_weighted", "weighted_weighted", "weighted_swapped", "weighted_max"):
+    # not `weighted_max`: the surest of the layers may be sure of noise, whatever the label
+    for name in ("first_weighted", "weighted_weighted", "weighted_swapped"):
         assert found["decoder/2"][name] > 0.75
     assert found["decoder"]["baseline"] == found["decoder/2"]["first"] < 0.75
     assert found["decoder"]["earliest"] <= 2 / 3

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from layerwise.core.chain import kind_left
 from layerwise.core.damage import (
@@ -82,9 +83,21 @@ def predicted(
     """The damage of every option of some groups, by scores and by errors, which may be known."""
     errors = option_errors(network, menus, groups, progress) if errors is None else errors
     first = {g.key: g.matrices[0] for g in groups.values()}
+    scores = _of_groups(scores, groups) if scores else None
     known = scores.values if scores else {}
     owner = {k: m.layer if m.layer in known else m.fusion for k, m in first.items()}
     return predict_damage(scores, errors, owner)
+
+
+def _of_groups(scores: Scores, groups: Mapping[str, Group]) -> Scores:
+    """Scores in nats of groups that lie in several fusion groups: what these cost together."""
+    values, trial = dict(scores.values), dict(scores.trial)
+    for key, group in groups.items():
+        own = list({m.fusion for m in group.matrices})
+        if scores.nats and len(own) > 1 and values.keys() >= {*own}:
+            values[key] = sum(values[f] for f in own)
+            trial[key] = sum(trial[f] for f in own) / len(own)
+    return replace(scores, values=values, trial=trial)
 
 
 def with_trial(request: Request, name: str, target: Target) -> Request:

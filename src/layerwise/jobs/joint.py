@@ -14,6 +14,7 @@ from layerwise.core.method import find
 from layerwise.core.network import Network
 from layerwise.core.open import rewired
 from layerwise.core.plan import Step
+from layerwise.core.stack import Group
 from layerwise.core.target import Target
 from layerwise.jobs.bits import assemble, limit_for, outside_of, predicted, scores_of
 from layerwise.jobs.gain import as_solved
@@ -62,7 +63,7 @@ def plan_joint(request: Request, network: Network, target: Target, progress: Pro
             continue
     if not found:
         found.append(allocator.bind(options)(damage, menus, limit))
-    tasks = [(_chains(menus, choice), left_out(menus, choice)) for choice in found]
+    tasks = [(_chains(menus, groups, choice), left_out(menus, choice)) for choice in found]
     measured = tried(request, network, tasks, "measuring plans", progress)
     rows = [_row(menus, (plain, damage), *each) for each in zip(found, measured, strict=True)]
     best = min(range(len(found)), key=lambda i: rows[i]["expected"])
@@ -166,6 +167,10 @@ def _row(
     }
 
 
-def _chains(menus: Mapping[str, Menu], choice: Choice) -> dict[str, tuple[Step, ...]]:
+def _chains(
+    menus: Mapping[str, Menu], groups: Mapping[str, Group], choice: Choice
+) -> dict[str, tuple[Step, ...]]:
+    """What every matrix gets, without statistics."""
     chosen = {g: menus[g].options[choice[g]].chain for g in staying(menus, choice)}
-    return {g: nearest(chain) for g, chain in chosen.items() if chain}
+    plain = {g: nearest(chain) for g, chain in chosen.items() if chain}
+    return {m.key: chain for g, chain in plain.items() for m in groups[g].matrices}

@@ -31,11 +31,17 @@ PRICED = 1 << 17
 
 
 def units(network: Network, target: Target) -> list[Group]:
-    """What gets an option of its own: fusion groups, or matrices where the format allows it."""
+    """What gets an option of its own: fusion groups, or parameters where the format allows it.
+
+    The experts of a layer that lie in one parameter share an option there.
+    """
     groups = [group for stack in network.stacks for group in stack.groups()]
     if target.fused:
         return groups
-    return [Group(m.key, (m,)) for group in groups for m in group.matrices]
+    alone: dict[tuple[str, str], list[Matrix]] = {}
+    for matrix in (m for group in groups for m in group.matrices):
+        alone.setdefault((matrix.layer, matrix.parameter), []).append(matrix)
+    return [Group(own[0].key, tuple(own)) for own in alone.values()]
 
 
 def make_menus(request: Request, network: Network, target: Target) -> dict[str, Menu]:
@@ -145,7 +151,7 @@ def option_errors(
             weight = matrix.view(tensors[matrix.parameter]).float()
             norms[matrix.fusion] = norms.get(matrix.fusion, 0.0) + weight.square().sum().item()
         for group in inside[layer.key]:
-            below = max(norms[group.matrices[0].fusion], 1e-300)
+            below = max(sum(norms[f] for f in {m.fusion for m in group.matrices}), 1e-300)
             found = _errors(group.matrices, tensors, menus[group.key])
             errors[group.key] = tuple(error / below for error in found)
         progress("pricing options", done, len(layers))
