@@ -20,7 +20,8 @@ def halved(entry: tuple[str, ...]) -> tuple[str, str, str]:
     """The task, what became of a type, and which fields of its configuration were halved."""
     import torch
     from build import Entry, build
-    from checks import Subject, _limited
+    from checks import _limited
+    from subject import Subject
 
     import layerwise.families
     from layerwise.core.find_widths import find_widths

@@ -218,15 +218,10 @@ def _cut(
     """Ways in which the parameters of a layer may hold the units of some fields."""
     units = math.gcd(*fields.values())
     layers = network.layers()
-    own = {
-        layer.path: {n[len(layer.path) + 1 :]: a for n, a in changed.items() if _in(n, layer)}
-        for layer in layers
-    }
-    kinds = list(own.values())
-    if not kinds[0] or any(kind != kinds[0] for kind in kinds):
+    axes, *others = [_inside(layer, changed) for layer in layers]
+    if not axes or any(other != axes for other in others):
         return
-    shapes = layers[0].shapes
-    sizes = {name: shapes[name][axis] for name, axis in kinds[0].items()}
+    sizes = {name: size for name, (_, size) in axes.items()}
     if any(size % units for size in sizes.values()):
         return
     least = min(sizes.values()) // units
@@ -234,12 +229,15 @@ def _cut(
     ways = []
     for chosen in product(*shapes_of.values()):
         pieces = dict(zip(shapes_of, chosen, strict=True))
-        ways.append({n: Cut(a, pieces[sizes[n]]) for n, a in kinds[0].items()})
+        ways.append({n: Cut(axis, pieces[size]) for n, (axis, size) in axes.items()})
     yield Candidate(fields, fixed, units, ways)
 
 
-def _in(name: str, layer: Layer) -> bool:
-    return name.startswith(f"{layer.path}.")
+def _inside(layer: Layer, changed: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """The axes of a layer that change and their lengths, by the names of parameters in it."""
+    shapes = layer.shapes
+    own = {n.removeprefix(f"{layer.path}."): axis for n, axis in changed.items()}
+    return {n: (axis, shapes[n][axis]) for n, axis in own.items() if n in shapes}
 
 
 def _pieces(each: int, least: int) -> list[tuple[int, ...]]:
@@ -266,6 +264,9 @@ def _tried(trial: Trial, candidate: Candidate) -> Width | None:
             continue
         turned = torch.arange(units).roll(1)
         own = {name: cut for name, cut in cuts.items() if name in trial.tensors}
+        stacks = {trial.tensors[name].shape[:-2] for name in own}
+        if len(stacks) != 1:  # experts beside what all of them share
+            continue
         turns = {n: (Fold(c.axis, c.entries(turned, units)),) for n, c in own.items()}
         zeros = {n: (Fold(c.axis, _last_zero(c, units)),) for n, c in own.items()}
         moved, unread = (trial.run({readers[0]: f[readers[0]]}) for f in (turns, zeros))
