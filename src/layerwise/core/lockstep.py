@@ -165,6 +165,7 @@ class Walk(TorchFunctionMode):
         mine = _ThreadState()
         self._current = lane
         assert lane.green is not None
+        torch._C._set_grad_enabled(False)  # where a lane begins; later it puts back its own
         try:
             with self:
                 lane.green.switch()
@@ -242,8 +243,6 @@ def walk(
         for side in (True, False) if clean else (False,):
             engine.lanes.append(_lane(network, number, side, batch, finish))
     visits = sum(len(stack.wiring) for stack in network.stacks)
-    before = _ThreadState()
-    torch._C._set_grad_enabled(False)
     stance = torch.compiler.set_stance("force_eager")
     try:
         with stance:
@@ -262,7 +261,6 @@ def walk(
     finally:
         engine.kill()
         engine.close()
-        before.restore()
         for hook in hooks:
             hook.remove()
 

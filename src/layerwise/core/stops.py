@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from greenlet import greenlet
 from torch import Tensor
 
@@ -78,7 +79,7 @@ class Stop:
 
     def weight(self, matrix: Matrix) -> Tensor:
         """The matrix as stored, `[out, in]`."""
-        return matrix.view(self.walk.parameters[matrix.parameter])
+        return matrix.view(self.walk.parameters[matrix.parameter].detach())
 
     def substitute(self, matrix: Matrix, value: Tensor) -> None:
         """Let the edited lanes use this value, `[out, in]`, from now on in this layer."""
@@ -95,7 +96,7 @@ class Stop:
         """Run the layer on a lane's call once more, outside of the walk."""
         kept, self.walk.edits = self.walk.edits, self.walk.edits if edits is None else edits
         try:
-            with self.walk:
+            with self.walk, torch.no_grad():
                 return self.layer.module(*lane.args, **lane.kwargs)
         finally:
             self.walk.edits = kept
