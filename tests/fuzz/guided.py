@@ -117,8 +117,10 @@ def fuzz(name: str, out: Path, seconds: int) -> None:
 
 def main(out: str, seconds: str, *names: str) -> None:
     """All targets one after the other, each in its process."""
+    import atheris  # pyright: ignore[reportMissingImports]
     from targets import TARGETS
 
+    assert atheris
     Path(out).mkdir(parents=True, exist_ok=True)
     for name in names or TARGETS:
         with Path(out, f"{name}.log").open("w") as log:

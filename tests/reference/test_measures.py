@@ -106,7 +106,7 @@ def test_moments_are_sums_of_shifted_rows() -> None:
     x = torch.stack([before[0], before[2]]).reshape(-1, 2).double()
     y = torch.stack([after[0], after[2]]).reshape(-1, 2).double()
     covariance = (x - x.mean(0)).T @ (y - y.mean(0)) / 8
-    torch.testing.assert_close(even.covariance(0, 1), covariance, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(even.covariance(0, 1), covariance, rtol=1e-6, atol=1e-6)
     both = even.plus(odd)
     shifted = (before - before[0].mean(0)).reshape(-1, 2), (after - after[0].mean(0)).reshape(-1, 2)
     for mine, other in zip(both[:-1], moments_of(*shifted)[:-1], strict=True):
@@ -223,7 +223,7 @@ def test_probabilities_are_those_of_the_eager_network(tiny, kind: str) -> None:
     observe(layerwise.open(tiny(kind)), [{"input_ids": ids, "attention_mask": mask}], {"p": probe})
     for calls, expected in zip(seen, given, strict=True):
         for document, length in enumerate((8, 5)):
-            p = calls[0].probabilities(document, torch.arange(length))
+            p = calls[0].probabilities(torch.arange(length).expand(2, -1))[document]
             torch.testing.assert_close(p, expected[document, :, :length], rtol=1e-4, atol=1e-5)
 
 

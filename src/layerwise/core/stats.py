@@ -16,7 +16,7 @@ from layerwise.core.machine import on_disk
 from layerwise.core.network import Network
 from layerwise.core.stack import Stack
 from layerwise.core.stops import Batch, Lane, Rows, Stop, hidden
-from layerwise.core.stream import Added, Attention, StreamWatch, measured
+from layerwise.core.stream import Added, Attention, StreamWatch, changed
 from layerwise.core.tokens import by_token
 
 
@@ -29,7 +29,8 @@ class Seen(NamedTuple):
     same tokens there (a router may send others). `fed` holds
     what other probes emitted for this batch, and `replay` runs the layer once more on it. `added`
     is what every part added to the stream, `attention` the attention calls of the layer, for
-    probes that `watch` them; `owners` the document in the batch of every row of an input group,
+    probes that `watch` them; `total` how many tokens all documents have, where that is known;
+    `owners` the document in the batch of every row of an input group,
     where its rows are the layer's tokens. `whole` is what the layer as a whole adds, measured once
     for all probes.
     """
@@ -44,13 +45,14 @@ class Seen(NamedTuple):
     attention: Sequence[Attention] = ()
     owners: Tensor | None = None
     whole: Callable[[], Added] | None = None
+    total: int | None = None
 
     def update(self) -> Added:
         """Norms and inner product of the input and of the layer's whole update, token by token."""
         if self.whole is not None:
             return self.whole()
         assert self.output is not None
-        return measured(self.inputs, self.output - self.inputs)
+        return changed(self.inputs, self.output)
 
 
 class Probe(NamedTuple):
@@ -132,6 +134,7 @@ class Gathering:
         self._fed: dict[int, dict[str, Any]] = {}
         self._wanted = {kind for probe in probes.values() for kind in probe.watch}
         self._watch: StreamWatch | None = None
+        self._tokens = _tokens(batches)
         self._open = ExitStack()
 
     def look(self, stop: Stop) -> None:
@@ -178,8 +181,14 @@ class Gathering:
             replay=(lambda: stop.replay(lane)) if before else None,
             added=watch.additions(output) if watch and output is not None else {},
             attention=watch.attention[lane.batch] if watch else (),
-            whole=output if output is None else cache(lambda: measured(inputs, output - inputs)),
+            whole=output if output is None else cache(lambda: changed(inputs, output)),
+            total=self._total(lane.batch, inputs if output is None else output),
         )
+
+    def _total(self, batch: int, state: Tensor) -> int | None:
+        ids = self.batches[batch].get("input_ids")
+        same = ids is not None and ids.shape == by_token(state).shape[:2]
+        return self._tokens if same else None
 
     def _mask(self, batch: int, state: Tensor) -> Tensor | None:
         """The mask of the batch, if it is one of the positions of this stack."""
@@ -236,6 +245,17 @@ class Gathering:
             states = self.states[name]
             done[name] = {key: _filed(probe.finish(states.pop(key))) for key in list(states)}
         return Stats(done)
+
+
+def _tokens(batches: Sequence[Batch]) -> int | None:
+    """Tokens of all documents; none where a decoder has positions of its own."""
+    if any("input_ids" not in batch or "decoder_input_ids" in batch for batch in batches):
+        return None
+    masks = [batch.get("attention_mask") for batch in batches]
+    return sum(
+        batch["input_ids"].numel() if mask is None else int(mask.sum())
+        for batch, mask in zip(batches, masks, strict=True)
+    )
 
 
 def _filed(tree: Any) -> Any:

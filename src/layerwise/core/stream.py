@@ -12,7 +12,7 @@ from weakref import ref
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -28,6 +28,8 @@ SAME = {
     *(Tensor.to, Tensor.float, Tensor.type, Tensor.type_as, Tensor.clone, Tensor.contiguous),
     *(Tensor.view, Tensor.reshape, Tensor.flatten, torch.reshape, torch.flatten, F.dropout),
 }
+#: numbers of a state that are worked on at a time
+PIECE = 2**17
 NORMS = {F.layer_norm, F.rms_norm, torch.layer_norm}
 
 
@@ -49,17 +51,21 @@ class Attention(NamedTuple):
     causal: bool
     scale: float
 
-    def probabilities(self, document: int, rows: Tensor) -> Float[Tensor, "head rows keys"]:
-        """`softmax(q k^T scale + mask)` at some positions of one document, in float32."""
-        q, k = self.query[document][:, rows].float(), self.key[document].float()
-        k = k.repeat_interleave(q.shape[0] // k.shape[0], dim=0)
-        scores = q @ k.mT * self.scale
+    def probabilities(
+        self, rows: Int[Tensor, "batch rows"]
+    ) -> Float[Tensor, "batch head rows keys"]:
+        """`softmax(q k^T scale + mask)` at some positions of every document, in float32."""
+        each = torch.arange(len(rows), device=rows.device)[:, None]
+        q = self.query.transpose(1, 2)[each, rows].transpose(1, 2).float()
+        groups = q.shape[1] // self.key.shape[1]  # heads that share keys are rows of one product
+        shared = q.unflatten(1, (-1, groups)).flatten(2, 3) @ self.key.float().mT * self.scale
+        scores = shared.unflatten(2, (groups, -1)).flatten(1, 2)
         if self.causal:
-            ahead = torch.arange(scores.shape[-1], device=q.device) > rows[:, None]
+            ahead = torch.arange(scores.shape[-1], device=q.device) > rows[:, None, :, None]
             scores = scores.masked_fill(ahead, -torch.inf)
         if self.mask is not None:
             whole = (*self.query.shape[:3], self.key.shape[2])
-            mask = self.mask.expand(whole)[document][:, rows]
+            mask = self.mask.expand(whole).transpose(1, 2)[each, rows].transpose(1, 2)
             free = mask.dtype == torch.bool
             scores = scores.masked_fill(~mask, -torch.inf) if free else scores + mask
         return scores.softmax(-1).nan_to_num()
@@ -240,7 +246,16 @@ def _numbered(part: str) -> Iterable[str]:
 def measured(stream: Tensor, added: Tensor) -> Added:
     """Norms and inner product, token by token, of a stream and of what is added to it."""
     x, y = ((t if t.ndim < 4 else by_token(t)).float() for t in (stream, added))
-    return Added(x.norm(dim=-1), y.norm(dim=-1), torch.einsum("...d,...d->...", x, y))
+    return Added(x.norm(dim=-1), y.norm(dim=-1), (x * y).sum(-1))
+
+
+def changed(before: Tensor, after: Tensor) -> Added:
+    """`measured(before, after - before)`, in pieces whose difference fits a processor's cache."""
+    rows = [by_token(x) for x in (before, after)]
+    shape, size = rows[0].shape[:2], max(1, PIECE // rows[0].shape[2])
+    pieces = zip(*(x.flatten(0, 1).split(size) for x in rows), strict=True)
+    found = [measured(x, y - x) for x, y in pieces]
+    return Added(*(torch.cat(x).reshape(shape) for x in zip(*found, strict=True)))
 
 
 def _attention(

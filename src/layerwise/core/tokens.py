@@ -4,6 +4,7 @@ All are sums or sets that do not depend on how the documents were cut into batch
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -67,6 +68,7 @@ def drawn(
     keep: Bool[Tensor, "batch seq"],
     count: int,
     hold: Callable[[Tensor], tuple[Tensor, ...]],
+    total: int | None = None,
 ) -> Drawn:
     """The `count` tokens of smallest priority among those drawn so far and some new documents.
 
@@ -76,12 +78,13 @@ def drawn(
         count: how many tokens are wanted.
         hold: what is held of tokens, a row each, from their places in the flattened batch; asked
             only for those that are among the smallest so far.
+        total: how many tokens all documents have together, where that is known: priorities are
+            evenly spread, so that those far above the share that is wanted need not be held.
     """
-    where = places(keep, so_far.documents).cpu()
+    where, ranks = _ranked(keep.cpu(), so_far.documents)
     flat = keep.reshape(-1).nonzero()[:, 0]
-    ranks = priorities(where)
-    full = len(so_far.ranks) >= count
-    able = (ranks < so_far.ranks.max()).nonzero()[:, 0] if full else torch.arange(len(ranks))
+    most = so_far.ranks.max() if len(so_far.ranks) >= count else _bound(count, total)
+    able = (ranks < most).nonzero()[:, 0]
     new = able[smallest(ranks[able], count)]
     if not len(new) and so_far.held:
         return so_far._replace(documents=so_far.documents + len(keep))
@@ -93,6 +96,27 @@ def drawn(
     best = smallest(ranks, count)
     rows = tuple(x[best] for x in joined)
     return Drawn(so_far.documents + len(keep), ranks[best], where[best], rows)
+
+
+def _ranked(keep: Bool[Tensor, "batch seq"], documents: int) -> tuple[Tensor, Tensor]:
+    """Places and priorities, computed once for all layers where nothing is padding."""
+    if keep.all():
+        return _ranked_whole(tuple(keep.shape), documents)
+    where = places(keep, documents)
+    return where, priorities(where)
+
+
+@lru_cache(maxsize=64)
+def _ranked_whole(shape: tuple[int, int], documents: int) -> tuple[Tensor, Tensor]:
+    where = places(torch.ones(shape, dtype=torch.bool), documents)
+    return where, priorities(where)
+
+
+def _bound(count: int, total: int | None) -> int:
+    """A priority that `count` of `total` tokens are below, but for one case in a thousand million:
+    six standard deviations more than are wanted."""
+    wanted = count + 6 * count**0.5 + 18
+    return 2**63 - 1 if total is None or wanted >= total else int(wanted / total * 2**63)
 
 
 def smallest(ranks: Int[Tensor, " tokens"], count: int) -> Int[Tensor, " chosen"]:
@@ -114,14 +138,16 @@ class Sample(NamedTuple):
 class Moments(NamedTuple):
     """Sums over paired rows `x`, `y`, joined to `z = [x, y]`, in float64.
 
-    With `r = (|x|^2, |y|^2)`: the number of rows, `sum z`, `sum z z^T`, `sum r`, `sum r r^T`,
-    `sum z r^T`, the width of `x`, and what was subtracted from `z` first. Enough for linear CKA,
-    CCA and least squares of y on x.
+    With `r = (|x|^2, |y|^2)`: the number of rows, `sum z`, `sum x x^T`, `sum x y^T`, `sum y y^T`,
+    `sum r`, `sum r r^T`, `sum z r^T`, the width of `x`, and what was subtracted from `z` first.
+    Enough for linear CKA, CCA and least squares of y on x.
     """
 
     count: int
     total: Float[Tensor, " both"]
-    product: Float[Tensor, "both both"]
+    left: Float[Tensor, "left left"]
+    cross: Float[Tensor, "left right"]
+    right: Float[Tensor, "right right"]
     norms: Float[Tensor, " two"]
     norm_product: Float[Tensor, "two two"]
     weighted: Float[Tensor, "both two"]
@@ -137,11 +163,16 @@ class Moments(NamedTuple):
         """Where `x` (0) or `y` (1) is in `z`."""
         return slice(0, self.width) if which == 0 else slice(self.width, None)
 
+    def product(self, i: int, j: int) -> Float[Tensor, "left right"]:
+        """Sum of the products of two sides."""
+        if i == j:
+            return self.right if i else self.left
+        return self.cross.T if i else self.cross
+
     def covariance(self, i: int, j: int) -> Float[Tensor, "left right"]:
         """Centred second moment between two sides, divided by the number of rows."""
         mean = self.total / self.count
-        product = self.product[self.side(i), self.side(j)] / self.count
-        return product - torch.outer(mean[self.side(i)], mean[self.side(j)])
+        return self.product(i, j) / self.count - torch.outer(mean[self.side(i)], mean[self.side(j)])
 
 
 def moments_of(
@@ -151,16 +182,18 @@ def moments_of(
 ) -> Moments:
     """The moments of paired rows, less a shift of either side.
 
+    Products are those of the rows' own type, at least float32.
+
     Example:
         >>> m = moments_of(torch.tensor([[1.0], [3.0]]), torch.tensor([[2.0], [0.0]]))
         >>> m.covariance(0, 1)
         tensor([[-1.]], dtype=torch.float64)
     """
-    z = torch.cat([x, y], 1).double()
-    start = torch.cat(shift).double() if shift else z.new_zeros(z.shape[1])
-    z = z - start
-    a, b = z[:, : x.shape[1]], z[:, x.shape[1] :]
+    kind = torch.promote_types(x.dtype, torch.float32)
+    start = torch.cat(shift).double() if shift else x.new_zeros(x.shape[1] + y.shape[1]).double()
+    less = start.to(kind).split([x.shape[1], y.shape[1]])
+    a, b = x.to(kind) - less[0], y.to(kind) - less[1]
     r = torch.stack([a.square().sum(1), b.square().sum(1)], 1)
-    upper = a.T @ z  # what is below the diagonal is known by then
-    product = torch.cat([upper, torch.cat([upper[:, x.shape[1] :].T, b.T @ b], 1)])
-    return Moments(len(z), z.sum(0), product, r.sum(0), r.T @ r, z.T @ r, x.shape[1], start)
+    total, weighted = torch.cat([a.sum(0), b.sum(0)]), torch.cat([a.T @ r, b.T @ r])
+    sums = total, a.T @ a, a.T @ b, b.T @ b, r.sum(0), r.T @ r, weighted
+    return Moments(len(a), *(s.double() for s in sums), x.shape[1], start)

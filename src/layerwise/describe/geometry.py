@@ -126,7 +126,8 @@ def local_map(
     """
     at = x if at is None else at
     near = neighbours(at, x, count)
-    above, below = (x[near] * y[near]).sum(1), x[near].square().sum(1)
+    chosen = x.new_zeros(len(at), len(x)).scatter_(1, near, 1)
+    above, below = chosen @ (x * y), chosen @ x.square()
     return at * above / (below + 1e-3 * below.mean(1, keepdim=True) + 1e-300)
 
 

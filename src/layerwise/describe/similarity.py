@@ -57,7 +57,7 @@ def hsic(m: Moments, i: int, j: int) -> Float[Tensor, ""]:
     `[tr(KL) + (1'K1)(1'L1) / ((n-1)(n-2)) - 2/(n-2) 1'KL1] / (n (n-3))`, diagonals 0.
     """
     n, s, r = m.count, m.total[m.side(i)], m.total[m.side(j)]
-    cross, both = m.product[m.side(i), m.side(j)], m.norm_product[i, j]
+    cross, both = m.product(i, j), m.norm_product[i, j]
     trace = cross.square().sum() - both
     sums = (s @ s - m.norms[i], r @ r - m.norms[j])
     middle = s @ cross @ r - s @ m.weighted[m.side(i), j] - r @ m.weighted[m.side(j), i] + both
@@ -165,18 +165,17 @@ def match_map(
         `|X W + b - Y|^2` over `|Y|^2`, and over `|Y - mean|^2`.
     """
     train, test = ~held_out, held_out
-    grams, sizes = [], []
+    sides, sizes = [], []
     for y in right:
-        centred = y - y[train].mean(0)
-        grams.append(centred @ centred.T)
+        known, true = y[train] - y[train].mean(0), y[test] - y[train].mean(0)
+        sides.append((known @ known.T, true @ known.T, true.square().sum()))
         sizes.append((y[test].square().sum(), (y[test] - y[test].mean(0)).square().sum()))
     raw = torch.zeros(len(left), len(right), dtype=torch.float64)
     centred_error = raw.clone()
     for i, x in enumerate(left):
         hat = ridge_hat(x[train] - x[train].mean(0), x[test] - x[train].mean(0), ridge)
-        for j, gram in enumerate(grams):
-            error = gram[test][:, test].trace() - 2 * (hat * gram[test][:, train]).sum()
-            error = (error + ((hat @ gram[train][:, train]) * hat).sum()).clamp_min(0)
+        for j, (known, cross, square) in enumerate(sides):  # |hat y - true|^2, multiplied out
+            error = (square + ((hat @ known - 2 * cross) * hat).sum()).clamp_min(0)
             raw[i, j], centred_error[i, j] = (error / s.clamp_min(1e-300) for s in sizes[j])
     return raw, centred_error
 

@@ -21,8 +21,9 @@ Paired = tuple[int, int, tuple[Tensor, Tensor] | None, tuple[Moments | None, Mom
 def stream_moments(*, per_dimension: int = 20) -> Probe:
     """Moments of tokens before (`x`) and after (`y`) a layer, of even and of odd documents.
 
-    In float64, both sides shifted by the mean of the first document, which changes nothing that is
-    invariant to a shift but saves digits. `4 dim^2` multiplications per token, a third of a layer.
+    Both sides shifted by the mean of the first document, which changes nothing that is invariant
+    to a shift but saves digits; products of the documents of a batch in float32, their sums in
+    float64. `3 dim^2` multiplications per token, a quarter of a layer.
 
     Args:
         per_dimension: tokens that are enough for each dimension of the state: documents are looked
@@ -58,11 +59,12 @@ def stream_moments(*, per_dimension: int = 20) -> Probe:
         if shift is None:
             shift = (x[0][keep[0]].double().mean(0), y[0][keep[0]].double().mean(0))
         found = list(folds)
-        for i, here in enumerate(keep):  # one by one, they fit a processor's cache
-            fold = (documents + i) % 2
-            new = moments_of(x[i][here], y[i][here], shift)
-            before = found[fold]
-            found[fold] = new if before is None else before.plus(new)
+        for fold in (0, 1):
+            mine = slice((fold - documents) % 2, None, 2)
+            if keep[mine].any():
+                new = moments_of(x[mine][keep[mine]], y[mine][keep[mine]], shift)
+                before = found[fold]
+                found[fold] = new if before is None else before.plus(new)
         return documents + len(keep), tokens + int(keep.sum()), shift, (found[0], found[1])
 
     def finish(state: Paired) -> tuple[Moments, ...]:
@@ -186,27 +188,28 @@ def position_parts(*, skip_first: bool = True) -> Probe:
     def update(state: Grids, seen: Seen) -> Grids:
         assert seen.output is not None
         rows, keep = by_token(seen.output), kept(seen.output, seen.mask)
-        found = dict(state)
-        for document, mine in zip(rows, keep, strict=True):
-            x = (document if mine.all() else document[mine])[int(skip_first) :].float()
-            found[len(x)] = _joined(found.get(len(x)), x)
+        found, begin = dict(state), int(skip_first)
+        alike = [rows] if keep.all() else [x[m][None] for x, m in zip(rows, keep, strict=True)]
+        for documents in (x[:, begin:].float() for x in alike):
+            length = documents.shape[1]
+            found[length] = _joined(found.get(length), documents)
         return found
 
     return Probe("layer", lambda key: {}, update, split_positions, figures=True)
 
 
-def _joined(before: Grid | None, x: Float[Tensor, "positions dim"]) -> Grid:
-    """The sums with one more document; products and squares in float32."""
+def _joined(before: Grid | None, x: Float[Tensor, "documents positions dim"]) -> Grid:
+    """The sums with more documents of one length; those of one batch in float32."""
     if before is None:
-        zero = torch.zeros_like(x, dtype=torch.float64)
-        before = Grid(x.mean(0), zero, (), 0.0, zero.new_zeros(x.shape[1], x.shape[1]))
+        zero = torch.zeros_like(x[0], dtype=torch.float64)
+        before = Grid(x[0].mean(0), zero, (), 0.0, zero.new_zeros(x.shape[2], x.shape[2]))
     x = x - before.shift
-    early = len(before.means) < PRODUCTS
+    early = x[: max(PRODUCTS - len(before.means), 0)].flatten(0, 1)
     return before._replace(
-        positions=before.positions + x,
-        means=(*before.means, x.mean(0, dtype=torch.float64)),
-        squares=before.squares + x.norm().item() ** 2,
-        products=before.products + (x.T @ x).double() if early else before.products,
+        positions=before.positions + x.sum(0),
+        means=(*before.means, *x.mean(1).double()),
+        squares=before.squares + x.flatten(1).norm(dim=1).double().square().sum().item(),
+        products=before.products + (early.T @ early).double() if len(early) else before.products,
     )
 
 

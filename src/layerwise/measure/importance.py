@@ -8,7 +8,7 @@ from layerwise.core.method import method
 from layerwise.core.stats import Probe, Seen
 from layerwise.core.stream import Attention, AttentionWatch
 
-#: rows of the attention matrix that are held at a time
+#: rows of the attention matrix that are held at a time, of all documents
 ROWS = 256
 #: weights of the last batch, sum of the shares of all documents, and how many there were
 State = tuple[Tensor | None, float, int]
@@ -81,10 +81,8 @@ def normalised(
 
 def _received(call: Attention, mask: Tensor) -> Float[Tensor, "batch seq"]:
     """Attention that every key receives from all heads and from the queries that count."""
-    size = call.key.shape[-2]
     found = torch.zeros(mask.shape, device=mask.device)
-    for document in range(len(found)):
-        for rows in torch.arange(size, device=mask.device).split(ROWS):
-            kept = rows[mask[document][rows].bool()]
-            found[document] += call.probabilities(document, kept).sum((0, 1))
+    for rows in torch.arange(mask.shape[1], device=mask.device).split(max(1, ROWS // len(mask))):
+        p = call.probabilities(rows.expand(len(mask), -1))
+        found += torch.einsum("bhrk,br->bk", p, mask[:, rows].to(p.dtype))
     return found

@@ -1,6 +1,7 @@
 """What a layer does to the residual stream, measured between its input and its output."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from layerwise.core.method import method
 from layerwise.core.stats import Probe, Seen
-from layerwise.core.stream import Added, measured
+from layerwise.core.stream import Added
 from layerwise.core.tokens import by_token, kept
 
 
@@ -40,7 +41,8 @@ def _mean(state: tuple[float, int]) -> float:
 def residual_cosine(*, tokens: Literal["all", "last"] = "all") -> Probe:
     """Mean cosine between a layer's input and output, token by token.
 
-    `mean_t cos(h_in[t], h_out[t])` in float64; the layer's own output, before any final norm.
+    `mean_t cos(h_in[t], h_out[t])` from the norms and the inner product of the input and of the
+    update, which keeps the digits of what is near 1; the layer's own output, before any final norm.
 
     Args:
         tokens: every token that is not masked, or the last of each sequence.
@@ -61,11 +63,17 @@ def residual_cosine(*, tokens: Literal["all", "last"] = "all") -> Probe:
     def update(state: tuple[float, int], seen: Seen) -> tuple[float, int]:
         if seen.output is None or seen.output.shape != seen.inputs.shape:
             return state
-        x, y, dot = measured(seen.inputs, seen.output)
-        cosine = (dot / (x * y).clamp_min(1e-16)).double()[counted(seen, tokens)]
+        cosine = _kept_direction(seen.update())[counted(seen, tokens)]
         return state[0] + cosine.sum().item(), state[1] + len(cosine)
 
     return Probe("layer", lambda key: (0.0, 0), update, _mean, figures=True)
+
+
+def _kept_direction(added: Added) -> Float[Tensor, "batch seq"]:
+    """`cos(x, x + a)` in float64."""
+    x, a, dot = (value.double() for value in added)
+    after = (x * x + 2 * dot + a * a).clamp_min(0).sqrt()
+    return (x * x + dot) / (x * after).clamp_min(1e-16)
 
 
 @method("measure")
@@ -124,11 +132,11 @@ def depth_use() -> Probe:
         if seen.output is None or seen.output.shape != seen.inputs.shape:
             return state
         keep = kept(seen.inputs, seen.mask)
-        first = keep & (keep.long().cumsum(1) == 1)
-        layer = {"layer": seen.update()}
+        if not keep.any():
+            return state
+        parts = {**seen.added, "layer": seen.update()}
         found = dict(state)
-        for part, added in {**seen.added, **layer}.items():
-            here = torch.stack([_summed(added, keep), _summed(added, keep & ~first)])
+        for part, here in zip(parts, _summed(list(parts.values()), keep), strict=True):
             before = found.get(part, torch.zeros_like(here))
             largest = torch.maximum(before[:, 3:], here[:, 3:])
             found[part] = torch.cat([before[:, :3] + here[:, :3], largest], 1)
@@ -147,13 +155,17 @@ def depth_use() -> Probe:
     return Probe("layer", lambda key: {}, update, finish, watch=("added",), figures=True)
 
 
-def _summed(added: Added, keep: Tensor) -> Float[Tensor, " four"]:
-    stream, gift, dot = (x[keep].double().cpu() for x in added)
-    ratio = gift / stream.clamp_min(1e-6)
-    cosine = dot / (gift * stream).clamp_min(1e-12)
-    largest = ratio.max() if len(ratio) else torch.zeros((), dtype=torch.float64)
-    count = torch.tensor(float(len(ratio)), dtype=torch.float64)
-    return torch.stack([count, ratio.sum(), cosine.sum(), largest])
+def _summed(
+    parts: Sequence[Added], keep: Bool[Tensor, "batch seq"]
+) -> Float[Tensor, "parts two four"]:
+    every = torch.stack([torch.stack(tuple(added)) for added in parts])[..., keep].double()
+    stream, gift, dot = every.unbind(1)  # [parts, tokens]
+    ratio, one = gift / stream.clamp_min(1e-6), torch.ones_like(stream)
+    each = torch.stack([one, ratio, dot / (gift * stream).clamp_min(1e-12)], 1)
+    rest = (keep.long().cumsum(1) > 1)[keep]
+    rows = torch.stack([torch.ones_like(rest), rest]).double()
+    largest = (ratio[:, None] * rows).amax(2, keepdim=True)
+    return torch.cat([(each @ rows.T).mT, largest], 2).cpu()
 
 
 @method("measure", paper="arXiv:2406.15786")
@@ -179,9 +191,7 @@ def part_cosine() -> Probe:
     def update(state: dict[str, tuple[float, int]], seen: Seen) -> dict[str, tuple[float, int]]:
         found, keep = dict(state), kept(seen.inputs, seen.mask)
         for part, measures in seen.added.items():
-            x, a, dot = (value[keep].double() for value in measures)
-            after = (x * x + 2 * dot + a * a).clamp_min(0).sqrt()
-            cosine = (x * x + dot) / (x * after).clamp_min(1e-16)
+            cosine = _kept_direction(measures)[keep]
             total, count = found.get(part, (0.0, 0))
             found[part] = total + cosine.sum().item(), count + len(cosine)
         return found

@@ -11,6 +11,8 @@ from layerwise.core.stats import Probe, Seen
 from layerwise.core.stream import Attention
 from layerwise.core.tokens import NONE_DRAWN, Drawn, drawn, kept
 
+#: rows of the attention matrix that are held at a time, of all documents
+ROWS = 128
 #: sampled rows with their entropies per head and inner products of heads; documents, tokens
 Heads = tuple[Drawn, int, int]
 
@@ -19,7 +21,7 @@ Heads = tuple[Drawn, int, int]
 def head_patterns(*, tokens: int = 512) -> Probe:
     r"""How alike the attention heads of a layer are, and how spread out each one looks.
 
-    `entropy` is the mean over rows and heads of `-sum_j P log(P + 1e-12)` in nats,
+    `entropy` is the mean over rows and heads of `-sum_j P log P` in nats,
     `entropy_spread` its standard deviation between heads; `cosine` the mean cosine between the
     patterns of two heads, over all rows; `gap` the gap between the two largest eigenvalues of the
     matrix of cosines. Two heads of random scores have a cosine of `floor` at this length if they
@@ -47,7 +49,7 @@ def head_patterns(*, tokens: int = 512) -> Probe:
         if not calls:
             return state
         keep = kept(seen.inputs, seen.mask)
-        rows = drawn(state[0], keep, tokens, lambda at: _looks(calls[0], at, shape[1]))
+        rows = drawn(state[0], keep, tokens, lambda at: _looks(calls[0], at, shape[1]), seen.total)
         return rows, state[1] + len(keep), state[2] + int(keep.sum())
 
     def finish(state: Heads) -> dict[str, float]:
@@ -70,17 +72,23 @@ def head_patterns(*, tokens: int = 512) -> Probe:
     return Probe("layer", lambda key: start, update, finish, watch=("attention",), figures=True)
 
 
-def _looks(call: Attention, at: Tensor, length: int) -> tuple[Tensor, Tensor]:
+def _looks(call: Attention, at: Tensor, length: int) -> tuple[Tensor, ...]:
     """Entropies `[rows, head]` and inner products `[rows, head, head]` at places of a batch."""
-    heads = call.query.shape[1]
-    entropy = torch.zeros(len(at), heads, device=at.device)
-    gram = torch.zeros(len(at), heads, heads, device=at.device)
-    for document in (at // length).unique().tolist():
-        mine = at // length == document
-        p = call.probabilities(document, at[mine] % length).transpose(0, 1)  # [rows, head, keys]
-        entropy[mine] = -(p * (p + 1e-12).log()).sum(2)
-        gram[mine] = p @ p.mT
-    return entropy, gram
+    document, row = at // length, at % length
+    count = document.bincount(minlength=len(call.query))
+    order = document.argsort(stable=True)
+    place = torch.arange(len(at), device=at.device) - (count.cumsum(0) - count)[document[order]]
+    rows = at.new_zeros(len(count), max(int(count.max()), 1))  # as many of every document
+    rows[document[order], place] = row[order]
+    looks = [_look(call, some) for some in rows.split(max(1, ROWS // len(rows)), dim=1)]
+    mine = torch.empty_like(at)
+    mine[order] = document[order] * rows.shape[1] + place
+    return tuple(torch.cat(x, 1).flatten(0, 1)[mine] for x in zip(*looks, strict=True))
+
+
+def _look(call: Attention, rows: Tensor) -> tuple[Tensor, Tensor]:
+    p = call.probabilities(rows).transpose(1, 2)  # [document, rows, head, keys]
+    return torch.special.entr(p).sum(3), p @ p.mT
 
 
 @cache

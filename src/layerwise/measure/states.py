@@ -36,9 +36,8 @@ def token_sample(*, tokens: int = 512) -> Probe:
         before, after = (by_token(x).flatten(0, 1) for x in (seen.inputs, seen.output))
         same = len(before) == len(after)  # none before where the layer moves positions
         before = before if same else after.new_zeros(len(after), 0)
-        return drawn(
-            state, kept(seen.output, seen.mask), tokens, lambda at: (before[at], after[at])
-        )
+        keep = kept(seen.output, seen.mask)
+        return drawn(state, keep, tokens, lambda at: (before[at], after[at]), seen.total)
 
     def finish(state: Drawn) -> Sample:
         ordered = state.ordered()
@@ -144,8 +143,10 @@ def pool(
 ) -> Float[Tensor, "batch dim"]:
     """One row per document."""
     if how == "mean":
-        share = keep[..., None].double()
-        return (rows.double() * share).sum(1) / share.sum(1).clamp_min(1)
+        count = keep.sum(1, keepdim=True).clamp_min(1)
+        rows = rows if keep.all() else rows.masked_fill(~keep[..., None], 0)
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        return rows.sum(1, dtype=wide).double() / count
     if how == "unit":
         centred = rows.double() - pool(rows, keep, "mean")[:, None]
         return pool(torch.nn.functional.normalize(centred, dim=-1), keep, "mean")
