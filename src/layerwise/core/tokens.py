@@ -194,6 +194,15 @@ def moments_of(
     less = start.to(kind).split([x.shape[1], y.shape[1]])
     a, b = x.to(kind) - less[0], y.to(kind) - less[1]
     r = torch.stack([a.square().sum(1), b.square().sum(1)], 1)
-    total, weighted = torch.cat([a.sum(0), b.sum(0)]), torch.cat([a.T @ r, b.T @ r])
-    sums = total, a.T @ a, a.T @ b, b.T @ b, r.sum(0), r.T @ r, weighted
-    return Moments(len(a), *(s.double() for s in sums), x.shape[1], start)
+    return Moments(
+        count=len(a),
+        total=torch.cat([a.sum(0), b.sum(0)]).double(),
+        left=(a.T @ a).double(),
+        cross=(a.T @ b).double(),
+        right=(b.T @ b).double(),
+        norms=r.sum(0).double(),
+        norm_product=(r.T @ r).double(),
+        weighted=torch.cat([a.T @ r, b.T @ r]).double(),
+        width=x.shape[1],
+        shift=start,
+    )
