@@ -30,6 +30,10 @@ Sparsity = Annotated[str, typer.Option(help="Share of the weights that is to be 
 Parts = Annotated[str, typer.Option(help="Count parts, not layers: attention, mlp, attention+mlp.")]
 Flops = Annotated[str, typer.Option(help="Share of the products per token that may remain: 70%.")]
 Speed = Annotated[str, typer.Option(help="How many times as fast it decodes here: 1.3x.")]
+Kl = Annotated[
+    float | None,
+    typer.Option("--kl", help="As small as it gets with a KL, in nats per token, of at most 0.05."),
+]
 Allow = Annotated[
     str,
     typer.Option(help="What the budget may take: bits,rank,sparsity,layer; or width,layer."),

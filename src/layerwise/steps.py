@@ -25,14 +25,15 @@ def request_of(given: dict[str, Any]) -> Any:
     from layerwise.core.folder import find_folder
     from layerwise.core.plan import DataSpec, settings
     from layerwise.jobs.plan import Request
-    from layerwise.jobs.session import Budget, parse_bits, parse_bytes, parse_share, parse_speed
+    from layerwise.jobs.session import Budget, parse_bytes, parse_positive, parse_share, parse_speed
 
-    units = ("size", "bytes_", "bits", "depth", "sparsity", "flops", "speed")
+    units = ("size", "bytes_", "bits", "depth", "sparsity", "flops", "speed", "kl")
     named = [n for n in units if given[n] not in ("", None)]
     if len(named) != 1:
         raise LayerwiseError(
             "budget",
-            allowed="exactly one of --size, --bytes, --bits, --depth, --sparsity, --flops, --speed",
+            allowed="exactly one of --size, --bytes, --bits, --depth, --sparsity, --flops, "
+            "--speed, --kl",
             found=", ".join("--" + n.rstrip("_") for n in named) or "none",
             fix="give one, such as --size 25%",
         )
@@ -42,11 +43,12 @@ def request_of(given: dict[str, Any]) -> Any:
     budget = Budget(
         parse_share(given["size"], "--size") if given["size"] else None,
         parse_bytes(given["bytes_"]) if given["bytes_"] else None,
-        parse_bits(given["bits"]) if given["bits"] is not None else None,
+        parse_positive(given["bits"], "--bits", 3.5) if given["bits"] is not None else None,
         depth,
         parse_share(given["sparsity"], "--sparsity") if given["sparsity"] else None,
         parse_share(given["flops"], "--flops") if given["flops"] else None,
         parse_speed(given["speed"]) if given["speed"] else None,
+        parse_positive(given["kl"], "--kl", 0.05) if given["kl"] is not None else None,
     )
     faster = given["flops"] or given["speed"]
     allow = given["allow"] or ("width,layer" if faster else "bits")
@@ -115,6 +117,10 @@ def run_plan(output: Output, request: Any) -> Any:
 def edge_of(rows: Any) -> str:
     """The plans that were weighed, in a few words."""
     taken = [" (taken)" if row["chosen"] else "" for row in rows]
+    if "high" in rows[0]:
+        words = [f"{r['plan']}: {r['expected']:.3g}, at most {r['high']:.3g}" for r in rows]
+        told = "; ".join(map("".join, zip(words, taken, strict=True)))
+        return f"KL of plans on the way, solved on a little text: {told}"
     if "plan" in rows[0]:
         words = [f"{row['plan']}: {row['expected']:.4g}" for row in rows]
         if rows[0]["speed"]:

@@ -91,7 +91,7 @@ class DataSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 #: a plan of a model with 10,000 matrices has some 100,000 values
 MOST_VALUES = 10**7
 #: units of a budget
-UNITS = ("size", "bytes", "bits", "depth", "sparsity", "flops", "speed")
+UNITS = ("size", "bytes", "bits", "depth", "sparsity", "flops", "speed", "kl")
 
 
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 from layerwise.core.chain import kind_left
 from layerwise.core.damage import (
@@ -39,7 +40,11 @@ def plan_bits(
     progress: Progress,
     scores: Scores | None = None,
 ) -> Planned:
-    """A chain per fusion group, exact costs within the budget; scores may be known already."""
+    """A chain per fusion group, exact costs within the budget; scores may be known already.
+
+    Raises:
+        LayerwiseError: the budget cannot be met.
+    """
     menus, groups = make_menus(request, network, target), {g.key: g for g in units(network, target)}
     if request.score and find(request.score).family == "search":
         limit = limit_for(request, network, menus, groups, target)
@@ -48,6 +53,28 @@ def plan_bits(
         return planned._replace(note=str(found))
     menus = worth_it(menus)
     limit = limit_for(request, network, menus, groups, target)
+    offer = priced(request, network, target, menus, groups, progress, scores)
+    return allocated(request, network, target, offer, limit)
+
+
+class Offer(NamedTuple):
+    """What every group may get, what that is believed to cost in nats, and the scores behind it."""
+
+    menus: Mapping[str, Menu]
+    damage: Damage
+    scores: Scores | None
+
+
+def priced(
+    request: Request,
+    network: Network,
+    target: Target,
+    menus: Mapping[str, Menu],
+    groups: Mapping[str, Group],
+    progress: Progress,
+    scores: Scores | None = None,
+) -> Offer:
+    """Menus with the damage of every option."""
     allocator = find(request.allocator, "allocate")
     name = request.score or ("sensitivity" if "scores" in allocator.needs else "")
     if scores is None and name and allocator.needs:
@@ -56,9 +83,17 @@ def plan_bits(
     damage = predicted(network, menus, groups, scores, progress, errors)
     if errors is None and len({kind_left(o.chain[-1]) for o in options_of(menus)}) > 1:
         damage = as_solved(damage, menus, request, network)
+    return Offer(menus, damage, scores)
+
+
+def allocated(
+    request: Request, network: Network, target: Target, offer: Offer, limit: int
+) -> Planned:
+    """What the allocator takes of an offer within a limit, in the unit of the budget."""
+    allocator = find(request.allocator, "allocate")
     choose = allocator.bind(request.options(allocator.name))
-    choice = choose(damage, in_unit(menus, request), limit)
-    return assemble(request, network, target, menus, damage, choice, scores)
+    choice = choose(offer.damage, in_unit(offer.menus, request), limit)
+    return assemble(request, network, target, offer.menus, offer.damage, choice, offer.scores)
 
 
 def options_of(menus: Mapping[str, Menu]) -> Iterator[Option]:

@@ -5,19 +5,25 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from msgspec import structs
+
 from layerwise.core.fold import Fold, Folds
 from layerwise.core.journal import Journal
 from layerwise.core.network import Network
 from layerwise.core.open import open_network, refolded, unrolled
 from layerwise.core.plan import Plan
 from layerwise.core.quality import Quality, measure_quality
-from layerwise.core.reader import windows
+from layerwise.core.reader import samples_of, windows
 from layerwise.core.stack import Layer
 from layerwise.core.weight import Weight
 from layerwise.export import TARGETS
+from layerwise.jobs.request import Request, identity
 from layerwise.jobs.session import Progress, load_reader, silent, texts_of
 from layerwise.jobs.solve import needs_of, put_outside, solve
 from layerwise.jobs.stock import streamed
+
+#: windows that plans are solved on where many are compared, and documents that they are measured on
+WINDOWS, DOCUMENTS = 16, 16
 
 
 class Contest(NamedTuple):
@@ -67,3 +73,16 @@ class Contest(NamedTuple):
         with tempfile.TemporaryDirectory() as folder, Journal(Path(folder), {}) as journal:
             solver = solve(network, plan.edits, batches, journal, progress)
             return self.qualities(edited, solver.finished)[1]
+
+    def roughly(self, plan: Plan) -> Quality:
+        """A plan, solved on a little text."""
+        few = structs.replace(plan.data, samples=min(plan.data.samples, WINDOWS))
+        return self.solved(structs.replace(plan, data=few))
+
+
+def contest_on(request: Request, network: Network) -> Contest:
+    """The select split, on which the plans that a request weighs are measured."""
+    texts = texts_of(request.data)._replace(length=256)
+    batches = samples_of(load_reader(network), texts, "select", DOCUMENTS)
+    plan = Plan(model=identity(network), data=request.data)
+    return Contest(request.model, plan, 0, batches, device=request.device)

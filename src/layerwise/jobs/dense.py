@@ -3,28 +3,25 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from msgspec import structs
-
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.find_widths import find_widths
 from layerwise.core.network import Network
 from layerwise.core.open import rewired
 from layerwise.core.plan import Plan
-from layerwise.core.reader import samples_of
 from layerwise.core.select import selects
 from layerwise.core.width import Width
-from layerwise.jobs.contest import Contest
+from layerwise.jobs.contest import Contest, contest_on
 from layerwise.jobs.joint import MOST, layers_alone, tried
 from layerwise.jobs.narrow import Candidate, Dense
-from layerwise.jobs.request import Planned, Request, identity
-from layerwise.jobs.session import Progress, load_reader, silent, texts_of
+from layerwise.jobs.request import Planned, Request
+from layerwise.jobs.session import Progress
 from layerwise.jobs.timed import CLOSE, Clock
 from layerwise.jobs.units import able_to_go, wiring_without
 
 #: shares of a width at which it is measured what its units are worth; between them it is a line
 SHARES = (0.75, 0.5, 0.25)
-#: plans that are solved and measured, windows to solve them on, and documents
-SOLVED, WINDOWS, DOCUMENTS = 8, 16, 16
+#: plans that are solved and measured
+SOLVED = 8
 
 
 def plan_dense(request: Request, network: Network, progress: Progress) -> Planned:
@@ -43,7 +40,7 @@ def plan_dense(request: Request, network: Network, progress: Progress) -> Planne
     sets: dict[tuple[str, ...], float] = {(): 0.0}
     if "layer" in request.allow:
         sets = _layer_sets(request, network, progress)
-    contest = _contest(request, network)
+    contest = contest_on(request, network)
     clock = Clock(dense, contest.batches) if request.budget.speed else None
     fits = _fitting(dense, clock.times(list(sets)) if clock else None)
     found = [c for gone in sets for c in dense.candidates(gone, fits)]
@@ -66,7 +63,7 @@ def plan_dense(request: Request, network: Network, progress: Progress) -> Planne
             "layers left out": len(candidate.gone),
             "bytes": dense.nbytes(candidate),
             "predicted": predicted(candidate),
-            "expected": _measured(contest, plans[-1]),
+            "expected": contest.roughly(plans[-1]).estimate("kl").value,
         }
         rows.append(row | {"speed": clock.speed(candidate) if clock else None, "chosen": False})
         progress("solving plans", number, len(chosen))
@@ -147,20 +144,6 @@ def _can_go(network: Network, gone: Sequence[str]) -> bool:
     return True
 
 
-def _contest(request: Request, network: Network) -> Contest:
-    """The select split, on which plans are measured."""
-    texts = texts_of(request.data)._replace(length=256)
-    batches = samples_of(load_reader(network), texts, "select", DOCUMENTS)
-    plan = Plan(model=identity(network), data=request.data)
-    return Contest(request.model, plan, 0, batches, device=request.device)
-
-
-def _measured(contest: Contest, plan: Plan) -> float:
-    """KL of a plan, solved on a little text."""
-    few = structs.replace(plan.data, samples=min(plan.data.samples, WINDOWS))
-    return contest.solved(structs.replace(plan, data=few), silent).estimate("kl").value
-
-
 def _curves(dense: Dense, contest: Contest, progress: Progress) -> dict[str, Any]:
     """What every width costs by the units that stay, the others as they are."""
     full = {width.name: width.units for width in dense.widths}
@@ -172,7 +155,7 @@ def _curves(dense: Dense, contest: Contest, progress: Progress) -> dict[str, Any
             units = min(dense.levels(width), key=lambda n: abs(n - share * width.units))
             if units not in points:
                 plan = dense.plan(Candidate((), full | {width.name: units}))
-                points[units] = _measured(contest, plan)
+                points[units] = contest.roughly(plan).estimate("kl").value
             progress("measuring widths", len(found) * len(SHARES) + len(points) - 1, total)
         found[width.name] = _line(points)
     return found

@@ -13,6 +13,7 @@ from layerwise.jobs.joint import plan_joint
 from layerwise.jobs.request import Planned, Request
 from layerwise.jobs.rewrite import as_rewritten
 from layerwise.jobs.session import Progress, silent
+from layerwise.jobs.within import check_within, plan_within
 from layerwise.report.terminal import show_bytes
 
 __all__ = ["Planned", "Request", "make_plan", "reached"]
@@ -52,6 +53,8 @@ def make_plan(request: Request, progress: Progress = silent) -> Planned:
     if budget.depth is None and "width" not in request.allow:
         check_unit(request, target)
     check_settings(request)
+    if budget.kl is not None:
+        check_within(request)
     network = open_network(request.model, device=request.device, dtype=request.dtype)
     target.accepts(network)
     for pattern in request.keep:
@@ -77,6 +80,7 @@ def make_plan(request: Request, progress: Progress = silent) -> Planned:
     network = as_rewritten(network, request.rewrites)
     target.accepts(network)
     planner = plan_joint if "layer" in request.allow else plan_bits
+    planner = planner if budget.kl is None else plan_within
     planned = planner(request, network, target, progress)
     if all(len(menu.options) == 1 for menu in planned.menus.values()):
         raise LayerwiseError(

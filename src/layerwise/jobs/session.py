@@ -118,6 +118,7 @@ class Budget(NamedTuple):
     sparsity: float | None = None
     flops: float | None = None
     speed: float | None = None
+    kl: float | None = None
 
     def as_dict(self) -> dict[str, float]:
         """The one that is set, by its unit."""
@@ -184,14 +185,14 @@ def parse_speed(text: str) -> float:
     return value
 
 
-def parse_bits(value: float) -> float:
-    """Mean bits of a weight, checked.
+def parse_positive(value: float, option: str, such_as: float) -> float:
+    """Mean bits of a weight or a KL, checked.
 
     Raises:
         LayerwiseError: it is no positive number.
     """
     if not 0 < value < math.inf:
         raise LayerwiseError(
-            "--bits", allowed="a number above 0", found=value, fix="write for instance 3.5"
+            option, allowed="a number above 0", found=value, fix=f"write for instance {such_as}"
         )
     return value

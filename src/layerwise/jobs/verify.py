@@ -115,6 +115,9 @@ def verify(
     progress("evaluating", 0, 2)
     rows, qualities, checks, warnings = measured(case)
     progress("evaluating", 1, 2)
+    if bound := plan.budget.get("kl"):
+        kl = qualities[1].estimate("kl")
+        checks.append({"name": f"KL of at most {bound:g}", "found": str(kl), "ok": kl.low <= bound})
     naive = build_naive(case.contest, progress) if settings.naive else None
     ratio = None
     if naive is not None:
