@@ -32,7 +32,9 @@ Flops = Annotated[str, typer.Option(help="Share of the products per token that m
 Speed = Annotated[str, typer.Option(help="How many times as fast it decodes here: 1.3x.")]
 Kl = Annotated[
     float | None,
-    typer.Option("--kl", help="As small as it gets with a KL, in nats per token, of at most 0.05."),
+    typer.Option(
+        "--kl", help="Nats per token of KL to the original at most, as small as that allows."
+    ),
 ]
 Allow = Annotated[
     str,
