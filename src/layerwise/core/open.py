@@ -200,12 +200,28 @@ def rewired(network: Network, wiring: Mapping[str, Sequence[Any]]) -> Network:
         except LayerwiseError as error:
             refused = refused or error
             continue
+        for path, layer in origins.items():
+            _keep_numbers(module.get_submodule(path), layer.module)
         made = replace(arranged, module=module, stacks=rebuilt, task=task)
         made = replace(made, adapters=adapters_of(made))
         arrange(made)
         return made
     assert refused is not None
     raise refused
+
+
+def _keep_numbers(module: nn.Module, origin: nn.Module) -> None:
+    """Give a layer the numbers that its original was built with.
+
+    Stock code computes some from the depth or from a layer's place, such as scales of the residual
+    stream: a layer is what it was, wherever it runs. Whole numbers are places themselves, which
+    caches go by.
+    """
+    before = dict(origin.named_modules())
+    for name, part in module.named_modules():
+        for field, value in vars(before.get(name, part)).items():
+            if type(value) is float and type(vars(part).get(field)) is float:
+                setattr(part, field, value)
 
 
 def _stored_dtype(checkpoint: Checkpoint, config: Any) -> torch.dtype:
