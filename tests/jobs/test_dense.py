@@ -15,6 +15,14 @@ from layerwise.core.plan import read_plan
 SMALL = "--samples 2 --length 32 --json"
 
 
+@pytest.fixture(autouse=True)
+def _few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer plans are solved than users get, and measured on fewer documents."""
+    monkeypatch.setattr("layerwise.jobs.contest.DOCUMENTS", 4)
+    monkeypatch.setattr("layerwise.jobs.dense.SOLVED", 2)
+    monkeypatch.setattr("layerwise.jobs.dense.SHARES", (0.5,))
+
+
 def run(words: str) -> dict:
     found = CliRunner().invoke(app, words.split())
     assert found.exit_code == 0, found.output
@@ -29,23 +37,15 @@ def test_the_planned_bytes_are_written_and_compared(
     found = run(f"{words} --set heal.samples=4 --set heal.length=32 --out {out}")
     plan = read_plan(out / "plan.yaml")
     assert plan.widths or plan.wiring
-    assert found["more"]["edge"]
+    edge = found["more"]["edge"]
+    least = min(row["expected"] for row in edge)
+    assert [row["expected"] for row in edge if row["chosen"]] == [least]
+    assert all(row["bytes"] <= 0.75 * Checkpoint(model).nbytes for row in edge)
     assert Checkpoint(out).nbytes <= 0.75 * Checkpoint(model).nbytes
     assert found["more"]["bytes"] == Checkpoint(out).nbytes
     naive = found["rows"][-1]
     assert naive["name"] == "naive" and "healed equally" in naive["what"]
     AutoModelForCausalLM.from_pretrained(out)
-
-
-def test_every_plan_that_was_weighed_is_told(tiny: Callable[..., Path], tmp_path: Path) -> None:
-    words = f"plan {tiny('llama')} --size 70% --allow width,layer {SMALL}"
-    found = run(f"{words} --out {tmp_path / 'p.yaml'}")
-    edge = found["more"]["edge"]
-    assert sum(row["chosen"] for row in edge) == 1
-    assert min(row["expected"] for row in edge) == next(
-        row["expected"] for row in edge if row["chosen"]
-    )
-    assert all(row["bytes"] <= 0.7 * Checkpoint(tiny("llama")).nbytes for row in edge)
 
 
 def test_pinned_parts_keep_their_width(tiny: Callable[..., Path], tmp_path: Path) -> None:

@@ -19,6 +19,12 @@ DATA = DataSpec(samples=2, length=32)
 SETTINGS = {"menu": {"bits": [2, 4, 8], "group": [32]}}
 
 
+@pytest.fixture(autouse=True)
+def _few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans are measured on fewer documents than users get."""
+    monkeypatch.setattr("layerwise.jobs.contest.DOCUMENTS", 4)
+
+
 def planned(model: Path, kl: float, allocator: str = "knapsack", score: str = "") -> Planned:
     request = Request(model, Budget(kl=kl), data=DATA, settings=SETTINGS, score=score)
     return make_plan(request._replace(allocator=allocator))
