@@ -6,17 +6,22 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig
+from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import layerwise
 from layerwise.core.absent import leave_out
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.instead import instead, swapped
 from layerwise.core.network import Network
+from layerwise.core.open import open_network
 from layerwise.core.stack import Layer, Visit
 from layerwise.core.stops import hidden
 from layerwise.core.task import answer
 from layerwise.core.visits import entries_of, parse_wiring, read_wiring
 from layerwise.intervene import At, ablate
+from layerwise.jobs.checks import placed_numbers
 from layerwise.jobs.measure import agrees_cached
 from layerwise.jobs.stock import streamed
 
@@ -211,3 +216,25 @@ def test_modules_that_add_or_return_more(key: str, tmp_path: Any) -> None:
     torch.testing.assert_close(edited.run(BATCH).logits, wanted, rtol=1e-4, atol=1e-5)
     same, total = agrees_cached(edited.module, BATCH["input_ids"], 8)
     assert same == total
+
+
+class _Scaled(LlamaDecoderLayer):
+    """A layer that computes with its place, and one number that was taken from the depth."""
+
+    def __init__(self, config: LlamaConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.scale, self.twice = 1 / config.num_hidden_layers, 2 * layer_idx
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(hidden_states, *args, **kwargs) * self.scale
+
+
+def test_a_layer_keeps_the_numbers_it_was_built_with(tiny, monkeypatch) -> None:
+    """What is 1 over the depth stays so; whole numbers that count otherwise than layers are told."""
+    monkeypatch.setattr(modeling_llama, "LlamaDecoderLayer", _Scaled)
+    wiring = {"decoder": [0, 1, 1, 2, 3]}
+    network = open_network(tiny("llama"), wiring=wiring, dtype="float32")
+    assert {layer.module.scale for layer in network.layers()} == {0.25}
+    assert network.placed == ("twice",)
+    assert "twice" in placed_numbers(network)[0]
+    assert placed_numbers(open_network(tiny("llama"))) == []

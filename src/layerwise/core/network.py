@@ -47,6 +47,8 @@ class Network:
     #: `unrolled`, it is put into the tensors, which then are shared no more
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
     unrolled: bool = False
+    #: whole numbers of layers that went with their place in a new order, but are no place in it
+    placed: tuple[str, ...] = ()
     #: where tokenizer and configuration lie, of a network that was opened from a folder
     folder: Path | None = None
 

@@ -111,6 +111,17 @@ def decode_checks(edited: nn.Module, batches: Sequence[Any]) -> list[dict[str, A
     ]
 
 
+def placed_numbers(network: Network) -> list[str]:
+    """A warning where layers of a new order hold numbers that stock code took from their place."""
+    if not network.placed:
+        return []
+    names = ", ".join(network.placed)
+    return [
+        f"stock code takes {names} from a layer's place or from the depth: if it computes with it, "
+        "layers do not compute in this order what they do in the original"
+    ]
+
+
 def rebuild_check(
     original: nn.Module, network: Network, plan: Plan, edited: nn.Module, batch: Any
 ) -> list[dict[str, Any]]:
