@@ -66,7 +66,8 @@ def test_a_bound_that_nothing_meets_is_answered(tiny) -> None:
     [
         ("--kl -1", "write for instance 0.05"),
         ("--kl 0.1 --bits 3", "exactly one of"),
-        ("--kl 0.1 --allow bits,layer", "give a size"),
+        ("--kl 0.1 --allow width,layer", "--size"),
+        ("--kl 0.1 --allow bits,layer --allocator uniform", "knapsack"),
         ("--kl 0.1 --rewrite awq", "give a size"),
         ("--kl 0.1 --target hf", "--kl"),
         ("--kl 0.1 --target hf --method gptq", "--target compressed-tensors"),
@@ -86,3 +87,11 @@ def test_the_command_tells_the_way(tiny, tmp_path: Path) -> None:
     assert {"plan", "bytes", "expected", "high", "chosen"} <= json.loads(found.stdout)["more"][
         "edge"
     ][0].keys()
+
+
+def test_layers_may_go_too(tiny, tmp_path: Path) -> None:
+    request = Request(tiny("llama"), Budget(kl=50.0), data=DATA, settings=SETTINGS)
+    found = make_plan(request._replace(allow=("bits", "layer")))
+    assert len(found.plan.wiring["decoder"]) < 4
+    assert "layers left out" in found.edge[0]["plan"]
+    assert apply_plan(tiny("llama"), found.plan, tmp_path / "out").nbytes == found.nbytes

@@ -16,7 +16,7 @@ from layerwise.core.open import rewired
 from layerwise.core.plan import Step
 from layerwise.core.stack import Group
 from layerwise.core.target import Target
-from layerwise.jobs.bits import assemble, limit_for, outside_of, predicted, scores_of
+from layerwise.jobs.bits import Offer, assemble, limit_for, outside_of, predicted, scores_of
 from layerwise.jobs.gain import as_solved
 from layerwise.jobs.menus import make_menus, units, worth_it
 from layerwise.jobs.request import Planned, Request
@@ -35,23 +35,11 @@ def plan_joint(request: Request, network: Network, target: Target, progress: Pro
     plans, the edge between fewer layers and fewer bits, are then measured on the select split,
     and the best of them is taken.
     """
-    allocator = find(request.allocator, "allocate")
-    if "gone" not in allocator.options:
-        raise LayerwiseError(
-            f"--allocator {request.allocator}",
-            allowed="one that weighs layers against bits: knapsack",
-            found=allocator.name,
-            fix="leave --allocator or --allow out",
-        )
     groups = {g.key: g for g in units(network, target)}
-    sizes = bytes_beside(request, network, target)
-    menus = _with_layers(worth_it(make_menus(request, network, target)), groups, sizes)
+    menus = menus_with_layers(request, network, target, groups)
     limit = limit_for(request, network, menus, groups, target)
-    inner = {g: menu for g, menu in menus.items() if g in groups}
-    scores = scores_of(request, network, target, progress)
-    plain = predicted(network, inner, groups, scores, progress)
-    plain = _and_layers(plain, list(sizes), request, network, progress)
-    damage = as_solved(plain, inner, request, network)
+    plain, offer = priced_with_layers(request, network, target, menus, groups, progress)
+    damage, allocator = offer.damage, find(request.allocator, "allocate")
     options = request.options(allocator.name)
     wanted = options.get("gone", -1)
     counts = range(int(MOST * len(network.layers())) + 1) if wanted < 0 else [wanted]
@@ -68,8 +56,45 @@ def plan_joint(request: Request, network: Network, target: Target, progress: Pro
     rows = [_row(menus, (plain, damage), *each) for each in zip(found, measured, strict=True)]
     best = min(range(len(found)), key=lambda i: rows[i]["expected"])
     rows[best]["chosen"] = True
-    planned = assemble(request, network, target, menus, damage, found[best], scores)
+    planned = assemble(request, network, target, menus, damage, found[best], offer.scores)
     return planned._replace(edge=rows)
+
+
+def menus_with_layers(
+    request: Request, network: Network, target: Target, groups: Mapping[str, Group]
+) -> dict[str, Menu]:
+    """The menus of all groups, those of a layer that can go behind its own.
+
+    Raises:
+        LayerwiseError: the allocator does not know units that go.
+    """
+    allocator = find(request.allocator, "allocate")
+    if "gone" not in allocator.options:
+        raise LayerwiseError(
+            f"--allocator {request.allocator}",
+            allowed="one that weighs layers against bits: knapsack",
+            found=allocator.name,
+            fix="leave --allocator or --allow out",
+        )
+    sizes = bytes_beside(request, network, target)
+    return _with_layers(worth_it(make_menus(request, network, target)), groups, sizes)
+
+
+def priced_with_layers(
+    request: Request,
+    network: Network,
+    target: Target,
+    menus: Mapping[str, Menu],
+    groups: Mapping[str, Group],
+    progress: Progress,
+) -> tuple[Damage, Offer]:
+    """The damage of every option just rounded, and the offer with that of options as solved."""
+    inner = {g: menu for g, menu in menus.items() if g in groups}
+    layers = [name for name in menus if name not in groups]
+    scores = scores_of(request, network, target, progress)
+    plain = predicted(network, inner, groups, scores, progress)
+    plain = _and_layers(plain, layers, request, network, progress)
+    return plain, Offer(menus, as_solved(plain, inner, request, network), scores)
 
 
 def bytes_beside(request: Request, network: Network, target: Target) -> dict[str, int]:
@@ -95,7 +120,6 @@ def bytes_beside(request: Request, network: Network, target: Target) -> dict[str
 def _with_layers(
     menus: Mapping[str, Menu], groups: Mapping[str, Any], sizes: Mapping[str, int]
 ) -> dict[str, Menu]:
-    """The menus of all groups, those of a layer that can go behind its own."""
     found: dict[str, Menu] = {}
     for group, menu in menus.items():
         layer = groups[group].matrices[0].layer

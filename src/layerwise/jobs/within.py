@@ -9,6 +9,7 @@ from layerwise.core.network import Network
 from layerwise.core.target import Target
 from layerwise.jobs.bits import allocated, least_bytes, outside_of, priced
 from layerwise.jobs.contest import contest_on
+from layerwise.jobs.joint import menus_with_layers, priced_with_layers
 from layerwise.jobs.menus import make_menus, units, worth_it
 from layerwise.jobs.request import Planned, Request
 from layerwise.jobs.session import Progress
@@ -30,11 +31,16 @@ def plan_within(request: Request, network: Network, target: Target, progress: Pr
         LayerwiseError: none that was measured is within the bound; the nearest is told.
     """
     bound = request.budget.kl or 0.0
-    menus = worth_it(make_menus(request, network, target))
     groups = {g.key: g for g in units(network, target)}
-    offer = priced(request, network, target, menus, groups, progress)
+    if "layer" in request.allow:
+        menus = menus_with_layers(request, network, target, groups)
+        _, offer = priced_with_layers(request, network, target, menus, groups, progress)
+    else:
+        menus = worth_it(make_menus(request, network, target))
+        offer = priced(request, network, target, menus, groups, progress)
     contest = contest_on(request, network)
     outside = outside_of(request, network, target)
+    outside -= sum(menu.options[0].bytes for name, menu in menus.items() if name not in groups)
     low, high = least_bytes(menus) - 1, cost(menus, dict.fromkeys(menus, 0)) + 1
     step = max(1, int(STEP * high))
     ratio = float(offer.scores is not None and offer.scores.nats)
@@ -79,9 +85,10 @@ def plan_within(request: Request, network: Network, target: Target, progress: Pr
 
 
 def _row(planned: Planned, predicted: float, kl: Any) -> dict[str, Any]:
-    bits = f"{planned.bits:.2f} bits" if planned.bits else f"{planned.nbytes} bytes"
+    words = f"{planned.bits:.2f} bits" if planned.bits else f"{planned.nbytes} bytes"
+    gone = sum(row["option"] == "left out" for row in planned.rows)
     return {
-        "plan": bits,
+        "plan": f"{words}, {gone} layers left out" if gone else words,
         "bytes": planned.nbytes,
         "predicted": predicted,
         "expected": kl.value,
@@ -98,7 +105,7 @@ def check_within(request: Request) -> None:
     """
     search = request.score and find(request.score).family == "search"
     asked = {
-        f"--allow {','.join(request.allow)}": "layer" in request.allow or "width" in request.allow,
+        f"--allow {','.join(request.allow)}": "width" in request.allow,
         f"--rewrite {request.rewrite}": bool(request.rewrite),
         f"--parts {'+'.join(request.parts)}": bool(request.parts),
         f"--score {request.score}": search,
@@ -108,7 +115,7 @@ def check_within(request: Request) -> None:
     if wrong:
         raise LayerwiseError(
             f"--kl {request.budget.kl}",
-            allowed="fewer bits, ranks or weights that are not zero, chosen by an allocator",
+            allowed="layers, bits, ranks and zeros that an allocator chooses",
             found=", ".join(wrong),
             fix="leave that out, or give a size: --bits, --size or --bytes",
         )
