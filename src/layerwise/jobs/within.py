@@ -88,7 +88,7 @@ def _row(planned: Planned, predicted: float, kl: Any) -> dict[str, Any]:
     words = f"{planned.bits:.2f} bits" if planned.bits else f"{planned.nbytes} bytes"
     gone = sum(row["option"] == "left out" for row in planned.rows)
     return {
-        "plan": f"{words}, {gone} layers left out" if gone else words,
+        "plan": f"{words}, {gone} layer{'s' * (gone > 1)} left out" if gone else words,
         "bytes": planned.nbytes,
         "predicted": predicted,
         "expected": kl.value,
