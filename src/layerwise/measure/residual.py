@@ -179,6 +179,7 @@ def part_cosine() -> Probe:
         cannot be followed has none.
 
     Example:
+        >>> from layerwise.core.stream import measured
         >>> x, a = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]])
         >>> probe = part_cosine()
         >>> seen = Seen(x, x + a, None, None, {}, None, {"mlp": measured(x, a)})
