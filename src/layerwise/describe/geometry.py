@@ -3,6 +3,7 @@
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from layerwise.core.method import method
 from layerwise.core.spectra import smaller_gram, spectral_entropy
@@ -126,8 +127,7 @@ def local_map(
     """
     at = x if at is None else at
     near = neighbours(at, x, count)
-    chosen = x.new_zeros(len(at), len(x)).scatter_(1, near, 1)
-    above, below = chosen @ (x * y), chosen @ x.square()
+    above, below = (embedding_bag(near, z, mode="sum") for z in (x * y, x.square()))
     return at * above / (below + 1e-3 * below.mean(1, keepdim=True) + 1e-300)
 
 
