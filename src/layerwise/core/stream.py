@@ -28,9 +28,9 @@ SAME = {
     *(Tensor.to, Tensor.float, Tensor.type, Tensor.type_as, Tensor.clone, Tensor.contiguous),
     *(Tensor.view, Tensor.reshape, Tensor.flatten, torch.reshape, torch.flatten, F.dropout),
 }
+NORMS = {F.layer_norm, F.rms_norm, torch.layer_norm}
 #: numbers of a state that are worked on at a time
 PIECE = 2**17
-NORMS = {F.layer_norm, F.rms_norm, torch.layer_norm}
 
 
 class Added(NamedTuple):

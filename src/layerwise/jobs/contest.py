@@ -26,8 +26,6 @@ from layerwise.jobs.stock import streamed
 
 #: windows that plans are solved on where many are compared, and documents that they are measured on
 WINDOWS, DOCUMENTS = 16, 16
-
-
 #: what the kept answers of the original may take
 KEPT_BYTES = 500_000_000
 
