@@ -54,7 +54,8 @@ def plan_bits(
     menus = worth_it(menus)
     limit = limit_for(request, network, menus, groups, target)
     offer = priced(request, network, target, menus, groups, progress, scores)
-    return allocated(request, network, target, offer, limit)
+    choice = chosen(request, offer, limit)
+    return assemble(request, network, target, offer.menus, offer.damage, choice, offer.scores)
 
 
 class Offer(NamedTuple):
@@ -86,14 +87,11 @@ def priced(
     return Offer(menus, damage, scores)
 
 
-def allocated(
-    request: Request, network: Network, target: Target, offer: Offer, limit: int
-) -> Planned:
+def chosen(request: Request, offer: Offer, limit: int) -> Choice:
     """What the allocator takes of an offer within a limit, in the unit of the budget."""
     allocator = find(request.allocator, "allocate")
     choose = allocator.bind(request.options(allocator.name))
-    choice = choose(offer.damage, in_unit(offer.menus, request), limit)
-    return assemble(request, network, target, offer.menus, offer.damage, choice, offer.scores)
+    return choose(offer.damage, in_unit(offer.menus, request), limit)
 
 
 def options_of(menus: Mapping[str, Menu]) -> Iterator[Option]:

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from layerwise.core.damage import cost
+from layerwise.core.damage import cost, total
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.method import find
 from layerwise.core.network import Network
 from layerwise.core.target import Target
-from layerwise.jobs.bits import allocated, least_bytes, outside_of, priced
+from layerwise.jobs.bits import assemble, chosen, least_bytes, priced
 from layerwise.jobs.contest import contest_on
 from layerwise.jobs.joint import menus_with_layers, priced_with_layers
 from layerwise.jobs.menus import make_menus, units, worth_it
@@ -39,17 +39,14 @@ def plan_within(request: Request, network: Network, target: Target, progress: Pr
         menus = worth_it(make_menus(request, network, target))
         offer = priced(request, network, target, menus, groups, progress)
     contest = contest_on(request, network)
-    outside = outside_of(request, network, target)
-    outside -= sum(menu.options[0].bytes for name, menu in menus.items() if name not in groups)
     low, high = least_bytes(menus) - 1, cost(menus, dict.fromkeys(menus, 0)) + 1
     step = max(1, int(STEP * high))
     ratio = float(offer.scores is not None and offer.scores.nats)
     rows: list[dict[str, Any]] = []
     best: Planned | None = None
 
-    def planned(size: int) -> tuple[Planned, float]:
-        found = allocated(request, network, target, offer, size)
-        return found, sum(row["damage"] or 0.0 for row in found.rows)
+    def predicted(size: int) -> float:
+        return total(offer.damage, menus, chosen(request, offer, size))
 
     def guess() -> int:
         """The least size between both that is predicted to be within the bound."""
@@ -57,21 +54,23 @@ def plan_within(request: Request, network: Network, target: Target, progress: Pr
             return (low + high) // 2
         below, above, middle = low, high, low + 1
         while above - below > step:
-            fits = planned(middle)[1] * ratio <= bound
+            fits = predicted(middle) * ratio <= bound
             below, above = (below, middle) if fits else (middle, above)
             middle = (below + above) // 2
         return above
 
     while len(rows) < SOLVED and high - low > step:
         least = low + (step if rows else 1)
-        found, predicted = planned(max(least, min(guess(), high - step)))
+        choice = chosen(request, offer, max(least, min(guess(), high - step)))
+        found = assemble(request, network, target, menus, offer.damage, choice, offer.scores)
+        believed = total(offer.damage, menus, choice)
         kl = contest.roughly(found.plan).estimate("kl")
         within = kl.high <= bound
-        rows.append(_row(found, predicted, kl))
+        rows.append(_row(found, believed, kl))
         progress("solving plans", len(rows), SOLVED)
-        size = found.nbytes - outside
+        size = cost(menus, choice)
         best, low, high = (found, low, size) if within else (best, max(size, least), high)
-        ratio = kl.high / predicted if predicted > 0 else 0.0
+        ratio = kl.high / believed if believed > 0 else 0.0
     if best is None:
         nearest = min(rows, key=lambda row: row["high"])
         raise LayerwiseError(
