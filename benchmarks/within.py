@@ -14,7 +14,7 @@ from layerwise.jobs.plan import make_plan
 from layerwise.jobs.request import Request
 from layerwise.jobs.session import Budget
 
-#: allocator and score; the first three orders are bisected, the last two are exact
+#: allocator and score; all but the last two go by an order, these are exact
 WAYS = (
     ("uniform", ""),
     ("threshold", "fisher"),
