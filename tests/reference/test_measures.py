@@ -107,6 +107,8 @@ def test_moments_are_sums_of_shifted_rows() -> None:
     y = torch.stack([after[0], after[2]]).reshape(-1, 2).double()
     covariance = (x - x.mean(0)).T @ (y - y.mean(0)) / 8
     torch.testing.assert_close(even.covariance(0, 1), covariance, rtol=1e-6, atol=1e-6)
+    exact, _ = run(find("stream_moments"), before.double(), after.double())
+    torch.testing.assert_close(exact.covariance(0, 1), covariance, rtol=1e-12, atol=1e-12)
     both = even.plus(odd)
     shifted = (before - before[0].mean(0)).reshape(-1, 2), (after - after[0].mean(0)).reshape(-1, 2)
     for mine, other in zip(both[:-1], moments_of(*shifted)[:-1], strict=True):
