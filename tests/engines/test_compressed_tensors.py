@@ -1,5 +1,6 @@
 """Grids that compressed-tensors stores, beside each other, loaded by stock transformers."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,3 +66,14 @@ def test_what_the_readers_cannot_take_is_refused(
         apply_plan(
             model, plan_for(model, Edit("*", (Step("rotate"), Step("rtn")))), tmp_path / "out"
         )
+
+
+def test_a_missing_package_is_told_before_anything_is_computed(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("llama")
+    monkeypatch.setitem(sys.modules, "compressed_tensors", None)
+    monkeypatch.delitem(sys.modules, "compressed_tensors.compressors", raising=False)
+    with pytest.raises(LayerwiseError, match=r"pip install .layerwise\[compressed-tensors\]"):
+        apply_plan(model, plan_for(model, *MIXED), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -80,6 +80,8 @@ def fan_out(
     with _threads(threads):
         if workers <= 1:
             return [_one(function, item, done) for item in items]
+        if torch.cuda.is_initialized():  # its solvers are loaded by one thread, not by several
+            torch.linalg.cholesky(torch.ones(1, 1, device="cuda"))
         with ThreadPoolExecutor(workers) as pool:
             return _pooled(pool, function, items, workers, done)
 

@@ -16,9 +16,12 @@ from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 
-def hollow_parameter(shape: torch.Size, dtype: torch.dtype) -> nn.Parameter:
+def hollow_parameter(
+    shape: torch.Size, dtype: torch.dtype, device: torch.device | None = None
+) -> nn.Parameter:
     """A parameter of any shape that stores one element."""
-    parameter = nn.Parameter(torch.ones(1, dtype=dtype).expand(shape), requires_grad=False)
+    one = torch.ones(1, dtype=dtype, device=device)
+    parameter = nn.Parameter(one.expand(shape), requires_grad=False)
     parameter._is_hf_initialized = True  # type: ignore[attr-defined]
     return parameter
 

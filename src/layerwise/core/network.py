@@ -148,7 +148,7 @@ class Network:
             for name, p in module._parameters.items():
                 if p is not None:
                     freed += p.untyped_storage().nbytes()
-                    module._parameters[name] = hollow_parameter(p.shape, p.dtype)
+                    module._parameters[name] = hollow_parameter(p.shape, p.dtype, self.device)
         self.source.forget(freed)
 
     def inspect(self, texts: Any = None, **wanted: Any) -> Any:

@@ -258,13 +258,16 @@ def _examine(
 
 
 def _bring_outside(network: Network) -> None:
-    """Load what belongs to no layer: embeddings, final norm, head."""
+    """Load what belongs to no layer: embeddings, final norm, head; layers stay hollow there."""
     fill(network.model, network.fetch_outside(), network.device)
     network.model.tie_weights()
     for module in network.module.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(network.device)
+    if network.device.type != "cpu":
+        for layer in network.layers():
+            network.drop(layer)
 
 
 def _open_module(

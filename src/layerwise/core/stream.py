@@ -119,6 +119,8 @@ class StreamWatch(TorchFunctionMode):
         #: tensor -> the parts that it is the sum of, and what each of them gave
         self._from: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._last, self._batch = "layer", min(inputs, default=0)
+        #: identity -> lane of what has not entered yet, and so is alive
+        self._ahead = {id(x): batch for batch, x in inputs.items()}
         self.attention: dict[int, list[Attention]] = {batch: [] for batch in inputs}
         for batch, x in inputs.items():
             self._links[x] = _Link(batch, ())
@@ -153,9 +155,8 @@ class StreamWatch(TorchFunctionMode):
 
     def _enter(self, args: tuple[Any, ...]) -> None:
         """Know whose tensors these are: lanes run one after another, each from its input on."""
-        first = args[0] if args else None
-        link = self._links.get(first) if isinstance(first, Tensor) else None
-        self._batch = self._batch if link is None else link.batch
+        if args and self._ahead:
+            self._batch = self._ahead.pop(id(args[0]), self._batch)
 
     def _note(
         self, func: Any, args: tuple, kwargs: dict, output: Tensor, before: Tensor | None

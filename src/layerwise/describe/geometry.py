@@ -179,9 +179,10 @@ def update_fit(
 
 
 def _global_map(x: Tensor, m: Moments, ridge: float) -> Tensor:
-    """The affine map in the coordinates of the moments, which are shifted."""
+    """The affine map in the coordinates of the moments, which are shifted and lie elsewhere."""
     weight, offset = affine(m, ridge)
-    return (x - m.shift[m.side(0)]) @ weight + offset + m.shift[m.side(1)]
+    inner = x.to(weight.device) - m.shift[m.side(0)]
+    return (inner @ weight + offset + m.shift[m.side(1)]).to(x.device)
 
 
 def leading(rows: Float[Tensor, "tokens dim"], count: int) -> Float[Tensor, "dim count"]:

@@ -165,18 +165,17 @@ def match_map(
         `|X W + b - Y|^2` over `|Y|^2`, and over `|Y - mean|^2`.
     """
     train, test = ~held_out, held_out
-    sides, sizes = [], []
-    for y in right:
+    hats = [ridge_hat(x[train] - x[train].mean(0), x[test] - x[train].mean(0), ridge) for x in left]
+    squares = torch.stack([(hat.T @ hat).flatten() for hat in hats])
+    weights = torch.stack([hat.flatten() for hat in hats])
+    columns = []
+    for y in right:  # |hat y - true|^2, multiplied out
         known, true = y[train] - y[train].mean(0), y[test] - y[train].mean(0)
-        sides.append((known @ known.T, true @ known.T, true.square().sum()))
-        sizes.append((y[test].square().sum(), (y[test] - y[test].mean(0)).square().sum()))
-    raw = torch.zeros(len(left), len(right), dtype=torch.float64)
-    centred_error = raw.clone()
-    for i, x in enumerate(left):
-        hat = ridge_hat(x[train] - x[train].mean(0), x[test] - x[train].mean(0), ridge)
-        for j, (known, cross, square) in enumerate(sides):  # |hat y - true|^2, multiplied out
-            error = (square + ((hat @ known - 2 * cross) * hat).sum()).clamp_min(0)
-            raw[i, j], centred_error[i, j] = (error / s.clamp_min(1e-300) for s in sizes[j])
+        both = squares @ (known @ known.T).flatten() - 2 * weights @ (true @ known.T).flatten()
+        error = (both + true.square().sum()).clamp_min(0)
+        sizes = y[test].square().sum(), (y[test] - y[test].mean(0)).square().sum()
+        columns.append(torch.stack([error / size.clamp_min(1e-300) for size in sizes]))
+    raw, centred_error = torch.stack(columns, 2)
     return raw, centred_error
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.core.checkpoint import Checkpoint
+from layerwise.core.errors import refusing
 from layerwise.core.method import method
 from layerwise.core.network import Network
 from layerwise.core.plan import Edit, Plan, Step, chain_for, read_plan
@@ -155,7 +156,17 @@ def _refuses(matrix: Matrix, module: nn.Module, chain: Sequence[Step]) -> str | 
     return None
 
 
-TARGET = Target("compressed-tensors", True, _refuses, _nbytes, bare=True)
+def _accepts(network: Network) -> None:
+    """Refuse where nothing could be packed, before anything is computed."""
+    with refusing(
+        "target compressed-tensors",
+        allowed="the package compressed-tensors being installed",
+        fix='pip install "layerwise[compressed-tensors]"',
+    ):
+        import compressed_tensors.compressors  # noqa: F401
+
+
+TARGET = Target("compressed-tensors", True, _refuses, _nbytes, bare=True, accepts=_accepts)
 
 #: A price list, not a format: packed bytes of any matrix, whatever module holds it.
 PACKED = Target("packed", True, lambda matrix, module, chain: None, _nbytes)

@@ -158,13 +158,13 @@ def depth_use() -> Probe:
 def _summed(
     parts: Sequence[Added], keep: Bool[Tensor, "batch seq"]
 ) -> Float[Tensor, "parts two four"]:
-    every = torch.stack([torch.stack(tuple(added)) for added in parts])[..., keep].double()
-    stream, gift, dot = every.unbind(1)  # [parts, tokens]
-    ratio, one = gift / stream.clamp_min(1e-6), torch.ones_like(stream)
-    each = torch.stack([one, ratio, dot / (gift * stream).clamp_min(1e-12)], 1)
-    rest = (keep.long().cumsum(1) > 1)[keep]
-    rows = torch.stack([torch.ones_like(rest), rest]).double()
-    largest = (ratio[:, None] * rows).amax(2, keepdim=True)
+    every = torch.stack([torch.stack(tuple(added)) for added in parts]).double()
+    stream, gift, dot = every.masked_fill(~keep, 0).flatten(2).unbind(1)  # [parts, tokens]
+    ratio = gift / stream.clamp_min(1e-6)
+    cosine = dot / (gift * stream).clamp_min(1e-12)
+    each = torch.stack([torch.ones_like(stream), ratio, cosine], 1)
+    rows = torch.stack([keep, keep & (keep.long().cumsum(1) > 1)]).flatten(1).double()
+    largest = torch.stack([(ratio * row).amax(1) for row in rows], 1)[..., None]
     return torch.cat([(each @ rows.T).mT, largest], 2).cpu()
 
 
