@@ -5,6 +5,7 @@ python docs/make.py bits run   some of them, by their names
 python docs/make.py --check    fail if what is committed differs
 """
 
+import argparse
 import csv
 import inspect
 import os
@@ -163,13 +164,17 @@ def timed(path: Path, make: Callable[[], str]) -> tuple[Path, str]:
 
 def main() -> None:
     """Write the pages, or compare them with what is there."""
-    named = [word for word in sys.argv[1:] if not word.startswith("--")]
-    wanted = {path: make for path, make in pages().items() if not named or path.stem in named}
+    given = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    given.add_argument("pages", nargs="*", help="names of pages, such as bits; all without")
+    given.add_argument("--check", action="store_true", help="fail if what is committed differs")
+    told = given.parse_args()
+    every = pages()
+    wanted = {p: make for p, make in every.items() if not told.pages or p.stem in told.pages}
     longest = sorted(wanted, key=lambda path: SLOW.index(path.stem) if path.stem in SLOW else 99)
     stale = []
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         for path, text in pool.map(timed, longest, [wanted[path] for path in longest]):
-            if "--check" not in sys.argv:
+            if not told.check:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(text)
             elif not path.exists() or path.read_text() != text:
