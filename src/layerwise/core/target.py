@@ -27,8 +27,8 @@ class Target(NamedTuple):
     are what a menu offers in place of bits and groups. `outside` gives, of a network and the plan's
     options of the export, what is written of tensors that belong to no layer, by their name in
     memory, and `rest` the bytes of all that is no matrix of a layer; `accepts` refuses networks
-    that the format does not know. `engine` runs what was written: transformers, llama.cpp, or
-    layerwise itself.
+    that the format does not know, and machines that lack what writes it. `engine` runs what was
+    written: transformers, llama.cpp, or layerwise itself.
     """
 
     name: str

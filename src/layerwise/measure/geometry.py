@@ -108,8 +108,7 @@ def document_geometry(*, documents: int = 8, alpha: float = 1.0, clamp: bool = F
         count, found = state
         rows, keep = by_token(seen.output), kept(seen.output, seen.mask)
         for document, mine in list(zip(rows, keep, strict=True))[: max(documents - count, 0)]:
-            wide = torch.promote_types(document.dtype, torch.float32)
-            figures = _figures(document[mine].to(wide), alpha, clamp)
+            figures = _figures(document[mine], alpha, clamp)
             found = found if figures is None else (*found, figures)
         return count + len(keep), found
 
@@ -123,19 +122,21 @@ def document_geometry(*, documents: int = 8, alpha: float = 1.0, clamp: bool = F
 
 
 def _figures(x: Float[Tensor, "tokens dim"], alpha: float, clamp: bool) -> Tensor | None:
+    kind, x = torch.promote_types(x.dtype, torch.float32), x.double()
     z = x - x.mean(0)
     norms = z.norm(dim=1, keepdim=True)
-    if len(x) < 3 or norms.min() <= 16 * torch.finfo(x.dtype).eps * x.norm(dim=1).max():
+    if len(x) < 3 or norms.min() <= 1e-9 * x.norm(dim=1).max():
         return None
     z = z / norms
-    gram = (z @ z.T).clamp_min(0) if clamp else smaller_gram(z)
+    rows = z.to(kind)  # digits are for angles, not for eigenvalues
+    gram = (rows @ rows.T).clamp_min(0) if clamp else smaller_gram(rows)
     entropy = spectral_entropy(torch.linalg.eigvalsh(gram), alpha)
     steps = torch.nn.functional.normalize(x.diff(dim=0), dim=1)
     angles = [
         ((v[1:] * v[:-1]).sum(1)).clamp(-1, 1).arccos().mean() * 180 / math.pi for v in (steps, z)
     ]
     share = entropy / math.log(min(x.shape))
-    return torch.stack([entropy, share, entropy.exp(), *angles]).double()
+    return torch.stack([entropy, share, entropy.exp(), *angles])
 
 
 #: documents whose products are formed, for the one figure that needs them

@@ -164,7 +164,7 @@ def _summed(
     cosine = dot / (gift * stream).clamp_min(1e-12)
     each = torch.stack([torch.ones_like(stream), ratio, cosine], 1)
     rows = torch.stack([keep, keep & (keep.long().cumsum(1) > 1)]).flatten(1).double()
-    largest = torch.stack([(ratio * row).amax(1) for row in rows], 1)[..., None]
+    largest = (ratio[:, None] * rows).amax(2, keepdim=True)
     return torch.cat([(each @ rows.T).mT, largest], 2).cpu()
 
 
