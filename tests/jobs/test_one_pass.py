@@ -90,7 +90,7 @@ def test_no_state_of_a_layer_outlives_it(tiny, kind: str) -> None:
 def test_what_is_kept_of_a_layer_does_not_grow_with_the_text(tiny) -> None:
     """Once the sample is full; sums and samples do, one vector per document does not."""
     network = layerwise.open(tiny("llama")).load()
-    options = {"token_sample": {"tokens": 16}, "head_patterns": {"tokens": 16}}
+    options = {"token_sample": {"tokens": 16}, "head_patterns": {"documents": 2}}
     kept = ("token_sample", "stream_moments", "head_patterns", "depth_use", "residual_cosine")
     probes = {n: find(n, "measure").bind(options.get(n, {}))() for n in kept}
     sizes = []

@@ -7,6 +7,7 @@ edited in place, so that a clean stream can run beside the edited one.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import nullcontext
 from contextvars import copy_context
 from functools import partial
 from typing import Any, Literal
@@ -166,8 +167,9 @@ class Walk(TorchFunctionMode):
         self._current = lane
         assert lane.green is not None
         torch._C._set_grad_enabled(False)  # where a lane begins; later it puts back its own
+        listens = self.matrices or self.edits  # else no operation concerns the engine
         try:
-            with self:
+            with self if listens else nullcontext():
                 lane.green.switch()
         except Exception as error:
             where = self.layer.key if self.layer else "before the first layer"

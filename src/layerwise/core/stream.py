@@ -7,7 +7,7 @@ and parallel layers need no table, and what is added is what is added, after any
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 from weakref import ref
 
 import torch
@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from layerwise.core.hollow import operands
 from layerwise.core.stack import Layer
@@ -28,6 +27,7 @@ SAME = {
     *(Tensor.to, Tensor.float, Tensor.type, Tensor.type_as, Tensor.clone, Tensor.contiguous),
     *(Tensor.view, Tensor.reshape, Tensor.flatten, torch.reshape, torch.flatten, F.dropout),
 }
+Value = TypeVar("Value")
 NORMS = {F.layer_norm, F.rms_norm, torch.layer_norm}
 #: numbers of a state that are worked on at a time
 PIECE = 2**17
@@ -54,11 +54,11 @@ class Attention(NamedTuple):
     def probabilities(
         self, rows: Int[Tensor, "batch rows"]
     ) -> Float[Tensor, "batch head rows keys"]:
-        """`softmax(q k^T scale + mask)` at some positions of every document, in float32."""
+        """`softmax(q k^T scale + mask)` at some positions of the first documents, in float32."""
         each = torch.arange(len(rows), device=rows.device)[:, None]
-        q = self.query.transpose(1, 2)[each, rows].transpose(1, 2).float()
+        q = self.query.transpose(1, 2)[each, rows].transpose(1, 2).float() * self.scale
         groups = q.shape[1] // self.key.shape[1]  # heads that share keys are rows of one product
-        shared = q.unflatten(1, (-1, groups)).flatten(2, 3) @ self.key.float().mT * self.scale
+        shared = q.unflatten(1, (-1, groups)).flatten(2, 3) @ self.key[: len(rows)].float().mT
         scores = shared.unflatten(2, (groups, -1)).flatten(1, 2)
         if self.causal:
             ahead = torch.arange(scores.shape[-1], device=q.device) > rows[:, None, :, None]
@@ -68,7 +68,8 @@ class Attention(NamedTuple):
             mask = self.mask.expand(whole).transpose(1, 2)[each, rows].transpose(1, 2)
             free = mask.dtype == torch.bool
             scores = scores.masked_fill(~mask, -torch.inf) if free else scores + mask
-        return scores.softmax(-1).nan_to_num()
+            return scores.softmax(-1).nan_to_num()  # a mask may leave a row nothing to look at
+        return scores.softmax(-1)
 
 
 class AttentionWatch(TorchFunctionMode):
@@ -90,6 +91,30 @@ class _Link(NamedTuple):
 
     batch: int
     before: tuple[tuple[str, Added], ...]
+
+
+class _ByTensor(Generic[Value]):
+    """Values of tensors that are alive, by identity: a quick dictionary of weak keys."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, tuple[ref[Tensor], Value]] = {}
+
+    def __setitem__(self, tensor: Tensor, value: Value) -> None:
+        key, here = id(tensor), ref(self)
+
+        def forget(_: object) -> None:
+            mine = here()
+            if mine is not None:
+                mine._held.pop(key, None)
+
+        self._held[key] = (ref(tensor, forget), value)
+
+    def get(self, tensor: Any) -> Value | None:
+        found = self._held.get(id(tensor))
+        return found[1] if found is not None and found[0]() is tensor else None
+
+    def __contains__(self, tensor: Any) -> bool:
+        return self.get(tensor) is not None
 
 
 class StreamWatch(TorchFunctionMode):
@@ -115,9 +140,9 @@ class StreamWatch(TorchFunctionMode):
         }
         self._follow, self._attend, self._change = additions, attention, change
         self._given: list[str] = []
-        self._links: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._links: _ByTensor[_Link] = _ByTensor()
         #: tensor -> the parts that it is the sum of, and what each of them gave
-        self._from: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._from: _ByTensor[tuple] = _ByTensor()
         self._last, self._batch = "layer", min(inputs, default=0)
         #: identity -> lane of what has not entered yet, and so is alive
         self._ahead = {id(x): batch for batch, x in inputs.items()}
@@ -165,11 +190,10 @@ class StreamWatch(TorchFunctionMode):
             if _plain(args, kwargs):
                 self._add(args[0], args[1], output, before)
         elif func in SAME or func in NORMS:
-            for known in (self._links, self._from):
-                if func in SAME and known is self._from and args[0] in known:
-                    known[output] = _renewed(known[args[0]], args[0], output)
-                elif known is self._links and args[0] in known:
-                    known[output] = known[args[0]]
+            if (link := self._links.get(args[0])) is not None:
+                self._links[output] = link
+            if func in SAME and (made := self._from.get(args[0])) is not None:
+                self._from[output] = _renewed(made, args[0], output)
         elif (found := operands(func, args, kwargs)) is not None:
             part = self._parts.get(found[1].untyped_storage().data_ptr())
             if part is not None:
@@ -178,12 +202,12 @@ class StreamWatch(TorchFunctionMode):
 
     def _add(self, a: Tensor, b: Tensor, output: Tensor, before: Tensor | None) -> None:
         old = a if before is None else before  # an addition in place has overwritten it
-        if a in self._links:
-            self._accumulate(self._links[a], old, b, self._made(b), output)
-        elif b in self._links:
-            self._accumulate(self._links[b], b, old, self._made(a), output)
+        if (link := self._links.get(a)) is not None:
+            self._accumulate(link, old, b, self._made(b), output)
+        elif (link := self._links.get(b)) is not None:
+            self._accumulate(link, b, old, self._made(a), output)
         elif a in self._from and b in self._from:
-            held = [(p, gave()) for p, gave in (*self._from[a], *self._from[b])]
+            held = [(p, gave()) for p, gave in (*self._made(a), *self._made(b))]
             self._from[output] = tuple((p, _holding(old if x is a else x)) for p, x in held)
 
     def _changed(self, a: Tensor, b: Tensor, in_place: bool) -> tuple[Tensor, Tensor]:

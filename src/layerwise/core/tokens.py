@@ -98,6 +98,20 @@ def drawn(
     return Drawn(so_far.documents + len(keep), ranks[best], where[best], rows)
 
 
+def in_each(
+    keep: Bool[Tensor, "batch seq"], documents: int, count: int
+) -> tuple[Int[Tensor, "batch places"], Bool[Tensor, "batch places"]]:
+    """At most so many tokens of each of some new documents, of smallest priority.
+
+    Returns:
+        Their places in the sequences, and which of these count: a document may have fewer.
+    """
+    ranks = torch.full(keep.shape, 2**63 - 1)
+    ranks[keep.cpu()] = _ranked(keep.cpu(), documents)[1]
+    best, at = ranks.topk(min(count, keep.shape[1]), largest=False)
+    return at.to(keep.device), (best < 2**63 - 1).to(keep.device)
+
+
 def _ranked(keep: Bool[Tensor, "batch seq"], documents: int) -> tuple[Tensor, Tensor]:
     """Places and priorities, computed once for all layers where nothing is padding."""
     if keep.all():

@@ -129,15 +129,24 @@ def canonical(stack: Stack, stats: Stats, *, keep: float = 0.99) -> Figures:
     mean is over all correlations, not over the first 98% of their sum.
     """
     found: dict[str, dict[str, float]] = {}
+    known: Whitened = {}
     for key, folds in stats.along("stream_moments", stack).items():
         m = folds[0].plus(folds[1]) if len(folds) == 2 else None
-        found[key] = {} if m is None else correlations(m, keep)
+        found[key] = {} if m is None else correlations(m, keep, known)
     return Figures(found, "a sample is a token; unrelated states have a cca_squared of `floor`")
 
 
-def correlations(m: Moments, keep: float) -> dict[str, float]:
+#: the covariance of what left a layer and its whitening: both enter the next one
+Whitened = dict[str, Tensor]
+
+
+def correlations(m: Moments, keep: float, known: Whitened | None = None) -> dict[str, float]:
     """CCA of the two sides of moments, by the eigenvectors of the side with fewer directions."""
-    sides = [directions(m.covariance(i, i), keep) for i in (0, 1)]
+    known = {} if known is None else known
+    enters, leaves = (m.covariance(i, i) for i in (0, 1))
+    same = bool(known) and torch.equal(known["covariance"], enters)
+    sides = [known["whitening"] if same else directions(enters, keep), directions(leaves, keep)]
+    known |= {"covariance": leaves, "whitening": sides[1]}
     one = int(sides[0].shape[1] > sides[1].shape[1])
     few = sides[one].shape[1]
     across = sides[one].T @ m.covariance(one, 1 - one) @ sides[1 - one]

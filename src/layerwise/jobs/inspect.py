@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from layerwise.core.data import Texts
+from layerwise.core.fan import fan_out
 from layerwise.core.method import Method, find
 from layerwise.core.network import Network
 from layerwise.core.open import open_network
@@ -117,9 +118,7 @@ class _Run:
             if mine:
                 stats = self.passed(kind, mine)
                 plain = stats if kind == "text" else plain
-                figures |= {
-                    m.name: self.described(m, stats) for m in mine if m.family == "describe"
-                }
+                figures |= self.all_described([m for m in mine if m.family == "describe"], stats)
         return plain, figures
 
     def passed(self, kind: str, picked: Sequence[Method]) -> Stats:
@@ -160,6 +159,14 @@ class _Run:
             self.given["prompt"] = texts.length
             return responses(network, reader, texts, wanted.respond)
         return windows(reader, texts, "calibrate")
+
+    def all_described(self, picked: Sequence[Method], stats: Stats) -> dict[str, Figures]:
+        """What is read off the pass alone is described side by side, the rest one by one."""
+        alone = {m.name: self.described(m, stats) for m in picked if m.given}
+        free = [m for m in picked if not m.given]
+        found = fan_out(lambda m: self.described(m, stats), free)
+        both = alone | dict(zip((m.name for m in free), found, strict=True))
+        return {m.name: both[m.name] for m in picked}
 
     def described(self, method: Method, stats: Stats) -> Figures:
         """A description of all stacks; what needs the network's end is one of its last stack."""

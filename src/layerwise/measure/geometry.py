@@ -158,7 +158,7 @@ Grids = dict[int, Grid]
 
 
 @method("measure", aliases=("position_context",), paper="arXiv:2310.04861")
-def position_parts(*, skip_first: bool = True) -> Probe:
+def position_parts(*, skip_first: bool = True, documents: int = 64) -> Probe:
     r"""How much of the states after a layer is position, how much document, how much neither.
 
     Over documents `c` of equal length `T`: `h = mean + pos_t + ctx_c + rest`, exactly additive:
@@ -167,6 +167,7 @@ def position_parts(*, skip_first: bool = True) -> Probe:
 
     Args:
         skip_first: leave position 0 out, whose huge norm would be all of `pos`.
+        documents: of one length, only the first so many are looked at.
 
     Returns:
         A probe whose value per layer has the shares of variance `position_share`,
@@ -192,9 +193,11 @@ def position_parts(*, skip_first: bool = True) -> Probe:
         rows, keep = by_token(seen.output), kept(seen.output, seen.mask)
         found, begin = dict(state), int(skip_first)
         alike = [rows] if keep.all() else [x[m][None] for x, m in zip(rows, keep, strict=True)]
-        for documents in (x[:, begin:].float() for x in alike):
-            length = documents.shape[1]
-            found[length] = _joined(found.get(length), documents)
+        for x in (x[:, begin:].float() for x in alike):
+            before = found.get(x.shape[1])
+            x = x[: max(documents - (len(before.means) if before else 0), 0)]
+            if len(x):
+                found[x.shape[1]] = _joined(before, x)
         return found
 
     return Probe("layer", lambda key: {}, update, split_positions, figures=True)

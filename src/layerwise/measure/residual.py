@@ -32,6 +32,15 @@ def counted(seen: Seen, which: str) -> Bool[Tensor, "batch seq"]:
     return keep & (rank == rank[:, -1:]) if which == "last" else keep
 
 
+def _more(
+    state: tuple[float, int],
+    values: Float[Tensor, "batch seq"],
+    keep: Bool[Tensor, "batch seq"],
+) -> tuple[float, int]:
+    """A sum and a count with the values of the tokens that count."""
+    return state[0] + values.masked_fill(~keep, 0).sum().item(), state[1] + int(keep.sum())
+
+
 def _mean(state: tuple[float, int]) -> float:
     """The mean of what was summed; no number where a layer changes the shape of the state."""
     return state[0] / state[1] if state[1] else math.nan
@@ -63,17 +72,17 @@ def residual_cosine(*, tokens: Literal["all", "last"] = "all") -> Probe:
     def update(state: tuple[float, int], seen: Seen) -> tuple[float, int]:
         if seen.output is None or seen.output.shape != seen.inputs.shape:
             return state
-        cosine = _kept_direction(seen.update())[counted(seen, tokens)]
-        return state[0] + cosine.sum().item(), state[1] + len(cosine)
+        return _more(state, _kept_direction(seen.update()), counted(seen, tokens))
 
     return Probe("layer", lambda key: (0.0, 0), update, _mean, figures=True)
 
 
 def _kept_direction(added: Added) -> Float[Tensor, "batch seq"]:
     """`cos(x, x + a)` in float64."""
-    x, a, dot = (value.double() for value in added)
-    after = (x * x + 2 * dot + a * a).clamp_min(0).sqrt()
-    return (x * x + dot) / (x * after).clamp_min(1e-16)
+    x, a, dot = torch.stack(added).double()
+    along = x * x + dot
+    after = (along + dot + a * a).clamp_min(0).sqrt()
+    return along / (x * after).clamp_min(1e-16)
 
 
 @method("measure")
@@ -95,8 +104,7 @@ def update_norm() -> Probe:
         if seen.output is None or seen.output.shape != seen.inputs.shape:
             return state
         stream, change, _ = seen.update()
-        share = (change / stream.clamp_min(1e-20)).double()[counted(seen, "all")]
-        return state[0] + share.sum().item(), state[1] + len(share)
+        return _more(state, (change / stream.clamp_min(1e-20)).double(), counted(seen, "all"))
 
     return Probe("layer", lambda key: (0.0, 0), update, _mean, figures=True)
 
@@ -158,8 +166,9 @@ def depth_use() -> Probe:
 def _summed(
     parts: Sequence[Added], keep: Bool[Tensor, "batch seq"]
 ) -> Float[Tensor, "parts two four"]:
-    every = torch.stack([torch.stack(tuple(added)) for added in parts]).double()
-    stream, gift, dot = every.masked_fill(~keep, 0).flatten(2).unbind(1)  # [parts, tokens]
+    every = torch.stack([value for added in parts for value in added]).double()
+    every = every.unflatten(0, (-1, 3)).masked_fill(~keep, 0)
+    stream, gift, dot = every.flatten(2).unbind(1)  # [parts, tokens]
     ratio = gift / stream.clamp_min(1e-6)
     cosine = dot / (gift * stream).clamp_min(1e-12)
     each = torch.stack([torch.ones_like(stream), ratio, cosine], 1)
@@ -192,9 +201,7 @@ def part_cosine() -> Probe:
     def update(state: dict[str, tuple[float, int]], seen: Seen) -> dict[str, tuple[float, int]]:
         found, keep = dict(state), kept(seen.inputs, seen.mask)
         for part, measures in seen.added.items():
-            cosine = _kept_direction(measures)[keep]
-            total, count = found.get(part, (0.0, 0))
-            found[part] = total + cosine.sum().item(), count + len(cosine)
+            found[part] = _more(found.get(part, (0.0, 0)), _kept_direction(measures), keep)
         return found
 
     def finish(state: dict[str, tuple[float, int]]) -> dict[str, float]:

@@ -9,16 +9,17 @@ from torch import Tensor
 from layerwise.core.method import method
 from layerwise.core.stats import Probe, Seen
 from layerwise.core.stream import Attention
-from layerwise.core.tokens import NONE_DRAWN, Drawn, drawn, kept
+from layerwise.core.tokens import in_each, kept
 
 #: rows of the attention matrix that are held at a time, of all documents
 ROWS = 128
-#: sampled rows with their entropies per head and inner products of heads; documents, tokens
-Heads = tuple[Drawn, int, int]
+#: sums over the rows of each document of entropies and of inner products of heads; how many
+#: documents, rows and tokens these were
+Heads = tuple[tuple[tuple[Tensor, Tensor], ...], int, int, int]
 
 
 @method("measure", aliases=("head_cosine",), paper="arXiv:2605.20441")
-def head_patterns(*, tokens: int = 512) -> Probe:
+def head_patterns(*, documents: int = 16, rows: int = 32) -> Probe:
     r"""How alike the attention heads of a layer are, and how spread out each one looks.
 
     `entropy` is the mean over rows and heads of `-sum_j P log P` in nats,
@@ -29,7 +30,8 @@ def head_patterns(*, tokens: int = 512) -> Probe:
     queries and keys, so the network runs as it is.
 
     Args:
-        tokens: at most so many tokens of all documents, chosen by a hash, whose rows are looked at.
+        documents: only the first so many are looked at.
+        rows: tokens of each whose rows are looked at, chosen by a hash.
 
     Returns:
         A probe whose value per layer has these; nothing where the layer has no attention, or one
@@ -48,47 +50,53 @@ def head_patterns(*, tokens: int = 512) -> Probe:
         ]
         if not calls:
             return state
-        keep = kept(seen.inputs, seen.mask)
-        rows = drawn(state[0], keep, tokens, lambda at: _looks(calls[0], at, shape[1]), seen.total)
-        return rows, state[1] + len(keep), state[2] + int(keep.sum())
+        found, begun, count, tokens = state
+        keep = kept(seen.inputs, seen.mask)[: max(documents - begun, 0)]
+        if not len(keep):
+            return state
+        at, counts = in_each(keep, begun, rows)
+        more = _looks(calls[0], at, counts)
+        return (
+            (*found, *zip(*more, strict=True)),
+            begun + len(keep),
+            count + int(counts.sum()),
+            tokens + int(keep.sum()),
+        )
 
     def finish(state: Heads) -> dict[str, float]:
-        rows, documents, count = state
-        if not rows.held:
+        found, documents, count, tokens = state
+        if not found:
             return {}
-        each, gram = (x.double().mean(0) for x in rows.ordered().held)
+        each, gram = (torch.stack(x).sum(0) / count for x in zip(*found, strict=True))
         size = gram.diagonal().sqrt()
         cosine = gram / torch.outer(size, size)
         heads = len(cosine)
-        found = {"entropy": each.mean().item(), "entropy_spread": each.std(correction=0).item()}
+        figures = {"entropy": each.mean().item(), "entropy_spread": each.std(correction=0).item()}
         if heads > 1:
             values = torch.linalg.eigvalsh(cosine)
-            found["cosine"] = ((cosine.sum() - heads) / (heads * (heads - 1))).item()
-            found["gap"] = (values[-1] - values[-2]).item()
-            found["floor"] = causal_floor(round(count / documents))
-        return found
+            figures["cosine"] = ((cosine.sum() - heads) / (heads * (heads - 1))).item()
+            figures["gap"] = (values[-1] - values[-2]).item()
+            figures["floor"] = causal_floor(round(tokens / documents))
+        return figures
 
-    start = (NONE_DRAWN, 0, 0)
+    start = ((), 0, 0, 0)
     return Probe("layer", lambda key: start, update, finish, watch=("attention",), figures=True)
 
 
-def _looks(call: Attention, at: Tensor, length: int) -> tuple[Tensor, ...]:
-    """Entropies `[rows, head]` and inner products `[rows, head, head]` at places of a batch."""
-    document, row = at // length, at % length
-    count = document.bincount(minlength=len(call.query))
-    order = document.argsort(stable=True)
-    place = torch.arange(len(at), device=at.device) - (count.cumsum(0) - count)[document[order]]
-    rows = at.new_zeros(len(count), max(int(count.max()), 1))  # as many of every document
-    rows[document[order], place] = row[order]
-    looks = [_look(call, some) for some in rows.split(max(1, ROWS // len(rows)), dim=1)]
-    mine = torch.empty_like(at)
-    mine[order] = document[order] * rows.shape[1] + place
-    return tuple(torch.cat(x, 1).flatten(0, 1)[mine] for x in zip(*looks, strict=True))
+def _looks(call: Attention, at: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Entropies `[document, head]` and inner products `[document, head, head]`, summed over the
+    rows at some places of every document that count."""
+    size = max(1, ROWS // len(at))
+    pieces = zip(at.split(size, dim=1), counts.split(size, dim=1), strict=True)
+    looks = [_look(call, *piece) for piece in pieces]
+    entropies, products = (torch.stack(x).double().sum(0).cpu() for x in zip(*looks, strict=True))
+    return entropies, products
 
 
-def _look(call: Attention, rows: Tensor) -> tuple[Tensor, Tensor]:
-    p = call.probabilities(rows).transpose(1, 2)  # [document, rows, head, keys]
-    return torch.special.entr(p).sum(3), p @ p.mT
+def _look(call: Attention, at: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    p = call.probabilities(at).transpose(1, 2)  # [document, rows, head, keys]
+    p = p.masked_fill(~counts[:, :, None, None], 0)
+    return torch.special.entr(p).sum((1, 3)), (p @ p.mT).sum(1)
 
 
 @cache
