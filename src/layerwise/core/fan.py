@@ -82,7 +82,8 @@ def fan_out(
             return [_one(function, item, done) for item in items]
         if torch.cuda.is_initialized():  # its solvers are loaded by one thread, not by several
             torch.linalg.cholesky(torch.ones(1, 1, device="cuda"))
-        with ThreadPoolExecutor(workers) as pool:
+        # OpenMP counts per thread: without its own count a worker asks for all cores
+        with ThreadPoolExecutor(workers, "", torch.set_num_threads, (threads,)) as pool:
             return _pooled(pool, function, items, workers, done)
 
 

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from layerwise.core.fan import fan_out
 from layerwise.core.method import method
 from layerwise.core.spectra import smaller_gram, spectral_entropy
 from layerwise.core.stats import Probe, Seen
@@ -106,10 +107,18 @@ def document_geometry(*, documents: int = 8, alpha: float = 1.0, clamp: bool = F
     def update(state: tuple[int, tuple[Tensor, ...]], seen: Seen) -> tuple[int, tuple[Tensor, ...]]:
         assert seen.output is not None
         count, found = state
-        rows, keep = by_token(seen.output), kept(seen.output, seen.mask)
-        for document, mine in list(zip(rows, keep, strict=True))[: max(documents - count, 0)]:
-            figures = _figures(document[mine], alpha, clamp)
-            found = found if figures is None else (*found, figures)
+        keep = kept(seen.output, seen.mask)
+        some = slice(max(documents - count, 0))
+        looks = (
+            _look(document[counts], clamp)
+            for document, counts in zip(by_token(seen.output)[some], keep[some], strict=True)
+        )
+        looks = [look for look in looks if look is not None]
+        spectra = fan_out(torch.linalg.eigvalsh, [look.gram for look in looks])
+        for look, values in zip(looks, spectra, strict=True):
+            entropy = spectral_entropy(values, alpha)
+            figures = [entropy, entropy / look.most, entropy.exp(), *look.angles]
+            found = (*found, torch.stack(figures))
         return count + len(keep), found
 
     def finish(state: tuple[int, tuple[Tensor, ...]]) -> dict[str, float]:
@@ -121,7 +130,16 @@ def document_geometry(*, documents: int = 8, alpha: float = 1.0, clamp: bool = F
     return Probe("layer", lambda key: (0, ()), update, finish, figures=True)
 
 
-def _figures(x: Float[Tensor, "tokens dim"], alpha: float, clamp: bool) -> Tensor | None:
+class _Look(NamedTuple):
+    """Products of a document's rows of norm 1, the entropy that they have at most, and angles of
+    successive steps and rows."""
+
+    gram: Tensor
+    most: float
+    angles: list[Tensor]
+
+
+def _look(x: Float[Tensor, "tokens dim"], clamp: bool) -> _Look | None:
     kind, x = torch.promote_types(x.dtype, torch.float32), x.double()
     z = x - x.mean(0)
     norms = z.norm(dim=1, keepdim=True)
@@ -130,13 +148,11 @@ def _figures(x: Float[Tensor, "tokens dim"], alpha: float, clamp: bool) -> Tenso
     z = z / norms
     rows = z.to(kind)  # digits are for angles, not for eigenvalues
     gram = (rows @ rows.T).clamp_min(0) if clamp else smaller_gram(rows)
-    entropy = spectral_entropy(torch.linalg.eigvalsh(gram), alpha)
     steps = torch.nn.functional.normalize(x.diff(dim=0), dim=1)
     angles = [
         ((v[1:] * v[:-1]).sum(1)).clamp(-1, 1).arccos().mean() * 180 / math.pi for v in (steps, z)
     ]
-    share = entropy / math.log(min(x.shape))
-    return torch.stack([entropy, share, entropy.exp(), *angles])
+    return _Look(gram, math.log(min(x.shape)), angles)
 
 
 #: documents whose products are formed, for the one figure that needs them
