@@ -31,6 +31,14 @@ assert found.exit_code == 0, found.output
 print(memory.peak - memory.start)
 """
 
+#: what planning leaves behind: the sha256 of the weights, in the user's cache
+PLANNED = """
+import sys
+from pathlib import Path
+from layerwise.core.checkpoint import Checkpoint
+print(Checkpoint(Path(sys.argv[1])).weights)
+"""
+
 APPLY = """
 import os, sys, time
 from pathlib import Path
@@ -108,6 +116,7 @@ def main() -> None:
     OUT.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=OUT) as name:
         place = Path(name)
+        os.environ["XDG_CACHE_HOME"] = str(place / "cache")
         memory, speed = [], []
         for depth in DEPTHS:
             model = place / f"model-{depth}"
@@ -129,6 +138,7 @@ SPEED = ("target", "read", "written", "floor", "apply", "ratio", "peak")
 
 def throughput(place: Path, model: Path, total: int, target: str) -> tuple[str, ...]:
     """Time of `apply` over reading the input once and writing the output once."""
+    run(PLANNED, str(model))
     reading, writing, products = read_rate(model), write_rate(place), product_rate()
     forget(model)
     seconds, written, peak = map(float, run(APPLY, str(model), str(place / target), target))

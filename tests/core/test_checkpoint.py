@@ -1,6 +1,8 @@
 """Safetensors: the same bytes as the official library's, and every broken file refused by name."""
 
 import json
+import os
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from layerwise.core import checkpoint
 from layerwise.core.checkpoint import DTYPES, Checkpoint, read_header, read_tensor
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.shards import ShardWriter, write_safetensors
@@ -243,6 +246,32 @@ def test_weights_that_are_no_numbers_are_named(code: str, value: float, tmp_path
     assert checkpoint.read(["good"])
     with pytest.raises(LayerwiseError, match=f"{tmp_path / 'm.safetensors'}, tensor 'up.weight'"):
         checkpoint.read(["good", "up.weight"])
+
+
+def test_long_hashes_are_remembered_while_a_file_stays(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, cache = tmp_path / "model", tmp_path / "cache"
+    shutil.copytree(tiny("llama"), folder)
+    file = folder / "model.safetensors"
+    plain = Checkpoint(folder).weights
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setattr(checkpoint, "LONG", 1)
+    fresh = lambda: (checkpoint._weights.cache_clear(), Checkpoint(folder).weights)[1]  # noqa: E731
+    assert fresh() == plain
+    assert not cache.exists(), "a file of this moment may change within a tick"
+    os.utime(file, (1, 1))
+    assert fresh() == plain
+    (kept,) = (cache / "layerwise" / "weights").iterdir()
+    kept.write_text("remembered")
+    assert fresh() == "remembered"
+    with file.open("r+b") as changed:
+        changed.seek(-1, os.SEEK_END)
+        changed.write(b"!")
+    assert fresh() not in (plain, "remembered")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+    os.utime(file, (2, 2))
+    assert len(fresh()) == 64, "a cache that cannot be written is no error"
 
 
 def test_a_file_that_shrinks_after_it_was_opened(tmp_path: Path) -> None:

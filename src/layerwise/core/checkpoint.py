@@ -8,9 +8,10 @@ import json
 import math
 import mmap
 import struct
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.index import ADAPTERS, INDEX, broken, read_json, weight_files
-from layerwise.core.machine import BIG
+from layerwise.core.machine import BIG, remembered
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -46,6 +47,9 @@ DTYPES: dict[str, torch.dtype] = {
 #: elements on disk in one element of torch, along the last axis
 PACKED = {torch.float4_e2m1fn_x2: 2}
 _LONGEST_HEADER = 100_000_000
+#: bytes whose sha256 is worth remembering, and how many nanoseconds ago a file must have been
+#: changed: one that was changed just now may change again within a tick of its clock
+LONG, SETTLED = 1 << 28, 2 * 10**9
 
 
 class TensorInfo(NamedTuple):
@@ -190,14 +194,26 @@ class Checkpoint:
         """sha256 of the sha256s of the tensors, in order of their names."""
         held = [*sorted(self.tensors.items()), *sorted(self.adapters.items())]
         files = sorted({info.file for _, info in held})
-        stamps = tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in map(Path.stat, files))
+        stats = [file.stat() for file in files]
+        stamps = tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in stats)
         return _weights(tuple(info for _, info in held), stamps)
 
 
-@lru_cache(16)
-def _weights(tensors: tuple[TensorInfo, ...], stamps: tuple[tuple[int, ...], ...]) -> str:
-    """Hashed once per process while the files keep their stamps."""
+Stamps = tuple[tuple[int, int, int, int], ...]
 
+
+@lru_cache(16)
+def _weights(tensors: tuple[TensorInfo, ...], stamps: Stamps) -> str:
+    """Hashed once while the files keep their stamps: per process, and what is long per user."""
+    if sum(info.nbytes for info in tensors) < LONG:
+        return _hashed(tensors)
+    places = [(info.file.name, info.shape, info.start) for info in tensors]
+    settled = time.time_ns() - max(changed for *_, changed in stamps) > SETTLED
+    compute = partial(_hashed, tensors)
+    return remembered("weights", repr((stamps, places)), compute) if settled else compute()
+
+
+def _hashed(tensors: tuple[TensorInfo, ...]) -> str:
     def digest(info: TensorInfo) -> bytes:
         flat = read_tensor(info).reshape(-1).view(torch.uint8)
         return hashlib.sha256(flat.numpy().data).digest()

@@ -1,11 +1,12 @@
 """What this machine has room for, and how it says that it has none left."""
 
 import errno
+import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
@@ -54,6 +55,24 @@ def write_whole(path: Path, text: str) -> None:
     part = path.with_name(f"{path.name}.part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
+
+
+def remembered(kind: str, key: str, compute: Callable[[], str]) -> str:
+    """A short text that takes long to compute, kept in the user's cache under all it depends on.
+
+    The cache is `layerwise` in `$XDG_CACHE_HOME`, by default `~/.cache`; where it cannot be read
+    or written, nothing is remembered.
+    """
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    path = home / "layerwise" / kind / hashlib.sha256(key.encode()).hexdigest()
+    with suppress(OSError, UnicodeDecodeError):
+        if found := path.read_text(encoding="utf-8"):
+            return found
+    found = compute()
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, found)
+    return found
 
 
 def check_disk(folder: Path, needed: Mapping[str, int]) -> None:
