@@ -20,6 +20,7 @@ from layerwise.core.hollow import operands
 from layerwise.core.stack import Layer
 from layerwise.core.tokens import by_token
 
+Value = TypeVar("Value")
 ADDITIONS = (Tensor.add, torch.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__)
 IN_PLACE = (Tensor.add_, Tensor.__iadd__)
 #: what hands on the tensor that it is given
@@ -27,7 +28,6 @@ SAME = {
     *(Tensor.to, Tensor.float, Tensor.type, Tensor.type_as, Tensor.clone, Tensor.contiguous),
     *(Tensor.view, Tensor.reshape, Tensor.flatten, torch.reshape, torch.flatten, F.dropout),
 }
-Value = TypeVar("Value")
 NORMS = {F.layer_norm, F.rms_norm, torch.layer_norm}
 #: numbers of a state that are worked on at a time
 PIECE = 2**17

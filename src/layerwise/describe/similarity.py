@@ -100,6 +100,10 @@ def similarity(stack: Stack, stats: Stats, *, unbiased: bool = True) -> Figures:
     return Figures(found, note, {"cka": table})
 
 
+#: the covariance of what left a layer and its whitening: both enter the next one
+Whitened = dict[str, Tensor]
+
+
 def directions(cov: Float[Tensor, "dim dim"], keep: float) -> Float[Tensor, "dim kept"]:
     """Whitening of the principal directions that hold a share `keep` of the variance."""
     values, vectors = (t.flip(-1) for t in torch.linalg.eigh(cov))
@@ -134,10 +138,6 @@ def canonical(stack: Stack, stats: Stats, *, keep: float = 0.99) -> Figures:
         m = folds[0].plus(folds[1]) if len(folds) == 2 else None
         found[key] = {} if m is None else correlations(m, keep, known)
     return Figures(found, "a sample is a token; unrelated states have a cca_squared of `floor`")
-
-
-#: the covariance of what left a layer and its whitening: both enter the next one
-Whitened = dict[str, Tensor]
 
 
 def correlations(m: Moments, keep: float, known: Whitened | None = None) -> dict[str, float]:

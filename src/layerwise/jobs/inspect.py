@@ -162,10 +162,10 @@ class _Run:
 
     def all_described(self, picked: Sequence[Method], stats: Stats) -> dict[str, Figures]:
         """What is read off the pass alone is described side by side, the rest one by one."""
-        alone = {m.name: self.described(m, stats) for m in picked if m.given}
+        single = {m.name: self.described(m, stats) for m in picked if m.given}
         free = [m for m in picked if not m.given]
         found = fan_out(lambda m: self.described(m, stats), free)
-        both = alone | dict(zip((m.name for m in free), found, strict=True))
+        both = single | dict(zip((m.name for m in free), found, strict=True))
         return {m.name: both[m.name] for m in picked}
 
     def described(self, method: Method, stats: Stats) -> Figures:

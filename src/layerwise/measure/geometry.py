@@ -107,8 +107,10 @@ def document_geometry(*, documents: int = 8, alpha: float = 1.0, clamp: bool = F
     def update(state: tuple[int, tuple[Tensor, ...]], seen: Seen) -> tuple[int, tuple[Tensor, ...]]:
         assert seen.output is not None
         count, found = state
+        if count >= documents:
+            return state
         keep = kept(seen.output, seen.mask)
-        some = slice(max(documents - count, 0))
+        some = slice(documents - count)
         looks = (
             _look(document[counts], clamp)
             for document, counts in zip(by_token(seen.output)[some], keep[some], strict=True)
