@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 import layerwise.families as families
-from layerwise.core.chain import run_chain
+from layerwise.core.chain import goes_by_rows, run_chain
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.frame import innermost
 from layerwise.core.gaussian import gaussian_grid
 from layerwise.core.plan import Step
-from layerwise.core.weight import Dense, Weight, flatten, unflatten
+from layerwise.core.weight import Dense, Weight, flatten, some_rows, unflatten
 
 assert families
 GPTQ = ("gptq", {"bits": 3, "group": 32})
@@ -37,9 +37,12 @@ CHAINS: dict[str, list[tuple[str, dict[str, Any]]]] = {
 every_chain = pytest.mark.parametrize("name", CHAINS)
 
 
+def steps(name: str) -> list[Step]:
+    return [Step(method, options) for method, options in CHAINS[name]]
+
+
 def solve(name: str, weight: Tensor, stats: Mapping[str, Any] | None = None) -> Weight:
-    steps = [Step(method, options) for method, options in CHAINS[name]]
-    return run_chain(weight, stats or {}, steps)
+    return run_chain(weight, stats or {}, steps(name))
 
 
 def problem(rows: int = 12, columns: int = 100) -> tuple[Tensor, dict[str, Tensor]]:
@@ -76,6 +79,17 @@ def test_better_than_two_bits_and_kept_apart_and_together(name: str) -> None:
     assert torch.equal(again.dense(), record.dense())
     assert again.nbytes == record.nbytes
     assert record.nbytes < weight.nbytes / 4
+
+
+@pytest.mark.parametrize("name", [n for n in CHAINS if goes_by_rows(steps(n))])
+def test_rows_are_solved_alike_with_others_around_them(name: str) -> None:
+    weight, stats = problem()
+    together, alone = solve(name, weight, stats), solve(name, weight[4:], stats)
+    moment, rows = stats["second_moment"], slice(4, len(weight))
+    some = some_rows(together, rows)
+    assert torch.equal(some.dense(), together.dense()[rows])
+    lost = [damage(record, weight[rows], moment) for record in (some, alone)]
+    assert lost[0] == pytest.approx(lost[1], rel=0.01)
 
 
 @every_chain

@@ -46,6 +46,11 @@ def made_by(chain: Sequence[Step]) -> Step | None:
     return next((step for step in reversed(chain) if kind_left(step) is not Weight), None)
 
 
+def goes_by_rows(chain: Sequence[Step]) -> bool:
+    """Whether a chain makes of every row of a matrix what it makes of that row alone."""
+    return all(find(step.method, "weight").by_rows for step in chain)
+
+
 def framed(chain: Sequence[Step]) -> bool:
     """Whether a chain puts a frame around what is stored."""
     return any(kind_left(step) in get_args(Frame) for step in chain)

@@ -57,7 +57,8 @@ Errors = Callable[[Any, Sequence[Mapping[str, Any]]], list[float]]
 class Method:
     """A registered method: its function, where it belongs and what a user may set.
 
-    The steps of a chain that follow it find under a name in `gives` another of its `needs`.
+    The steps of a chain that follow it find under a name in `gives` another of its `needs`. An
+    edit that goes `by_rows` makes of every row of a matrix what it makes of that row alone.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Method:
     cost: Cost | None = None
     gives: Mapping[str, str] = field(default_factory=dict)
     errors: Errors | None = None
+    by_rows: bool = False
 
     def costs(self, size: Size, options: Mapping[str, Any]) -> str:
         """What it costs beyond the pass, with some options set; nothing if it costs no more."""
@@ -115,13 +117,14 @@ def method(
     cost: Cost | None = None,
     gives: Mapping[str, str] = {},
     errors: Errors | None = None,
+    by_rows: bool = False,
 ) -> Callable[[F], F]:
     """Register a function as a method of a family, under its own name.
 
     The signature is the configuration: positional arguments are the family's, keywords with a
     default are the user's options, keywords without one are given by the engine. What costs more
     than the pass over the data says so through `cost`, before it starts. An edit of a matrix may
-    tell the `errors` of many settings at once.
+    tell the `errors` of many settings at once, and goes `by_rows` if no row depends on another.
 
     Raises:
         LayerwiseError: the family is unknown, the positional arguments are not the family's, or
@@ -154,6 +157,7 @@ def method(
             cost=cost,
             gives=gives,
             errors=errors,
+            by_rows=by_rows,
         )
         for key in (title, *aliases):
             if key in _METHODS:

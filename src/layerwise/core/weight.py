@@ -5,7 +5,7 @@ a result does not depend on whether it was just computed or read back.
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -254,6 +254,22 @@ _KINDS = {
         *(Rotated, Scaled, Codebook, Trits),
     )
 }
+
+
+#: fields that hold something of every row
+_BY_ROW = {
+    Dense: ("value",),
+    Quantized: ("codes", "scale", "zero"),
+    Codebook: ("codes", "scale"),
+}
+
+
+def some_rows(record: Weight, rows: slice) -> Weight:
+    """The record of some rows of a matrix, where every row is stored for itself."""
+    if isinstance(record, Frame):
+        return replace(record, inner=some_rows(record.inner, rows))
+    held = {name: getattr(record, name) for name in _BY_ROW[type(record)]}
+    return replace(record, **{k: v if v is None else v[rows] for k, v in held.items()})
 
 
 def in_groups(matrix: Tensor, width: int) -> Shaped[Tensor, "out groups width"]:

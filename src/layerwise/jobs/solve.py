@@ -1,13 +1,14 @@
 """Solving: every edited matrix becomes a record, layer by layer, each layer journalled."""
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, chain, pairwise
 from time import monotonic
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from layerwise.core.chain import run_chain
+from layerwise.core.chain import goes_by_rows, run_chain
 from layerwise.core.errors import refusing
 from layerwise.core.fan import Engine, fan_out
 from layerwise.core.journal import Journal
@@ -18,7 +19,7 @@ from layerwise.core.plan import Edit, Step, chain_for
 from layerwise.core.stack import Layer, Matrix
 from layerwise.core.stats import Gathering
 from layerwise.core.stops import Batch, Stop
-from layerwise.core.weight import Weight
+from layerwise.core.weight import Weight, some_rows
 from layerwise.jobs.session import Progress, silent
 
 #: seconds in which a layer that needs no data may be solved again, after a job was stopped
@@ -26,19 +27,26 @@ QUICK = 0.5
 
 
 class Task(NamedTuple):
-    """A matrix to solve, on its own."""
+    """Matrices to solve, one above the other where there are several; each may stand alone."""
 
-    weight: Tensor
+    weights: tuple[Tensor, ...]
     dtype: torch.dtype
     stats: Mapping[str, Any]
     chain: tuple[Step, ...]
 
 
-def solve_matrix(task: Task) -> tuple[Weight, float]:
-    """The record of a matrix and its relative error."""
-    weight = task.weight.to(task.dtype).contiguous()
-    record = run_chain(weight, task.stats, task.chain)
-    return record, relative_error(weight, record, task.stats.get("second_moment"))
+def solve_matrices(task: Task) -> list[tuple[Weight, float]]:
+    """The record of every matrix and its relative error."""
+    weights = [weight.to(task.dtype).contiguous() for weight in task.weights]
+    if len(weights) == 1:
+        records = [run_chain(weights[0], task.stats, task.chain)]
+    else:
+        ends = list(accumulate(map(len, weights), initial=0))
+        whole = run_chain(torch.cat(weights), task.stats, task.chain)
+        records = [some_rows(whole, slice(*place)) for place in pairwise(ends)]
+    moment = task.stats.get("second_moment")
+    pairs = zip(weights, records, strict=True)
+    return [(record, relative_error(weight, record, moment)) for weight, record in pairs]
 
 
 def try_chains(edits: Sequence[Edit]) -> None:
@@ -143,15 +151,35 @@ class Solver:
         kind = self.network.stored.dtype if self.network.source else self.network.dtype
         open_ = [m for m in matrices if self.chain(m) and m.key not in self.records]
         known = {m.key: self.given.get(m.key, stats.get(m.inputs, {})) for m in open_}
-        tasks = [Task(weight(m), kind, known[m.key], self.chain(m)) for m in open_]
+        groups = self._together(open_, known)
+        tasks = [
+            Task(tuple(map(weight, group)), kind, known[group[0].key], self.chain(group[0]))
+            for group in groups
+        ]
         if self.engine.kind == "ray":  # a slice would travel with all of its parameter
-            tasks = [task._replace(weight=task.weight.clone()) for task in tasks]
+            tasks = [t._replace(weights=tuple(w.clone() for w in t.weights)) for t in tasks]
         self.unseen += [m.key for m in open_ if self.probes and not stats.get(m.inputs)]
-        solved = fan_out(solve_matrix, tasks, self.engine)
-        for matrix, (record, error) in zip(open_, solved, strict=True):
+        solved = chain.from_iterable(fan_out(solve_matrices, tasks, self.engine))
+        for matrix, (record, error) in zip(chain.from_iterable(groups), solved, strict=True):
             self.records[matrix.key], self.errors[matrix.key] = record, error
             if stop is not None:
                 stop.substitute(matrix, record.dense())
+
+    def _together(
+        self, matrices: Sequence[Matrix], known: Mapping[str, Mapping[str, Any]]
+    ) -> list[list[Matrix]]:
+        """Matrices that are solved as one: of the same inputs, whose moments are factored once."""
+        groups: list[list[Matrix]] = []
+        for matrix in matrices:
+            first = groups[-1][0] if groups else matrix
+            alike = known[first.key] is known[matrix.key] and self.chain(first) == self.chain(
+                matrix
+            )
+            if first is not matrix and alike and goes_by_rows(self.chain(matrix)):
+                groups[-1].append(matrix)
+            else:
+                groups.append([matrix])
+        return groups
 
     def finish(self, layer: Layer) -> None:
         """Write the layer to the journal, and which matrices no data came to.

@@ -17,7 +17,7 @@ from layerwise.edit.weight._solve import row_errors
 from layerwise.edit.weight.rtn import rtn
 
 
-@method("weight", paper="arXiv:2504.09629", needs=("second_moment", "cross_moment"))
+@method("weight", paper="arXiv:2504.09629", needs=("second_moment", "cross_moment"), by_rows=True)
 def qep(
     weight: Float[Tensor, "out in"],
     stats: Mapping[str, Any],
@@ -80,6 +80,7 @@ def qep(
     paper="arXiv:2503.01820",
     needs=("attention_received", "attended_moment"),
     gives={"second_moment": "attended_moment"},
+    by_rows=True,
 )
 def token_importance(weight: Float[Tensor, "out in"], stats: Mapping[str, Any]) -> Dense:
     """Let the steps that follow count tokens by the attention that they receive.
@@ -102,7 +103,7 @@ def token_importance(weight: Float[Tensor, "out in"], stats: Mapping[str, Any]) 
     return Dense(weight)
 
 
-@method("weight", paper="arXiv:2404.00456", aliases=("hadamard",))
+@method("weight", paper="arXiv:2404.00456", aliases=("hadamard",), by_rows=True)
 def rotate(
     weight: Float[Tensor, "out in"],
     stats: Mapping[str, Any],
@@ -215,7 +216,7 @@ def scale_channels(
     return best
 
 
-@method("weight", needs=("second_moment",), paper="arXiv:2306.00978")
+@method("weight", needs=("second_moment",), paper="arXiv:2306.00978", by_rows=True)
 def clip(
     weight: Float[Tensor, "out in"],
     stats: Mapping[str, Any],

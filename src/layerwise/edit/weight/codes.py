@@ -14,7 +14,7 @@ from layerwise.core.method import method
 from layerwise.core.weight import Codebook, Sum, Trits, in_groups
 
 
-@method("weight", paper="arXiv:2411.17525")
+@method("weight", paper="arXiv:2411.17525", by_rows=True)
 def gaussian(
     weight: Float[Tensor, "out in"],
     stats: Mapping[str, Any],

@@ -24,7 +24,7 @@ from layerwise.edit.weight._solve import (
 from layerwise.edit.weight.rtn import rtn
 
 
-@method("weight", paper="arXiv:2403.07134", needs=("second_moment",))
+@method("weight", paper="arXiv:2403.07134", needs=("second_moment",), by_rows=True)
 def comq(
     weight: Float[Tensor, "out in"],
     stats: Mapping[str, Any],
@@ -137,7 +137,7 @@ def _scaled(record: Quantized, weight: Tensor, hessian: Tensor) -> Quantized:
     return replace(record, scale=scale)
 
 
-@method("weight", needs=("second_moment",))
+@method("weight", needs=("second_moment",), by_rows=True)
 def refine(
     weight: Float[Tensor, "out in"],
     stats: Mapping[str, Any],

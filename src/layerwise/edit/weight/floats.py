@@ -12,7 +12,7 @@ from layerwise.core.method import method
 from layerwise.core.weight import Codebook, in_groups
 
 
-@method("weight", paper="arXiv:2209.05433", aliases=("fp8", "mxfp4"))
+@method("weight", paper="arXiv:2209.05433", aliases=("fp8", "mxfp4"), by_rows=True)
 def minifloat(
     weight: Float[Tensor, "out in"],
     stats: Mapping[str, Any],

@@ -14,7 +14,7 @@ from layerwise.edit.weight._solve import column_feedback, inverse_factor, prepar
 from layerwise.edit.weight.rtn import quantized
 
 
-@method("weight", paper="arXiv:2210.17323", needs=("second_moment",))
+@method("weight", paper="arXiv:2210.17323", needs=("second_moment",), by_rows=True)
 def gptq(
     weight: Float[Tensor, "out in"],
     stats: Mapping[str, Any],

@@ -32,6 +32,7 @@ class Parametrisation(NamedTuple):
     aliases=("signround", "auto_round"),
     paper="arXiv:2309.05516",
     needs=("second_moment",),
+    by_rows=True,
 )
 def learned_rounding(
     weight: Float[Tensor, "out in"],

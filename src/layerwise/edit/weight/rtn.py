@@ -12,7 +12,7 @@ from layerwise.core.weight import Quantized
 from layerwise.edit.weight._grid import Grid, check_bits, fit_grid, round_to_grid
 
 
-@method("weight", aliases=("round_to_nearest",))
+@method("weight", aliases=("round_to_nearest",), by_rows=True)
 def rtn(
     weight: Float[Tensor, "out in"],
     stats: Mapping[str, Any],
