@@ -54,7 +54,7 @@ SMALL: tuple[tuple[str, Any], ...] = (
     (r".*(experts_per_tok|top_?k|topk|experts_per_token|num_selected_experts|router_topk)", 2),
     (r"(n|num|topk)_group", 1),
     (r"topk_group", 1),
-    (r".*(num|n).*experts|moe_num_experts|num_experts", 4),
+    (r".*(num|n).*experts|moe_num_experts|num_experts|zero_expert_num", 4),
     (r"n_shared_experts|num_shared_experts|moe_num_shared_experts", 1),
     (
         r"(max_|n_)?(position_embeddings|positions|seq_len|seq_length|ctx|sequence_length|max_source_positions|max_target_positions)",
@@ -66,7 +66,7 @@ SMALL: tuple[tuple[str, Any], ...] = (
     (r"rotary_dim", 8),
     (r"(.*_)?(head_dim|head_size|kv_channels|d_kv|attention_head_size)", 16),
     (
-        r"(.*_)?(intermediate_size|ffn_dim|d_ff|ffn_hidden_size|n_inner|inner_dim|d_inner|mlp_dim|mlp_hidden_size|ffn_size|intermediate_dim)(_.*)?",
+        r"(.*_)?(intermediate_size|ffn_dim|d_ff|dim_ff|dff|ffn_hidden_size|expert_ffn_hidden_size|n_inner|inner_dim|d_inner|mlp_dim|mlp_hidden_size|ffn_size|intermediate_dim)(_.*)?",
         96,
     ),
     (
@@ -82,6 +82,9 @@ SMALL: tuple[tuple[str, Any], ...] = (
     ),
 )
 
+#: fields that list the widths of stages
+WIDTHS = r"hidden_sizes|embed_dims"
+
 #: fields that may be None by default, where the model then fails
 NEEDED = (
     r"head_dim|num_key_value_heads|num_attention_heads|n_routed_experts|vocab_size_per_layer_input"
@@ -94,6 +97,19 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
     "esmc": {"num_key_value_heads": 4},
     "reformer": {"axial_pos_embds_dim": (32, 32), "axial_pos_shape": (8, 16)},
+    "dots3_note_text": {
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_q_lora_rank": 16,
+        "swa_kv_lora_rank": 16,
+        "swa_head_dim": 32,
+        "swa_qk_nope_head_dim": 16,
+        "swa_v_head_dim": 16,
+    },
+    "bit": {"num_groups": 8},
+    "focalnet": {"embed_dim": 16},
+    "phi4_multimodal_audio": {"nemo_conv_channels": 64},
+    "gemma3n_text": {"intermediate_size": [96] * LAYERS},
     "mamba2": {"head_dim": 32, "n_groups": 1},
     "ernie4_5_moe": {"moe_k": 2},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
@@ -104,8 +120,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}},
     "perceiver": {"num_self_attends_per_block": 4, "num_latents": 32, "d_latents": 64},
     "vibevoice_acoustic_tokenizer_encoder": {"downsampling_ratios": [2, 2], "depths": [2, 2, 2]},
-    "textnet": {"image_size": [64, 64]},
-    "hiera": {"image_size": [64, 64]},
+    "textnet": {"image_size": [64, 64], "hidden_sizes": [64, 64, 128, 256, 512]},
+    "hiera": {"image_size": [64, 64], "embed_dim": 16},
+    "hgnet_v2": {"hidden_sizes": [256, 512, 1024, 2048]},
     "regnet": {"depths": [2, 3, 4, 2], "hidden_sizes": [32, 48, 64, 96], "groups_width": 16},
     "cvt": {"depth": [1, 2, 4], "embed_dim": [16, 32, 64], "num_heads": [1, 2, 4]},
     "levit": {
@@ -171,6 +188,9 @@ def small_config(
         value = default.get(name, field.default)
         if isinstance(value, PretrainedConfig):
             given[name] = small_config(type(value))
+            continue
+        if isinstance(value, list | tuple) and re.fullmatch(WIDTHS, name):
+            given[name] = [width // 4 for width in value]
             continue
         small = next((small for pattern, small in SMALL if re.fullmatch(pattern, name)), None)
         if small is None or isinstance(value, bool):

@@ -29,6 +29,7 @@ class Subject:
         self.inputs = example(entry, model)
         model.save_pretrained(folder / "model")  # type: ignore[operator]
         self.stock = load_stock(folder / "model", "float32", torch.device("cpu"))
+        self.dropped: nn.Module | None = None
 
     @cached_property
     def network(self) -> Network:

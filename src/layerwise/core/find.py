@@ -4,7 +4,7 @@ A stack is a chain of calls in which a tensor that one call returns is a tensor 
 receives. What the modules inside a layer are for is read off how they behave.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,9 @@ from layerwise.core.calls import Call, record_calls, tensors_in
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.hollow import ShortCircuit
 from layerwise.core.stack import Layer, Matrix, Part, Stack, plain_wiring
+
+#: what a layer is built of -> its parts and matrices, of whichever layer they were read off
+Anatomies = dict[Any, tuple[tuple[Part, ...], Sequence[Matrix]]]
 
 
 def find_chains(calls: list[Call]) -> list[list[Call]]:
@@ -53,12 +56,13 @@ def choose_stacks(chains: list[list[Call]]) -> list[list[Call]]:
 
 
 def find_stacks(
-    model: nn.Module, run: Callable[[], Any], containers: Collection[str] = ()
+    model: nn.Module, run: Callable[[], Any], known: Sequence[Stack] = ()
 ) -> list[Stack]:
-    """Find the stacks of a hollow model, or those of known containers, by a trial forward.
+    """Find the stacks of a hollow model by a trial forward; those of a known twin in its places.
 
     A stack whose layers let no position see a later one is a `decoder`, any other an `encoder`;
-    the second of a name is `decoder2`. They come in the order in which they run.
+    the second of a name is `decoder2`. They come in the order in which they run. Layers that are
+    built like those of the twin are not taken apart again.
 
     Raises:
         LayerwiseError: no container's members feed one another.
@@ -71,8 +75,9 @@ def find_stacks(
     }
     with torch.no_grad(), ShortCircuit():
         found = find_chains(record_calls(children, run))
-    known = [chain for chain in found if _container(chain) in containers]
-    chains = sorted(known or choose_stacks(found), key=lambda chain: chain[0].began)
+    containers = [stack.container for stack in known]
+    same = [chain for chain in found if _container(chain) in containers]
+    chains = sorted(same or choose_stacks(found), key=lambda chain: chain[0].began)
     if not chains:
         raise LayerwiseError(
             type(model).__name__,
@@ -80,7 +85,8 @@ def find_stacks(
             found=f"no such chain among {len(children)} modules",
             fix="give the network's stack of layers as an nn.Sequential",
         )
-    anatomies: dict[Any, tuple[tuple[Part, ...], list[Matrix]]] = {}
+    twins = (layer for stack in known for layer in stack.layers)
+    anatomies: Anatomies = {_signature(la.module): (la.parts, la.matrices) for la in twins}
     stacks: list[Stack] = []
     for title, chain in zip(_titles(chains), chains, strict=True):
         layers: dict[int, Layer] = {}
@@ -113,11 +119,13 @@ def _wiring(visits: list[int]) -> Any:
     return tuple(Visit(i) for i in visits)
 
 
-def _layer(stack: str, index: int, call: Call, anatomies: dict) -> Layer:
-    signature = (
-        type(call.module),
-        tuple((n, p.shape) for n, p in call.module.named_parameters()),
-    )
+def _signature(layer: nn.Module) -> tuple[Any, ...]:
+    """What layers that are built alike have in common."""
+    return type(layer), tuple((n, p.shape) for n, p in layer.named_parameters())
+
+
+def _layer(stack: str, index: int, call: Call, anatomies: Anatomies) -> Layer:
+    signature = _signature(call.module)
     if signature not in anatomies:
         anatomies[signature] = dissect(call)
     parts, found = anatomies[signature]
@@ -131,8 +139,8 @@ def _layer(stack: str, index: int, call: Call, anatomies: dict) -> Layer:
             expert=m.expert,
             shape=m.shape,
             transposed=m.transposed,
-            inputs=f"{key}/{m.inputs}",
-            fusion=f"{key}/{m.fusion}",
+            inputs=f"{key}/{m.inputs.removeprefix(f'{m.layer}/')}",
+            fusion=f"{key}/{m.fusion.removeprefix(f'{m.layer}/')}",
         )
         for m in found
     )

@@ -1,7 +1,7 @@
 """Opening a model folder, hub id or module: building it hollow, finding its stacks, rewiring it."""
 
 import copy
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,9 @@ def open_network(
 
 
 def widened(network: Network) -> Network:
-    """The same network computing in float32."""
+    """The same network computing in float32; itself if it does."""
+    if network.dtype == torch.float32:
+        return network
     return _rebuilt(network, torch.float32, network.stored)
 
 
@@ -148,7 +150,7 @@ def _rebuilt(network: Network, kind: torch.dtype, source: Source) -> Network:
         shape.tie_word_embeddings = False
     network = replace(network, source=source, dtype=kind)
     module = build_hollow(type(network.model), shape, kind, stored_as(network))
-    stacks, task = _examine(module, containers=[stack.container for stack in network.stacks])
+    stacks, task = _examine(module, known=network.stacks)
     found = replace(network, module=module, stacks=stacks, task=task)
     arrange(found)
     _bring_outside(found)
@@ -192,7 +194,7 @@ def rewired(network: Network, wiring: Mapping[str, Sequence[Any]]) -> Network:
         for stack, order in zip(chosen, orders, strict=True):
             shape = edited_config(kind, shape, stack, order, renumber)
         module = build_hollow(kind, shape, network.dtype, stored_as(arranged))
-        rebuilt, task = _examine(module, containers=[stack.container for stack in stacks])
+        rebuilt, task = _examine(module, known=stacks)
         try:
             check_rebuilt(
                 [s for s in rebuilt if s.container in {c.container for c in chosen}], origins
@@ -248,12 +250,12 @@ def _stored_dtype(checkpoint: Checkpoint, config: Any) -> torch.dtype:
 def _examine(
     module: nn.Module,
     inputs: Mapping[str, Tensor] | None = None,
-    containers: Collection[str] = (),
+    known: Sequence[Stack] = (),
 ) -> tuple[tuple[Stack, ...], Task]:
     """The stacks and the task of a hollow model, by one trial forward."""
     given = forward_arguments(module, example_inputs(module) if inputs is None else inputs)
     outputs: list[Any] = []
-    stacks = tuple(find_stacks(module, lambda: outputs.append(module(**given)), containers))
+    stacks = tuple(find_stacks(module, lambda: outputs.append(module(**given)), known))
     return stacks, task_of(module, outputs[0], stacks[-1].name.startswith("encoder"))
 
 

@@ -1,6 +1,8 @@
 """A new execution order as an ordinary configuration: depth, and lists with one entry a layer."""
 
 import copy
+import pickle
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -52,31 +54,42 @@ def depth_fields(
     A field counts when it equals the depth and the stack on the meta device is one layer longer
     after it was raised by one, together with what has one entry a layer.
     """
-    depth = len(stack.layers)
+    return _depth_fields(kind, pickle.dumps(config), stack.container, len(stack.layers))
+
+
+@lru_cache(64)
+def _depth_fields(
+    kind: type[PreTrainedModel], pickled: bytes, container: str, depth: int
+) -> list[DepthField]:
+    config = pickle.loads(pickled)
+    gives = partial(_gives, kind, config, container, depth)
     found = []
     for number, part in enumerate(_configs(config.to_dict())):
         alone = DepthField(number, "")
-        if _per_layer(part, depth) and _gives(kind, config, stack, [alone]):
+        if _per_layer(part, depth) and gives([alone]):
             return [alone]
         for name, value in part.items():
             if type(value) is int and value == depth:
                 forms = (DepthField(number, name), DepthField(number, name, lists=False))
-                found += [f for f in forms if _gives(kind, config, stack, [f])][:1]
+                found += [f for f in forms if gives([f])][:1]
             elif isinstance(value, list | tuple):
                 stages = [DepthField(number, name, i) for i, v in enumerate(value) if v == depth]
-                found += [f for f in stages if _gives(kind, config, stack, [f])]
+                found += [f for f in stages if gives([f])]
     return found
 
 
 def _gives(
-    kind: type[PreTrainedModel], config: PretrainedConfig, stack: Stack, fields: list[DepthField]
+    kind: type[PreTrainedModel],
+    config: PretrainedConfig,
+    container: str,
+    depth: int,
+    fields: list[DepthField],
 ) -> bool:
     """Whether these fields, raised by one, give one layer more."""
-    depth = len(stack.layers)
     try:
         trial = _edited(config, fields, depth, [*range(depth), depth - 1])
         with torch.device("meta"):
-            layers = kind(trial).get_submodule(stack.container).children()
+            layers = kind(trial).get_submodule(container).children()
         return len(list(layers)) == depth + 1
     except Exception:  # a trial value that the architecture refuses is simply not the depth
         return False
