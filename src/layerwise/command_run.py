@@ -31,7 +31,9 @@ def run(
     check: Annotated[bool, typer.Option(help="Check the cache under a new order.")] = True,
     packed: Annotated[bool, typer.Option(help="Packed kernels, where they are faster.")] = True,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="Compute type; auto: float32 with a draft.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Compute type; auto: stored, float32 for drafts.")
+    ] = "auto",
     as_json: Json = False,
 ) -> None:
     """Let a network write, with its layers in any order, and with drafts that it verifies."""
@@ -45,7 +47,7 @@ def run(
     output = Output("run", model, as_json, settings)
     order = ordered_by(output, plan) if plan else wiring
     drafts = sweep or bool(speculate)
-    kind = "float32" if drafts and dtype == "auto" else dtype
+    kind = ("float32" if drafts else "stored") if dtype == "auto" else dtype
     network = opened(output, order, device, kind, check, save)
     if packed and not order:
         say_packed(output, network)

@@ -12,7 +12,9 @@ Set = Annotated[
 ]
 Keep = Annotated[list[str], typer.Option("--keep", help="Selector of what stays as it is.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
-Dtype = Annotated[str, typer.Option(help="Compute type; auto is the checkpoint's.")]
+Dtype = Annotated[
+    str, typer.Option(help="Compute type; stored: the checkpoint's; auto: that or a faster one.")
+]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 Data = Annotated[
     str, typer.Option(help="stdlib, a text file, .jsonl, .parquet, a folder, a hub id.")

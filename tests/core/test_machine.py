@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from layerwise.core.machine import BIG, on_disk
+from layerwise.core.open import choose_dtype
 from layerwise.jobs.measure import anonymous_bytes
 
 
@@ -32,3 +33,25 @@ def test_without_room_it_stays_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setattr("os.posix_fallocate", full)
     big = torch.ones(BIG)
     assert on_disk(big) is big
+
+
+@pytest.mark.parametrize(
+    ("name", "stored", "multiplies", "kept"),
+    [
+        ("auto", torch.bfloat16, True, torch.bfloat16),
+        ("auto", torch.bfloat16, False, torch.float32),
+        ("stored", torch.bfloat16, False, torch.bfloat16),
+        ("stored", torch.float16, True, torch.float32),
+        ("auto", torch.float64, False, torch.float64),
+        ("bfloat16", torch.float32, False, torch.bfloat16),
+    ],
+)
+def test_a_processor_computes_in_what_it_multiplies_fast(
+    name: str,
+    stored: torch.dtype,
+    multiplies: bool,
+    kept: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("layerwise.core.open.has_bfloat16", lambda: multiplies)
+    assert choose_dtype(name, stored, torch.device("cpu")) == kept

@@ -17,6 +17,7 @@ from layerwise.core.find import find_stacks
 from layerwise.core.fold import Folds
 from layerwise.core.folder import find_folder
 from layerwise.core.hollow import build_hollow, hollow_parameter
+from layerwise.core.machine import has_bfloat16
 from layerwise.core.network import Network, fill
 from layerwise.core.source import Source, check_stored
 from layerwise.core.stack import Stack
@@ -50,28 +51,30 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 def choose_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """`auto` is the checkpoint's, but float16 becomes float32 on a CPU.
+    """`stored` is the checkpoint's, but float16 becomes float32 on a CPU; `auto` is the same, but
+    bfloat16 becomes float32 on a CPU that does not multiply in it.
 
     Raises:
         LayerwiseError: it is none to compute in.
     """
-    if name != "auto" and name not in DTYPES:
+    if name in DTYPES:
+        return getattr(torch, name)
+    if name not in ("auto", "stored"):
         raise LayerwiseError(
             "dtype",
-            allowed=f"auto, {', '.join(DTYPES)}",
+            allowed=f"auto, stored, {', '.join(DTYPES)}",
             found=name,
             fix=nearest(name, DTYPES, "choose one of these"),
         )
-    if name != "auto":
-        return getattr(torch, name)
     if str(stored).removeprefix("torch.") not in DTYPES:
         raise LayerwiseError(
-            "dtype auto",
+            f"dtype {name}",
             allowed=f"weights stored in {', '.join(DTYPES)}",
             found=stored,
             fix="say in which to compute, such as --dtype float32",
         )
-    if stored == torch.float16 and device.type == "cpu":
+    slow = stored == torch.bfloat16 and name == "auto" and not has_bfloat16()
+    if device.type == "cpu" and (slow or stored == torch.float16):
         return torch.float32
     return stored
 
@@ -91,7 +94,7 @@ def open_network(
         inputs: example inputs of a module that is not a transformers language model.
         wiring: execution order per stack, as in a plan; else that of a `compact` folder.
         device: where to compute, `auto` for CUDA if present.
-        dtype: in which type to compute, `auto` for the checkpoint's.
+        dtype: in which type to compute; see `choose_dtype` for `auto` and `stored`.
 
     Raises:
         LayerwiseError: the folder, its files or its architecture cannot be used.

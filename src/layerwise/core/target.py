@@ -62,11 +62,12 @@ def refusals(target: Target, network: Network) -> Refuses:
 
     def refuses(matrix: Matrix, chain: Sequence[Step]) -> str | None:
         layer, path = layers[matrix.layer], matrix.parameter.rpartition(".")[0]
+        origin = f"{network.origins.get(layer.path, layer.path)}.{path}".rstrip(".")
         if chain and early:
             return "stock `generate` calls the encoder before its weights are unpacked"
         if chain and f"{layer.path}.{path}" in read:
             return f"stock {type(network.module).__name__} looks for its dense weight"
-        return target.refuses(matrix, layer.module.get_submodule(path), chain)
+        return target.refuses(matrix, network.stored.model.get_submodule(origin), chain)
 
     return refuses
 

@@ -111,8 +111,8 @@ def round_column(values: Float[Tensor, " out"], grid: Grid, index: int) -> tuple
     """Codes and values of one column on its grid."""
     half = 2 ** (grid.bits - 1)
     scale, zero = grid.column(index)
-    codes = ((values / scale).round() + zero).clamp(-half, half - 1)
-    return codes, (codes - zero) * scale
+    codes = (values / scale).round_().add_(zero).clamp_(-half, half - 1)
+    return codes, (codes - zero).mul_(scale)
 
 
 def round_to_grid(weight: Float[Tensor, "out in"], grid: Grid) -> Int[Tensor, "out in"]:

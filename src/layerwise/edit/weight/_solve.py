@@ -89,6 +89,10 @@ def inverse_factor(
     return torch.linalg.solve_triangular(upper, identity, upper=True).float()
 
 
+#: columns whose errors are spread one by one; beyond them they are, together, in products
+STRIP = 32
+
+
 def column_feedback(
     work: Float[Tensor, "out in"],
     factor: Float[Tensor, "in in"],
@@ -116,20 +120,22 @@ def column_feedback(
     columns = work.shape[1]
     flow = work.T[sequence].contiguous()  # [in, out], in the order of solving
     codes = torch.empty_like(flow, dtype=torch.int16)
-    places = sequence.tolist()
+    errors = torch.empty_like(flow[:block])
+    places, pivots = sequence.tolist(), factor.diagonal().tolist()
     for start in range(0, columns, block):
         stop = min(start + block, columns)
         if reach is not None:
             reach(start, flow[start:stop].T)
-        errors = torch.empty_like(flow[start:stop])
-        for j in range(start, stop):
-            found, value = round_column(flow[j], places[j])
-            codes[j] = found.to(torch.int16)
-            error = (flow[j] - value) / factor[j, j]
-            errors[j - start] = error
-            flow[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
-        if stop < columns:
-            flow[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+        for first in range(start, stop, STRIP):
+            last = min(first + STRIP, stop)
+            corner = factor[first:last, first:last]
+            for j in range(first, last):
+                codes[j], value = round_column(flow[j], places[j])
+                error = torch.sub(flow[j], value, out=errors[j - start]).div_(pivots[j])
+                flow[j + 1 : last].addr_(corner[j - first, j - first + 1 :], error, alpha=-1)
+            made = errors[first - start : last - start]
+            flow[last:stop].addmm_(factor[first:last, last:stop].T, made, alpha=-1)
+        flow[stop:].addmm_(factor[start:stop, stop:].T, errors[: stop - start], alpha=-1)
     result = torch.empty_like(codes)
     result[sequence] = codes
     return result.T.contiguous()
