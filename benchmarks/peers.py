@@ -1,14 +1,19 @@
 """GPTQ of a whole model beside llm-compressor and GPTQModel: seconds, and the loss after it.
 
-    python -m benchmarks.peers FOLDER     virtual environments; made there if there are none
+    python -m benchmarks.peers FOLDER             virtual environments; made there if there are none
+    python -m benchmarks.peers FOLDER float32     stored in one dtype
 
 The same checkpoint, the same windows of text, 4 bits, symmetric, groups of 128, damping 0.01,
 columns in the order of their inputs with grids fitted beforehand, full ranges, as many threads, the
-dtype of the checkpoint. Each runs in a process of its own; the clock runs from the loaded text to
-the written folder, without imports. All three are loaded again and asked for the loss in the same
-way, by the code of its own environment.
+dtype of the checkpoint, which is stored in bfloat16 and in float32. Each runs in a process of its
+own; the clock runs from the loaded text to the written folder, without imports. All three are
+loaded again and asked for the loss in the same way, by the code of its own environment.
+
+In which dtype a tool computes is up to it: on a processor without instructions for bfloat16
+layerwise takes float32.
 """
 
+import shutil
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +21,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from benchmarks.apart import environment, found_by
 from benchmarks.models import Model, models
@@ -29,6 +35,7 @@ from layerwise.jobs.session import load_reader
 #: what every environment has as this one has it
 SAME = (f"torch=={torch.__version__.partition('+')[0]}", "safetensors")
 SAMPLES, LENGTH, DOCUMENTS, THREADS = 64, 256, 32, 1
+KINDS = ("bfloat16", "float32")
 
 #: around what each of them does: text in, seconds and loss out
 FRAME = """
@@ -148,25 +155,34 @@ def text_of(model: Model, path: Path) -> None:
     save_file(tokens, path)
 
 
-def main(folder: str, repeats: int = 3) -> None:
-    """Print a table per model: the fastest and the middle of some runs, taken in turn."""
+def main(folder: str, *kinds: str, repeats: int = 3) -> None:
+    """Print a table per model and dtype: the middle of some runs, taken in turn, and their span."""
+    runs = {"layerwise": (Path(sys.executable), OURS)}
+    for name, (code, packages) in PEERS.items():
+        place_of = Path(folder, name).resolve()
+        runs[name] = (environment(place_of, (*SAME, *packages)), code)
     for model in models():
-        with TemporaryDirectory() as place:
-            text = Path(place, "text.safetensors")
-            text_of(model, text)
-            runs = {"layerwise": (Path(sys.executable), OURS)}
-            for name, (code, packages) in PEERS.items():
-                place_of = Path(folder, name).resolve()
-                runs[name] = (environment(place_of, (*SAME, *packages)), code)
-            found: dict[str, list[dict[str, Any]]] = {name: [] for name in runs}
-            for _ in range(repeats):
-                for name, (python, code) in runs.items():
-                    found[name].append(measured(python, code, find_folder(model.folder), text))
-                    print(model.name, name, found[name][-1], file=sys.stderr)
-        _print(model, found)
+        for kind in kinds or KINDS:
+            with TemporaryDirectory() as place:
+                text, held = Path(place, "text.safetensors"), Path(place, "model")
+                text_of(model, text)
+                stored_as(find_folder(model.folder), held, kind)
+                found: dict[str, list[dict[str, Any]]] = {name: [] for name in runs}
+                for _ in range(repeats):
+                    for name, (python, code) in runs.items():
+                        found[name].append(measured(python, code, held, text))
+                        print(model.name, kind, name, found[name][-1], file=sys.stderr)
+            _print(f"{model.name} model in {kind}", found)
 
 
-def _print(model: Model, found: dict[str, list[dict[str, Any]]]) -> None:
+def stored_as(folder: Path, copy: Path, kind: str) -> None:
+    """A copy of a model folder with its weights in another dtype."""
+    shutil.copytree(folder, copy)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, kind))
+    model.save_pretrained(copy)
+
+
+def _print(title: str, found: dict[str, list[dict[str, Any]]]) -> None:
     middle = {
         name: sorted(r["seconds"] for r in runs)[len(runs) // 2]
         for name, runs in found.items()
@@ -182,8 +198,8 @@ def _print(model: Model, found: dict[str, list[dict[str, Any]]]) -> None:
         over = f"{middle[name] / middle['layerwise']:.1f}"
         rows.append((name, runs[0]["version"], span, over, f"{runs[0]['loss']:.4f}"))
     header = ("by", "version", "seconds", "over layerwise", "loss after")
-    table(f"GPTQ at 4 bits, {model.name} model, beside peers", header, rows)
+    table(f"GPTQ at 4 bits, {title}, beside peers", header, rows)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "out/peers")
+    main(*sys.argv[1:] or ("out/peers",))

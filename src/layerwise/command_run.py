@@ -88,7 +88,7 @@ def opened(output: Output, order: Any, device: str, dtype: str, check: bool, sav
     from layerwise.core.open import open_network
     from layerwise.core.plan import Plan
     from layerwise.core.visits import only_drops, read_wiring
-    from layerwise.jobs.checks import placed_numbers
+    from layerwise.jobs.checks import out_of_place
     from layerwise.jobs.request import identity
     from layerwise.jobs.session import check_out
 
@@ -105,8 +105,8 @@ def opened(output: Output, order: Any, device: str, dtype: str, check: bool, sav
         made = Plan(identity(network), target=target, wiring=wiring or {})
         made.save(check_out(Path(save), "--save"))
         output.files.append(save)
+    output.warnings += out_of_place(network)
     resident = network.load()
-    output.warnings += placed_numbers(network)
     if check and network.visits:
         check_cache(output, network, resident)
     return resident

@@ -18,6 +18,7 @@ from torch import Tensor
 from layerwise.core import checkpoint
 from layerwise.core.checkpoint import DTYPES, Checkpoint, read_header, read_tensor
 from layerwise.core.errors import LayerwiseError
+from layerwise.core.open import open_network
 from layerwise.core.shards import ShardWriter, write_safetensors
 
 SHAPES = [(), (0,), (1,), (3, 5), (2, 0, 4), (2, 1, 3)]
@@ -308,3 +309,20 @@ def test_folders_that_are_no_model(files: dict[str, str], found: str, tmp_path: 
         (tmp_path / name).write_text(text)
     with pytest.raises(LayerwiseError, match=found):
         Checkpoint(tmp_path)
+
+
+def test_the_next_layer_is_asked_for_while_one_is_worked_on(
+    tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = open_network(tiny("llama"))
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda fd, start, size, how: asked.append((start, size))
+    )
+    first, second = network.stack.layers[:2]
+    network.bring(first)
+    infos = [i for n, i in network.checkpoint.tensors.items() if n.startswith(f"{second.path}.")]
+    assert sorted(asked) == sorted((info.start, info.nbytes) for info in infos)
+    asked.clear()
+    network.bring(network.stack.layers[-1])
+    assert not asked

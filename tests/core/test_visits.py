@@ -21,7 +21,7 @@ from layerwise.core.stops import hidden
 from layerwise.core.task import answer
 from layerwise.core.visits import entries_of, parse_wiring, read_wiring
 from layerwise.intervene import At, ablate
-from layerwise.jobs.checks import placed_numbers
+from layerwise.jobs.checks import out_of_place
 from layerwise.jobs.measure import agrees_cached
 from layerwise.jobs.stock import streamed
 
@@ -223,18 +223,19 @@ class _Scaled(LlamaDecoderLayer):
 
     def __init__(self, config: LlamaConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        self.scale, self.twice = 1 / config.num_hidden_layers, 2 * layer_idx
+        self.scale, self.place = 1 / config.num_hidden_layers, layer_idx
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return super().forward(hidden_states, *args, **kwargs) * self.scale
+        added = super().forward(hidden_states, *args, **kwargs)
+        return added * self.scale + (self.place > 2)
 
 
 def test_a_layer_keeps_the_numbers_it_was_built_with(tiny, monkeypatch) -> None:
-    """What is 1 over the depth stays so; whole numbers that count otherwise than layers are told."""
+    """What is 1 over the depth stays so; what is another layer in its new place is told."""
     monkeypatch.setattr(modeling_llama, "LlamaDecoderLayer", _Scaled)
-    wiring = {"decoder": [0, 1, 1, 2, 3]}
+    wiring = {"decoder": [0, 1, 2, 2, 3]}
     network = open_network(tiny("llama"), wiring=wiring, dtype="float32")
     assert {layer.module.scale for layer in network.layers()} == {0.25}
-    assert network.placed == ("twice",)
-    assert "twice" in placed_numbers(network)[0]
-    assert placed_numbers(open_network(tiny("llama"))) == []
+    assert out_of_place(network)[0].startswith("decoder/2 in place 3: stock code")
+    assert out_of_place(open_network(tiny("llama"), wiring={"decoder": [0, 1, 1]})) == []
+    assert out_of_place(open_network(tiny("llama"))) == []

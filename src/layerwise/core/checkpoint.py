@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import mmap
+import os
 import struct
 import time
 from collections.abc import Iterable
@@ -180,6 +181,18 @@ class Checkpoint:
                     fix="take another copy of the checkpoint; this one cannot be measured",
                 )
         return tensors
+
+    def announce(self, names: Iterable[str]) -> None:
+        """Let the system read tensors from the disk that will be asked for soon."""
+        if "posix_fadvise" not in dir(os):
+            return
+        places: dict[Path, list[TensorInfo]] = {}
+        for name in names:
+            places.setdefault(self.tensors[name].file, []).append(self.tensors[name])
+        for path, infos in places.items():
+            with path.open("rb") as file:
+                for info in infos:
+                    os.posix_fadvise(file.fileno(), info.start, info.nbytes, os.POSIX_FADV_WILLNEED)
 
     @cached_property
     def structure(self) -> str:

@@ -47,8 +47,6 @@ class Network:
     #: `unrolled`, it is put into the tensors, which then are shared no more
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
     unrolled: bool = False
-    #: whole numbers of layers that went with their place in a new order, but are no place in it
-    placed: tuple[str, ...] = ()
     #: where tokenizer and configuration lie, of a network that was opened from a folder
     folder: Path | None = None
 
@@ -135,9 +133,12 @@ class Network:
         )
 
     def bring(self, layer: Layer) -> None:
-        """Put the layer's real weights in place."""
+        """Put the layer's real weights in place; those of the next one are read meanwhile."""
         if self.source is not None:
             fill(layer.module, self.fetch(layer), self.device)
+            layers = next(s.layers for s in self.stacks if s.name == layer.stack)
+            for behind in layers[layer.index + 1 : layer.index + 2]:
+                self.source.announce(f"{self.origins.get(behind.path, behind.path)}.")
 
     def drop(self, layer: Layer) -> None:
         """Make a streamed layer hollow again."""

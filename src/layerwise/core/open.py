@@ -1,7 +1,7 @@
 """Opening a model folder, hub id or module: building it hollow, finding its stacks, rewiring it."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -205,14 +205,9 @@ def rewired(network: Network, wiring: Mapping[str, Sequence[Any]]) -> Network:
         except LayerwiseError as error:
             refused = refused or error
             continue
-        placed = dict.fromkeys(
-            name
-            for path, layer in origins.items()
-            for name in _keep_numbers(
-                module.get_submodule(path), layer.module, int(path.rpartition(".")[2]) - layer.index
-            )
-        )
-        made = replace(arranged, module=module, stacks=rebuilt, task=task, placed=tuple(placed))
+        for path, layer in origins.items():
+            _keep_numbers(module.get_submodule(path), layer.module)
+        made = replace(arranged, module=module, stacks=rebuilt, task=task)
         made = replace(made, adapters=adapters_of(made))
         arrange(made)
         return made
@@ -220,21 +215,18 @@ def rewired(network: Network, wiring: Mapping[str, Sequence[Any]]) -> Network:
     raise refused
 
 
-def _keep_numbers(module: nn.Module, origin: nn.Module, moved: int) -> Iterator[str]:
-    """Give a layer the numbers that its original was built with.
+def _keep_numbers(module: nn.Module, origin: nn.Module) -> None:
+    """Give a layer the fractions that its original was built with.
 
     Stock code computes some from the depth or from a layer's place, such as scales of the residual
     stream: a layer is what it was, wherever it runs. Whole numbers may be places that caches go
-    by and stay as they are; the names of those that moved otherwise than the layer are yielded.
+    by and stay as they are.
     """
     before = dict(origin.named_modules())
     for name, part in module.named_modules():
         for field, value in vars(before.get(name, part)).items():
-            now = vars(part).get(field)
-            if type(value) is float and type(now) is float:
+            if type(value) is float and type(vars(part).get(field)) is float:
                 setattr(part, field, value)
-            elif type(value) is int and type(now) is int and now - value not in (0, moved):
-                yield f"{name}.{field}".lstrip(".")
 
 
 def _stored_dtype(checkpoint: Checkpoint, config: Any) -> torch.dtype:

@@ -141,13 +141,21 @@ class Source:
             self._freed = 0
             give_back()
 
-    def load_apart(self, prefix: str, apart: tuple[str, ...]) -> dict[str, Tensor]:
-        """Tensors in memory whose name starts with `prefix` and with none of `apart`."""
-        names = [
+    def announce(self, prefix: str) -> None:
+        """Say that `load` will be asked for a prefix next."""
+        self.checkpoint.announce(self._stored(prefix, ()))
+
+    def _stored(self, prefix: str, apart: tuple[str, ...]) -> list[str]:
+        """Stored tensors by their name in memory: it starts with `prefix`, with none of `apart`."""
+        return [
             stored
             for stored, name in self.owner.items()
             if name.startswith(prefix) and not name.startswith(apart)
         ]
+
+    def load_apart(self, prefix: str, apart: tuple[str, ...]) -> dict[str, Tensor]:
+        """Tensors in memory whose name starts with `prefix` and with none of `apart`."""
+        names = self._stored(prefix, apart)
         settings = LoadStateDictConfig(dtype=self.dtype, weight_mapping=self.mapping)
         with refusing(
             f"weights {prefix}* of {self.checkpoint.folder}",

@@ -195,7 +195,8 @@ def edited_config(
             fix="keep the depth of this stack",
         )
     try:
-        return _edited(config, fields, len(stack.layers), order, renumber)
+        made = _edited(config, fields, len(stack.layers), order, renumber)
+        return _with_room(kind, made, len(order))
     except Exception as error:  # whatever the configuration's own validation raises
         raise LayerwiseError(
             f"wiring of {stack.name!r}",
@@ -203,3 +204,26 @@ def edited_config(
             found=str(error).strip().splitlines()[-1].strip(),
             fix="leave out other layers",
         ) from None
+
+
+def _with_room(
+    kind: type[PreTrainedModel], config: PretrainedConfig, depth: int
+) -> PretrainedConfig:
+    """The same, its caches with a place for every layer: stock code may count those of another
+    stack, which this class does not build."""
+    wide = copy.deepcopy(config)
+    text: Any = wide.get_text_config(decoder=True)
+    held = text if any(text is part for part in vars(wide).values()) else wide
+    named = {*vars(held), *held.attribute_map}
+    if "num_hidden_layers" not in named or held.num_hidden_layers >= depth:
+        return config
+    try:
+        held.num_hidden_layers = depth
+    except NotImplementedError:  # the length of two stacks
+        return config
+    return wide if _shapes(kind, wide) == _shapes(kind, config) else config
+
+
+def _shapes(kind: type[PreTrainedModel], config: PretrainedConfig) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {name: p.shape for name, p in kind(copy.deepcopy(config)).named_parameters()}

@@ -33,7 +33,7 @@ from layerwise.core.weight import Dense, Weight
 from layerwise.export import TARGETS
 from layerwise.export._writer import Finished
 from layerwise.jobs.admit import check_plan
-from layerwise.jobs.checks import CHECK, CHECKED, must_be_sound, too_large
+from layerwise.jobs.checks import CHECK, CHECKED, must_be_sound, out_of_place, too_large
 from layerwise.jobs.engine import must_run
 from layerwise.jobs.forecast import disk_to_apply, memory_to_rewrite, memory_to_solve
 from layerwise.jobs.imatrix import given_by
@@ -137,6 +137,7 @@ def apply_plan(
         if check:
             sound = must_run if target.engine == "llama.cpp" else must_be_sound
             warnings += too_large(network) or sound(part, network, batch)
+            warnings += out_of_place(network)
         os.replace(part, out)
         journal.remove()
     return Applied(out, nbytes, rows, warnings, done.rows)

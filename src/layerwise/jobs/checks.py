@@ -9,14 +9,19 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 from transformers import PretrainedConfig
 
+from layerwise.core.calls import snapshot, tensors_in
 from layerwise.core.checkpoint import read_header, read_tensor
-from layerwise.core.errors import LayerwiseError, first_line
+from layerwise.core.errors import LayerwiseError, first_few, first_line
+from layerwise.core.lockstep import walk
 from layerwise.core.machine import amount, available_memory
 from layerwise.core.network import Network
+from layerwise.core.open import open_network
 from layerwise.core.plan import Plan
 from layerwise.core.stack import Stack, Visit
+from layerwise.core.task import example_inputs
 from layerwise.core.visits import FOLDED, is_plain, parse_wiring
 from layerwise.core.wiring import edited_config
 from layerwise.jobs.measure import agrees_cached, generates
@@ -111,15 +116,57 @@ def decode_checks(edited: nn.Module, batches: Sequence[Any]) -> list[dict[str, A
     ]
 
 
-def placed_numbers(network: Network) -> list[str]:
-    """A warning where layers of a new order hold numbers that stock code took from their place."""
-    if not network.placed:
+def out_of_place(network: Network) -> list[str]:
+    """A warning where layers do not compute in a new order what they compute in their own.
+
+    Stock code may take numbers from a layer's place or from the depth. Every visit is given what
+    comes to it, and so is its layer in the network's own order; both are streamed.
+    """
+    if network.folder is None or not network.visits:
         return []
-    names = ", ".join(network.placed)
+    own = open_network(
+        network.folder,
+        wiring={stack.name: _own_order(network, stack) for stack in network.stacks},
+        device=str(network.device),
+        dtype=str(network.dtype).removeprefix("torch."),
+    )
+    layers = {own.origins.get(layer.path, layer.path): layer for layer in own.layers()}
+    wanted: Any = None
+    off: list[str] = []
+    for stop in walk(network, [example_inputs(network.module)]):
+        visit = network.visits.get(stop.layer.path)
+        if visit is None or visit.mix or visit.adapter or visit.parts is not None:
+            continue  # what is meant to compute something else
+        if stop.kind == "enter":
+            layer = layers[network.origins[stop.layer.path]]
+            own.bring(layer)
+            args, kwargs = tree_map(_apart, (stop.lanes[0].args, stop.lanes[0].kwargs))
+            with torch.no_grad():
+                wanted = tensors_in(layer.module(*args, **kwargs))
+            own.drop(layer)
+        elif any(map(_differ, tensors_in(stop.lanes[0].output), wanted)):
+            off.append(f"{stop.layer.stack}/{visit.layer} in place {stop.layer.index}")
+    if not off:
+        return []
     return [
-        f"stock code takes {names} from a layer's place or from the depth: if it computes with it, "
-        "layers do not compute in this order what they do in the original"
+        f"{first_few(off)}: stock code takes something from a layer's place or from the depth, so "
+        "that it does not compute there what it computes in the original"
     ]
+
+
+def _own_order(network: Network, stack: Stack) -> list[int]:
+    """All layers of a stack that the checkpoint has, each once."""
+    containers = [path.rpartition(".")[0] for path in network.stored_layers]
+    return list(range(containers.count(stack.container)))
+
+
+def _apart(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, torch.Tensor) else snapshot(leaf)
+
+
+def _differ(one: torch.Tensor, two: torch.Tensor) -> bool:
+    off = (one.float() - two.float()).abs().max() if one.shape == two.shape else torch.inf
+    return bool(off > 1e-3 * two.float().abs().max())
 
 
 def rebuild_check(
