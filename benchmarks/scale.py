@@ -80,8 +80,8 @@ def read_rate(folder: Path) -> float:
     return total / (time.perf_counter() - began)
 
 
-def write_rate(folder: Path, nbytes: int = 2 * 10**9) -> float:
-    """Bytes per second of writing a file until it is on the disk."""
+def write_rate(folder: Path, nbytes: int) -> float:
+    """Bytes per second of writing so many bytes until they are on the disk."""
     block = os.urandom(1 << 24)
     began = time.perf_counter()
     with (folder / "rate").open("wb", buffering=0) as file:
@@ -137,12 +137,17 @@ SPEED = ("target", "read", "written", "floor", "apply", "ratio", "peak")
 
 
 def throughput(place: Path, model: Path, total: int, target: str) -> tuple[str, ...]:
-    """Time of `apply` over reading the input once and writing the output once."""
+    """Time of `apply` over reading the input once and writing the output once.
+
+    The disk's rate is that of as many bytes: the first ones are written faster.
+    """
     run(PLANNED, str(model))
-    reading, writing, products = read_rate(model), write_rate(place), product_rate()
+    reading, products = read_rate(model), product_rate()
     forget(model)
     seconds, written, peak = map(float, run(APPLY, str(model), str(place / target), target))
     shutil.rmtree(place / target)
+    os.sync()
+    writing = write_rate(place, int(written))
     floor = total / reading + written / writing + 2 * 32 * total / 4 / products
     return (
         target,

@@ -171,16 +171,22 @@ class Checkpoint:
         Raises:
             LayerwiseError: a weight is not a finite number.
         """
-        tensors = {name: read_tensor(self.tensors[name]) for name in names}
-        for name, tensor in tensors.items():
-            if not is_finite(tensor):
-                raise LayerwiseError(
-                    f"{self.tensors[name].file}, tensor {name!r}",
-                    allowed="finite weights",
-                    found="NaN or infinity",
-                    fix="take another copy of the checkpoint; this one cannot be measured",
-                )
-        return tensors
+        wanted = list(names)
+        if sum(self.tensors[name].nbytes for name in wanted) < BIG:
+            return {name: self._one(name) for name in wanted}
+        with ThreadPoolExecutor(2) as pool:
+            return dict(zip(wanted, pool.map(self._one, wanted), strict=True))
+
+    def _one(self, name: str) -> Tensor:
+        tensor = read_tensor(self.tensors[name])
+        if not is_finite(tensor):
+            raise LayerwiseError(
+                f"{self.tensors[name].file}, tensor {name!r}",
+                allowed="finite weights",
+                found="NaN or infinity",
+                fix="take another copy of the checkpoint; this one cannot be measured",
+            )
+        return tensor
 
     def announce(self, names: Iterable[str]) -> None:
         """Let the system read tensors from the disk that will be asked for soon."""

@@ -1,6 +1,7 @@
 """Writing safetensors: files whole or not at all, folders shard by shard."""
 
 import json
+import os
 import struct
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,6 +13,8 @@ from torch import Tensor, uint8
 from layerwise.core.checkpoint import DTYPES, PACKED
 from layerwise.core.index import INDEX
 
+#: bytes of a file that is on the disk before the next one is written
+LONG = 1 << 26
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -38,6 +41,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         for name in order:
             flat = tensors[name].detach().cpu().contiguous().reshape(-1)
             file.write(flat.view(uint8).numpy().data)
+        if end >= LONG:  # what is left to the system waits, and then all at once
+            file.flush()
+            os.fsync(file.fileno())
     part.replace(path)
 
 
