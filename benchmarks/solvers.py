@@ -142,7 +142,7 @@ class Bench:
             with streamed(wide, self.batches, solver.finished) as answers:
                 before = self.original
                 _, found = measure_quality(self.batches, lambda b: before[id(b)], answers)
-            return found, sum(line["report"]["bytes"] for line in journal.lines.values())
+            return found, sum(report["bytes"] for report in solver.reports.values())
 
 
 def main(few: bool = False, only: Sequence[str] = ()) -> None:

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from layerwise.cli import app
+from layerwise.core import open as opening
 
 EXAMPLE = re.compile(
     r"(```(sh|python)\n((?:(?!```).)*)```\n<!-- output -->\n)(.*?)(<!-- /output -->)", re.S
@@ -56,6 +57,7 @@ def refreshed(page: str, tell: Callable[[str], None]) -> str:
     torch.set_num_threads(1)  # sums in the same order, whatever the number of cores
     os.environ |= {"COLUMNS": "100", "NO_COLOR": "1", "CUDA_VISIBLE_DEVICES": ""}
     os.environ["OMP_NUM_THREADS"] = "1"  # of processes that examples start
+    opening.has_bfloat16 = lambda: False  # products of the same type, whatever the processor
     same_text = set(VERSION.findall(page)) <= {platform.python_version()}
     names: dict[str, Any] = {}
     found = []
