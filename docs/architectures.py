@@ -50,10 +50,10 @@ configuration fields, goes from the file to greedy decoding.
   one, or it *fails*.
 
 An empty cell has its reason below the table. None of them is a wrong result that looks right:
-`apply` and `run` refuse, or the checks of `verify` fail. Where the logits of a loop are not close, a
-layer computes something else in its second place, and `run` and `apply` say which one; but those of
-Reformer are right: its layers pass on two streams, of which this check puts back one. *stock* marks
-what the untouched model of stock transformers does not do either.
+`apply` and `run` refuse, or the checks of `verify` fail. Where the logits of a loop are not close,
+a layer computes something else in its second place, and `run` and `apply` say which one; but those
+of Reformer are right: its layers pass on two streams, of which this check puts back one. *stock*
+marks what the untouched model of stock transformers does not do either.
 """
 
 
