@@ -1,6 +1,11 @@
-"""What each score and allocator reaches with the same solver at the same bytes, on both models."""
+"""What each score and allocator reaches with the same solver at the same bytes, on both models.
+
+python -m benchmarks.allocation             both models, four budgets
+python -m benchmarks.allocation demo 3.0    one model, one mean of bits
+"""
 
 import sys
+from collections.abc import Sequence
 
 from benchmarks.models import Model, models
 from benchmarks.timing import table
@@ -35,14 +40,17 @@ WAYS = (
 )
 
 
-def main() -> None:
-    """Print a table per model, or of the one that is named."""
-    for model in models():
-        if model.name in sys.argv[1:] or not sys.argv[1:]:
-            compare(model)
+def main(words: Sequence[str] = ()) -> None:
+    """Print a table per model, or of what is named."""
+    budgets = tuple(float(word) for word in words if word[0].isdigit()) or BUDGETS
+    named = [model for model in models() if model.name in words]
+    for model in named or models():
+        compare(model, budgets)
 
 
-def compare(model: Model, documents: int = 48, length: int = 256) -> None:
+def compare(
+    model: Model, budgets: Sequence[float] = BUDGETS, documents: int = 48, length: int = 256
+) -> None:
     """KL of every way at every budget, with its ratio to uniform bits."""
     data = DataSpec(source=model.data, samples=64, length=256)
     texts = Texts(model.data, 0, 0, length)
@@ -50,7 +58,7 @@ def compare(model: Model, documents: int = 48, length: int = 256) -> None:
     batches = samples_of(load_reader(network), texts, "evaluate", documents)
     contest = Contest(model.folder, Plan(identity(network)), 0, batches)
     rows = []
-    for bits in BUDGETS:
+    for bits in budgets:
         base = None
         for allocator, score, method in WAYS:
             full = {"gptq": {"shrink": False}} if method.endswith("full ranges") else {}
@@ -69,6 +77,10 @@ def compare(model: Model, documents: int = 48, length: int = 256) -> None:
             ratio = found.against(base, "kl")
             way = f"{allocator}, {score}" if score else allocator
             rows.append((bits, way, method, f"{planned.nbytes:,}", found.estimate("kl"), ratio))
-            print(*rows[-1], file=sys.stderr)
+            print(*rows[-1], file=sys.stderr, flush=True)
     header = ("bits", "allocator, score", "solver", "bytes", "KL (nats/token)", "over the first")
     table(f"Allocators, {model.name} model", header, rows)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
