@@ -14,7 +14,7 @@ from layerwise.core.open import open_network
 from layerwise.core.plan import DataSpec, Plan
 from layerwise.core.reader import samples_of
 from layerwise.export import PACKED
-from layerwise.jobs.bits import plan_bits
+from layerwise.jobs.bits import plan_bits, scores_of
 from layerwise.jobs.contest import Contest
 from layerwise.jobs.request import Request, identity
 from layerwise.jobs.session import Budget, load_reader, silent
@@ -57,7 +57,7 @@ def compare(
     network = open_network(model.folder)
     batches = samples_of(load_reader(network), texts, "evaluate", documents)
     contest = Contest(model.folder, Plan(identity(network)), 0, batches)
-    rows = []
+    rows, known = [], {}  # a score is the same for every budget and solver
     for bits in budgets:
         base = None
         for allocator, score, method in WAYS:
@@ -71,7 +71,9 @@ def compare(
                 data=data,
                 settings=full,
             )
-            planned = plan_bits(request, network, PACKED, silent)
+            if score and score not in known:
+                known[score] = scores_of(request, network, PACKED, silent)
+            planned = plan_bits(request, network, PACKED, silent, known.get(score))
             found = contest.solved(planned.plan)
             base = found if base is None else base
             ratio = found.against(base, "kl")

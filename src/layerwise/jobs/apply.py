@@ -136,8 +136,10 @@ def apply_plan(
         warnings = [without_data(unseen)] if unseen else []
         if check:
             sound = must_run if target.engine == "llama.cpp" else must_be_sound
-            warnings += too_large(network) or sound(part, network, batch)
-            warnings += out_of_place(network)
+            warnings += too_large(network) or [
+                *sound(part, network, batch),
+                *out_of_place(network),
+            ]
         os.replace(part, out)
         journal.remove()
     return Applied(out, nbytes, rows, warnings, done.rows)

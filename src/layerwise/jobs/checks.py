@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map
-from transformers import PretrainedConfig
+from transformers import Cache, PretrainedConfig
 
-from layerwise.core.calls import snapshot, tensors_in
+from layerwise.core.calls import tensors_in
 from layerwise.core.checkpoint import read_header, read_tensor
 from layerwise.core.errors import LayerwiseError, first_few, first_line
 from layerwise.core.lockstep import walk
@@ -20,7 +20,7 @@ from layerwise.core.machine import amount, available_memory
 from layerwise.core.network import Network
 from layerwise.core.open import open_network
 from layerwise.core.plan import Plan
-from layerwise.core.stack import Stack, Visit
+from layerwise.core.stack import Layer, Stack, Visit
 from layerwise.core.task import example_inputs
 from layerwise.core.visits import FOLDED, is_plain, parse_wiring
 from layerwise.core.wiring import edited_config
@@ -140,9 +140,7 @@ def out_of_place(network: Network) -> list[str]:
         if stop.kind == "enter":
             layer = layers[network.origins[stop.layer.path]]
             own.bring(layer)
-            args, kwargs = tree_map(_apart, (stop.lanes[0].args, stop.lanes[0].kwargs))
-            with torch.no_grad():
-                wanted = tensors_in(layer.module(*args, **kwargs))
+            wanted = _answered(layer, stop.lanes[0].args, stop.lanes[0].kwargs)
             own.drop(layer)
         elif any(map(_differ, tensors_in(stop.lanes[0].output), wanted)):
             off.append(f"{stop.layer.stack}/{visit.layer} in place {stop.layer.index}")
@@ -160,8 +158,20 @@ def _own_order(network: Network, stack: Stack) -> list[int]:
     return list(range(containers.count(stack.container)))
 
 
-def _apart(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, torch.Tensor) else snapshot(leaf)
+def _answered(layer: Layer, args: Any, kwargs: Any) -> list[torch.Tensor]:
+    """What a layer gives for a call, without a cache; nothing if it needs one."""
+
+    def apart(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return leaf.clone()
+        return None if isinstance(leaf, Cache) else leaf
+
+    args, kwargs = tree_map(apart, (args, kwargs))
+    try:
+        with torch.no_grad():
+            return tensors_in(layer.module(*args, **kwargs))
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError):
+        return []
 
 
 def _differ(one: torch.Tensor, two: torch.Tensor) -> bool:
