@@ -128,9 +128,7 @@ def open_network(
 
 
 def widened(network: Network) -> Network:
-    """The same network computing in float32; itself if it does."""
-    if network.dtype == torch.float32:
-        return network
+    """The same network computing in float32, built as stock code builds it."""
     return _rebuilt(network, torch.float32, network.stored)
 
 

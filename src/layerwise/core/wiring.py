@@ -214,8 +214,9 @@ def _with_room(
     wide = copy.deepcopy(config)
     text: Any = wide.get_text_config(decoder=True)
     held = text if any(text is part for part in vars(wide).values()) else wide
-    named = {*vars(held), *held.attribute_map}
-    if "num_hidden_layers" not in named or held.num_hidden_layers >= depth:
+    name = held.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    count = vars(held).get(name)
+    if type(count) is not int or count >= depth:
         return config
     try:
         held.num_hidden_layers = depth
