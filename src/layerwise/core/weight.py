@@ -264,11 +264,6 @@ _BY_ROW = {
 }
 
 
-def has_rows(record: Weight) -> bool:
-    """Whether every row of a matrix is stored for itself."""
-    return has_rows(record.inner) if isinstance(record, Frame) else type(record) in _BY_ROW
-
-
 def some_rows(record: Weight, rows: slice) -> Weight:
     """The record of some rows of a matrix, where every row is stored for itself."""
     if isinstance(record, Frame):

@@ -19,7 +19,7 @@ from layerwise.core.plan import Edit, Step, chain_for
 from layerwise.core.stack import Layer, Matrix
 from layerwise.core.stats import Gathering
 from layerwise.core.stops import Batch, Stop
-from layerwise.core.weight import Weight, has_rows, some_rows
+from layerwise.core.weight import Weight, some_rows
 from layerwise.jobs.session import Progress, silent
 
 #: seconds in which a layer that needs no data may be solved again, after a job was stopped
@@ -200,12 +200,9 @@ class Solver:
 def relative_error(weight: Any, record: Weight, moment: Any) -> float:
     """`tr(E H E^T) / tr(W H W^T)`, with the identity where there is no second moment."""
     above = below = torch.zeros((), device=weight.device)
-    whole = None if has_rows(record) else record.dense()
     step = max(1, TOGETHER // weight.shape[1])
-    for place in range(0, len(weight), step):
-        rows = slice(place, place + step)
-        made = some_rows(record, rows).dense() if whole is None else whole[rows]
-        w = weight[rows].float()
+    for made, rows in zip(record.dense().split(step), weight.split(step), strict=True):
+        w = rows.float()
         e = made.float() - w
         above = above + _energy(e, moment)
         below = below + _energy(w, moment)
