@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from benchmarks.models import Model, models
 from benchmarks.timing import table
 from layerwise.core.data import Texts
+from layerwise.core.errors import LayerwiseError
 from layerwise.core.journal import Journal
 from layerwise.core.open import open_network, refolded
 from layerwise.core.plan import DataSpec, Edit, Plan, Step
@@ -158,7 +159,12 @@ def main(few: bool = False, only: Sequence[str] = ()) -> None:
             for way in ways(bits):
                 if base is not None and words and not any(word in way.name for word in words):
                     continue
-                found, size = bench.run(way)
+                try:
+                    found, size = bench.run(way)
+                except LayerwiseError as refused:
+                    print(refused, file=sys.stderr)
+                    rows.append((bits, way.name, "", "refused for this network", "", ""))
+                    continue
                 base = found if base is None else base
                 rows.append((bits, way.name, f"{size:.3f}", *_figures(found, base)))
                 print(rows[-1], file=sys.stderr, flush=True)

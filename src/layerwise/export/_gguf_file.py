@@ -15,7 +15,7 @@ from layerwise.core.network import Network
 from layerwise.core.stack import Layer
 from layerwise.core.weight import Dense, Packed, Weight
 from layerwise.export._gguf_models import Names
-from layerwise.export._gguf_rows import reordered
+from layerwise.export._gguf_rows import reordered, together
 from layerwise.export.gguf import FILE
 
 __all__ = ["FILE", "GgufFile"]
@@ -70,7 +70,7 @@ class GgufFile:
             own = [m for m in layer.matrices if m.parameter == name]
             pieces = [self.rows(n, network) for n in names.pieces(f"{layer.path}.{name}")]
             blocks = [piece.data.unflatten(0, (len(own), -1)) for piece in pieces]
-            for matrix, data in zip(own, torch.cat(blocks, 1), strict=True):
+            for matrix, data in zip(own, together(blocks, names, 1), strict=True):
                 found[matrix.key] = _record(replace(pieces[0], data=data))
         return found
 

@@ -1,15 +1,19 @@
 """Rows of a GGUF file: their bytes, cut and in the order that llama.cpp wants, and back."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from layerwise.core.ggml import FLOATS, encode
 from layerwise.core.network import Network
-from layerwise.core.stack import Layer
+from layerwise.core.stack import Layer, Matrix
 from layerwise.core.weight import Packed, Weight
-from layerwise.export._gguf_models import Names, head_size, heads_of, known
+from layerwise.export._gguf_facts import head_size, heads_of
+from layerwise.export._gguf_models import Names, known
+
+#: weights of the smallest block of a packed type
+BLOCK = 32
 
 
 def blocks_of(
@@ -24,8 +28,10 @@ def blocks_of(
     pieces = names.pieces(f"{layer.path}.{name}")
     own = [m for m in layer.matrices if m.parameter == name]
     if not own:
-        rows = plain(tensors[name], pieces[0], names).reshape(len(tensors[name]), -1)
-        yield reordered(rows, pieces[0], network)
+        for piece, part in zip(pieces, apart(tensors[name], len(pieces), names, -1), strict=True):
+            value = -part.float().exp() if name.endswith(".A_log") else part
+            rows = plain(value, piece, names).reshape(len(part), -1)
+            yield reordered(rows, piece, network)
         return
     parts = []
     for matrix in own:
@@ -34,22 +40,40 @@ def blocks_of(
             parts.append(record.data)
         else:
             dense = matrix.view(tensors[name]) if record is None else record.dense()
-            parts.append(encode(dense, float_type(network.stored.dtype)))
-    blocks = torch.cat(parts).unflatten(
-        0, (len(own), len(pieces), -1)
-    )  # [experts, pieces, out, ..]
-    for number, piece in enumerate(pieces):
-        yield reordered(blocks[:, number].flatten(0, 1), piece, network)
+            parts.append(encode(dense, kept_type(matrix, network.stored.dtype)))
+    rows = torch.cat(parts).unflatten(0, (len(own), -1))  # [experts, out, bytes]
+    for piece, part in zip(pieces, apart(rows, len(pieces), names, 1), strict=True):
+        yield reordered(part.flatten(0, 1), piece, network)
+
+
+def apart(tensor: Tensor, count: int, names: Names, dim: int) -> tuple[Tensor, ...]:
+    """So many tensors that a fused one is made of, block after block or taking turns."""
+    split = (-1, count) if names.known.paired else (count, -1)
+    dim = dim % tensor.dim()
+    return tensor.unflatten(dim, split).unbind(dim + names.known.paired)
+
+
+def together(parts: Sequence[Tensor], names: Names, dim: int) -> Tensor:
+    """The tensor that these are parts of, as `apart` cut it."""
+    at = dim + names.known.paired
+    return torch.stack(tuple(parts), at).flatten(dim, dim + 1)
 
 
 def plain(tensor: Tensor, name: str, names: Names) -> Tensor:
     """A tensor that is no matrix, in float32; norms as llama.cpp multiplies with them."""
-    shift = names.known.shift if name.endswith("norm.weight") else 0.0
+    shift = names.known.shift if name.endswith("norm.weight") and ".ssm_" not in name else 0.0
     return (tensor.float() + shift).contiguous().cpu().view(torch.uint8)
 
 
-def float_type(dtype: torch.dtype) -> str:
-    """The type of a matrix that is kept: the checkpoint's own."""
+def is_filter(matrix: Matrix) -> bool:
+    """Whether a matrix has fewer columns than any block of weights: it stays in floats."""
+    return matrix.shape[1] < BLOCK
+
+
+def kept_type(matrix: Matrix, dtype: torch.dtype) -> str:
+    """The type of a matrix that is kept: the checkpoint's own, F32 for filters."""
+    if is_filter(matrix):
+        return "F32"
     return next((name for name, kind in FLOATS.items() if kind == dtype), "F32")
 
 

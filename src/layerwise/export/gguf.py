@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from layerwise.core.chain import framed, kind_left, made_by
 from layerwise.core.dense import GGUF as FILE
 from layerwise.core.errors import LayerwiseError
-from layerwise.core.ggml import FLOATS, encode, fitting, format_of, needing_gguf
+from layerwise.core.ggml import encode, fitting, format_of, needing_gguf
 from layerwise.core.ggml_codes import codes_of
 from layerwise.core.method import find, method
 from layerwise.core.network import Network
@@ -18,14 +18,9 @@ from layerwise.core.plan import Edit, Plan, Step, chain_for
 from layerwise.core.stack import Matrix, Stack
 from layerwise.core.target import Target
 from layerwise.core.weight import Packed, Weight
-from layerwise.export._gguf_models import (
-    NAMED,
-    Names,
-    hyper_parameters,
-    known,
-    rope_factors,
-)
-from layerwise.export._gguf_rows import blocks_of, float_type, key_heads, plain
+from layerwise.export._gguf_facts import NAMED, hyper_parameters, rope_factors
+from layerwise.export._gguf_models import Names, known
+from layerwise.export._gguf_rows import blocks_of, is_filter, kept_type, key_heads, plain
 from layerwise.export._gguf_tokenizer import TOKENS, tokenizer_entries
 from layerwise.export._writer import Finished
 
@@ -110,24 +105,27 @@ def _places(
     for layer in network.layers():
         for name, tensor in layer.module.state_dict().items():
             own = [m for m in layer.matrices if m.parameter == name]
-            shape = (*tensor.shape[:-2], *own[0].shape) if own else tuple(tensor.shape)
+            shape = tuple(tensor.shape)
+            if own:
+                shape = own[0].shape if own[0].expert is None else (len(own), *own[0].shape)
             kind = _one_type(network, own, edits) if own else "F32"
             pieces = names.pieces(f"{layer.path}.{name}")
             for piece in pieces:
-                yield Place(piece, _cut(shape, len(pieces)), kind)
+                yield Place(piece, _cut(shape, len(pieces), -2 if own else -1), kind)
 
 
-def _cut(shape: tuple[int, ...], count: int) -> tuple[int, ...]:
-    """The shape of one of so many equal blocks of rows."""
-    return (*shape[:-2], shape[-2] // count, shape[-1]) if count > 1 else shape
+def _cut(shape: tuple[int, ...], count: int, dim: int) -> tuple[int, ...]:
+    """The shape of one of so many equal parts."""
+    return (*shape[:dim], shape[dim] // count, *shape[len(shape) + dim + 1 :])
 
 
 def _one_type(network: Network, matrices: Sequence[Matrix], edits: Sequence[Edit]) -> str:
     """The type of a tensor, which its experts share."""
-    size, own = network.stored.dtype.itemsize, float_type(network.stored.dtype)
-    chains = [chain_for(edits, m) for m in matrices]
-    kinds = [_type(m, chain, size) for m, chain in zip(matrices, chains, strict=True)]
-    found = {own if k in FLOATS and not c else k for k, c in zip(kinds, chains, strict=True)}
+    dtype, chains = network.stored.dtype, [chain_for(edits, m) for m in matrices]
+    found = {
+        _type(m, chain, dtype.itemsize) if chain else kept_type(m, dtype)
+        for m, chain in zip(matrices, chains, strict=True)
+    }
     if len(found) > 1:
         raise LayerwiseError(
             f"target gguf, {matrices[0].layer}/{matrices[0].part}.{matrices[0].role}",
@@ -143,11 +141,10 @@ def _opened(network: Network, path: Path, places: Sequence[Place], facts: Mappin
     with needing_gguf():
         from gguf import GGMLQuantizationType, GGUFWriter
     entry, folder = known(network), network.checkpoint.folder
-    downs = [p.shape[-1] for p in places if ".ffn_down" in p.name]
     fused = [p.shape[0] for p in places if ".attn_qkv.weight" in p.name]
-    measured = {"feed_forward_length": downs[0]}
-    if fused:
-        measured["attention.head_count_kv"] = key_heads(fused[0], network)
+    measured = {key: _width(places, part) for key, part in _WIDTHS.items()}
+    measured["attention.head_count_kv"] = key_heads(fused[0], network) if fused else 0
+    measured = {key: size for key, size in measured.items() if size}
     writer = GGUFWriter(path, entry.name)
     writer.add_quantization_version(2)
     for key, value in {**hyper_parameters(network), **measured}.items():
@@ -165,6 +162,20 @@ def _opened(network: Network, path: Path, places: Sequence[Place], facts: Mappin
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     return writer
+
+
+#: key of GGUF -> the tensors whose inputs are so many
+_WIDTHS = {
+    "feed_forward_length": ".ffn_down",
+    "expert_feed_forward_length": ".ffn_down_exps.",
+    "expert_shared_feed_forward_length": ".ffn_down_shexp.",
+    "ssm.inner_size": ".ssm_out.",
+}
+
+
+def _width(places: Sequence[Place], part: str) -> int:
+    """Inputs of the first tensor of that name, 0 where there is none."""
+    return next((p.shape[-1] for p in places if part in p.name), 0)
 
 
 #: any dtype of numpy but uint8: the shape is that of the weights, not of their bytes
@@ -227,7 +238,8 @@ def _outside_bytes(
 def _type(matrix: Matrix, chain: Sequence[Step], itemsize: int) -> str:
     """The type that a chain leaves a matrix in."""
     if not chain:
-        return "F32" if itemsize >= 4 else "F16"  # or BF16, of the same size
+        wide = itemsize >= 4 or is_filter(matrix)
+        return "F32" if wide else "F16"  # or BF16, of the same size
     step = made_by(chain)
     assert step is not None
     chosen = find(step.method, "weight").values(step.options)
@@ -242,6 +254,8 @@ def _refuses(matrix: Matrix, module: nn.Module, chain: Sequence[Step]) -> str | 
     step = made_by(chain)
     if chain and (step is None or kind_left(step) is not Packed or framed(chain)):
         return f"{chain[-1].method}, which has no GGML type; let the chain end in ggml"
+    if chain and is_filter(matrix):
+        return f"a filter of {matrix.shape[1]} weights, which llama.cpp wants in F32"
     if step in chain[:-1] and codes_of(name := _type(matrix, chain, 4)) is None:
         return f"{name}, whose codes stand for several weights, in front of {chain[-1].method}"
     return None
