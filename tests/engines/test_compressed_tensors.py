@@ -21,6 +21,7 @@ MIXED = (
     Edit("*/*/attention.k", (Step("minifloat", {"type": "mxfp4"}),)),
     Edit("*/*/attention.v", (Step("minifloat"), Step("refine", {"by": "feedback"}))),
     Edit("*/*/mlp.*", (Step("gptq", {"bits": 5, "group": 32}),)),
+    Edit("*/*/mlp.down", (Step("minifloat", {"type": "nvfp4"}), Step("refine"))),
 )
 
 

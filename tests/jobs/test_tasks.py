@@ -112,6 +112,7 @@ def test_text(entry: Entry, task: str, stacks: list[str], made, text: str, tmp_p
     [
         (Entry("masked", "modernbert", "ModernBertForMaskedLM"), "looks for its dense weight"),
         (Entry("seq2seq", "bart", "BartForConditionalGeneration"), "before its weights are"),
+        (Entry("seq2seq", "t5", "T5ForConditionalGeneration"), "before its weights are"),
     ],
     ids=lambda value: value.model_type if isinstance(value, Entry) else "",
 )

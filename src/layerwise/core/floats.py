@@ -9,19 +9,24 @@ from torch import Tensor
 
 #: scales that are powers of two, a byte each
 POWERS = torch.float8_e8m0fnu
+#: scales that are small floats themselves, a byte each, and the largest of them
+SMALL, MOST = torch.float8_e4m3fn, 448.0
+#: what all small scales of a matrix are divided by, less where a weight is too large for that
+SHARED = 256.0
 
 
 class FloatType(NamedTuple):
     """A type: bits of the exponent and of the mantissa, its largest value, columns of a group.
 
-    A `group` of 0 is the whole row, with a scale in the dtype of the weight; the microscaled types
-    have a power of two for each group.
+    A `group` of 0 is the whole row, with a scale in the dtype of the weight; other groups have a
+    scale of one byte: a power of two, or a small float that a number of the matrix divides.
     """
 
     exponent: int
     mantissa: int
     largest: float
     group: int = 0
+    scale: torch.dtype | None = None
 
     @property
     def bits(self) -> int:
@@ -34,11 +39,12 @@ class FloatType(NamedTuple):
         return _values(self.exponent, self.mantissa, self.largest)
 
 
-#: OCP 8-bit floats, and OCP microscaling formats 1.0
+#: OCP 8-bit floats, OCP microscaling formats 1.0, and what Blackwell multiplies with
 FLOAT_TYPES = {
     "fp8": FloatType(4, 3, 448.0),
-    "mxfp8": FloatType(4, 3, 448.0, 32),
-    "mxfp4": FloatType(2, 1, 6.0, 32),
+    "mxfp8": FloatType(4, 3, 448.0, 32, POWERS),
+    "mxfp4": FloatType(2, 1, 6.0, 32, POWERS),
+    "nvfp4": FloatType(2, 1, 6.0, 16, SMALL),
 }
 
 

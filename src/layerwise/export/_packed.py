@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from layerwise.core.chain import framed, kind_left, made_by
-from layerwise.core.floats import FLOAT_TYPES
+from layerwise.core.floats import FLOAT_TYPES, POWERS, SMALL, FloatType
 from layerwise.core.method import find
 from layerwise.core.plan import Step
 from layerwise.core.weight import Codebook, Quantized, Weight, packed_bytes
@@ -20,7 +20,10 @@ FORMATS = {
     "fp8": "float-quantized",
     "mxfp8": "mxfp8-quantized",
     "mxfp4": "mxfp4-pack-quantized",
+    "nvfp4": "nvfp4-pack-quantized",
 }
+#: how a config group names the type of scales
+_SCALES = {POWERS: "torch.uint8", SMALL: "torch.float8_e4m3fn"}
 
 
 class Scheme(NamedTuple):
@@ -34,16 +37,24 @@ class Scheme(NamedTuple):
     @property
     def arguments(self) -> dict[str, Any]:
         """The weights' entry of the config group."""
-        power = self.format.startswith("mx")
+        scale, strategy = self.floats.scale, "group" if self.group else "channel"
+        if scale is SMALL:
+            strategy = "tensor_group"
         return {
             "num_bits": self.bits,
             "type": "int" if self.format == INTEGERS else "float",
             "symmetric": self.symmetric,
-            "strategy": "group" if self.group else "channel",
+            "strategy": strategy,
             "group_size": self.group or None,
             "dynamic": False,
-            **({"scale_dtype": "torch.uint8"} if power else {}),
+            **({"scale_dtype": _SCALES[scale]} if scale else {}),
         }
+
+    @property
+    def floats(self) -> FloatType:
+        """The small floats, those of a row for integers."""
+        name = next((name for name, held in FORMATS.items() if held == self.format), "fp8")
+        return FLOAT_TYPES[name]
 
     def nbytes(self, shape: tuple[int, int], scale: torch.dtype) -> int:
         """Exact bytes of a matrix."""
@@ -52,7 +63,8 @@ class Scheme(NamedTuple):
             return packed + _SHAPE_BYTES
         groups = shape[1] // self.group if self.group else 1
         each = 1 if self.group else scale.itemsize
-        return shape[0] * (shape[1] * self.bits // 8 + groups * each)
+        shared = 4 if self.floats.scale is SMALL else 0
+        return shape[0] * (shape[1] * self.bits // 8 + groups * each) + shared
 
 
 def _floats(name: str) -> Scheme:
@@ -66,9 +78,14 @@ def scheme_of(record: Weight | None) -> Scheme | None:
     if isinstance(record, Codebook):
         for name, kind in FLOAT_TYPES.items():
             same = record.group == kind.group and len(record.book) == len(kind.values)
-            if same and torch.equal(record.book[:, 0], kind.values.to(record.book.device)):
+            if same and torch.equal(record.book[:, 0] * _shared(record, kind), kind.values):
                 return _floats(name)
     return None
+
+
+def _shared(record: Codebook, kind: FloatType) -> Tensor:
+    """What the scales of a matrix are divided by, `[1]`."""
+    return kind.largest / record.book[-1] if kind.scale is SMALL else torch.ones(1)
 
 
 def scheme_after(chain: Sequence[Step]) -> Scheme | None:
@@ -110,11 +127,16 @@ def _integers(record: Quantized) -> dict[str, Tensor]:
 def _small_floats(record: Codebook) -> dict[str, Tensor]:
     from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8
 
-    values = record.book[:, 0][record.codes.long()]  # [out, in]
-    scale = record.scale.view(torch.uint8) if record.group else record.scale
+    scheme = scheme_of(record)
+    assert scheme is not None
+    values = scheme.floats.values[record.codes.long()]  # [out, in]
+    powers = scheme.floats.scale is POWERS
+    scales = {"weight_scale": record.scale.view(torch.uint8) if powers else record.scale}
+    if scheme.floats.scale is SMALL:
+        scales["weight_global_scale"] = _shared(record, scheme.floats).float()
     if len(record.book) > 16:
-        return {"weight": values.to(torch.float8_e4m3fn), "weight_scale": scale}
-    return {"weight_packed": pack_fp4_to_uint8(values), "weight_scale": scale}
+        return {"weight": values.to(torch.float8_e4m3fn), **scales}
+    return {"weight_packed": pack_fp4_to_uint8(values), **scales}
 
 
 def unpack(scheme: Scheme, shape: tuple[int, int], read: Callable[[str], Tensor]) -> Weight:
@@ -126,15 +148,15 @@ def unpack(scheme: Scheme, shape: tuple[int, int], read: Callable[[str], Tensor]
     if scheme.format == INTEGERS:
         codes = unpack_from_int32(read("weight_packed"), scheme.bits, torch.Size(shape))
         return Quantized(codes, scale, None, scheme.bits, scheme.group)
-    name = next(name for name, held in FORMATS.items() if held == scheme.format)
-    values = FLOAT_TYPES[name].values
+    values = scheme.floats.values
     if scheme.bits == 4:
         dense = unpack_fp4_from_uint8(read("weight_packed"), *shape, dtype=torch.float32)
     else:
         dense = read("weight").float()
     codes = torch.searchsorted(values, dense.contiguous()).to(torch.int16)
-    scale = scale.view(torch.float8_e8m0fnu) if scheme.group else scale
-    return Codebook(codes, scale, values[:, None], scheme.group, shape[1])
+    scale = scale.view(POWERS) if scheme.floats.scale is POWERS else scale
+    shared = read("weight_global_scale") if scheme.floats.scale is SMALL else 1.0
+    return Codebook(codes, scale, values[:, None] / shared, scheme.group, shape[1])
 
 
 def config_groups(schemes: Mapping[Scheme, Sequence[str]]) -> tuple[str, dict[str, Any]]:

@@ -17,6 +17,8 @@ from layerwise.core.stack import Layer, Matrix, Stack
 from layerwise.core.target import Target
 from layerwise.core.weight import Quantized, Weight
 from layerwise.export._packed import (
+    FORMATS,
+    INTEGERS,
     Scheme,
     config_groups,
     pack,
@@ -149,7 +151,7 @@ def _refuses(matrix: Matrix, module: nn.Module, chain: Sequence[Step]) -> str | 
     if not scheme.symmetric:
         # compressed-tensors 0.20 makes room for unpacked zero points and then finds packed ones.
         return "stock transformers cannot load packed zero points; use symmetric grids"
-    if scheme.format.startswith("mx") and module.weight.dtype != torch.bfloat16:
+    if scheme.format not in (INTEGERS, FORMATS["fp8"]) and module.weight.dtype != torch.bfloat16:
         return f"stock transformers unpacks {scheme.format} in bfloat16, not {module.weight.dtype}"
     if scheme.group and matrix.shape[1] % scheme.group:
         return f"{matrix.shape[1]} columns are no multiple of the group of {scheme.group}"
