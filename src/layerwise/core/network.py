@@ -49,6 +49,8 @@ class Network:
     unrolled: bool = False
     #: where tokenizer and configuration lie, of a network that was opened from a folder
     folder: Path | None = None
+    #: the network that this one is another order of, without what lies outside of its layers
+    before: "Network | None" = None
 
     @property
     def stack(self) -> Stack:

@@ -178,6 +178,7 @@ def rewired(network: Network, wiring: Mapping[str, Sequence[Any]]) -> Network:
     }
     arranged = replace(
         network,
+        before=network,
         origins={path: layer.path for path, layer in origins.items()},
         visits={
             f"{stack.container}.{new}": visit

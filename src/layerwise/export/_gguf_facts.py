@@ -9,7 +9,7 @@ from torch import Tensor
 
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.network import Network
-from layerwise.export._gguf_models import Known, known
+from layerwise.export._gguf_models import Known, Names, known, text_config
 
 #: key of GGUF -> fields of a configuration, of which the first that is there counts
 _WHOLE = {
@@ -19,7 +19,7 @@ _WHOLE = {
     "attention.head_count_kv": ("num_key_value_heads",),
     "vocab_size": ("vocab_size",),
     "expert_count": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
-    "expert_used_count": ("num_experts_per_tok", "moe_topk", "moe_k"),
+    "expert_used_count": ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"),
     "expert_shared_count": ("n_shared_experts", "moe_num_shared_experts", "num_shared_experts"),
     "leading_dense_block_count": (
         "first_k_dense_replace",
@@ -27,11 +27,22 @@ _WHOLE = {
         "num_dense_layers",
     ),
     "interleave_moe_layer_step": ("moe_layer_interval", "interleave_moe_layer_step"),
+    "expert_group_count": ("n_group",),
+    "expert_group_used_count": ("topk_group",),
+    "attention.q_lora_rank": ("q_lora_rank",),
+    "attention.kv_lora_rank": ("kv_lora_rank",),
+    "attention.shared_kv_layers": ("num_kv_shared_layers",),
+    "embedding_length_per_layer_input": ("hidden_size_per_layer_input",),
     "shortconv.l_cache": ("conv_L_cache",),
-    "ssm.conv_kernel": ("conv_kernel", "linear_conv_kernel_dim"),
-    "ssm.state_size": ("state_size", "linear_key_head_dim"),
-    "ssm.time_step_rank": ("time_step_rank", "linear_num_value_heads"),
-    "ssm.group_count": ("n_groups", "linear_num_key_heads"),
+    "ssm.conv_kernel": ("conv_kernel", "linear_conv_kernel_dim", "mamba_d_conv"),
+    "ssm.state_size": ("state_size", "linear_key_head_dim", "mamba_d_state"),
+    "ssm.time_step_rank": (
+        "time_step_rank",
+        "linear_num_value_heads",
+        "mamba_dt_rank",
+        "mamba_n_heads",
+    ),
+    "ssm.group_count": ("n_groups", "linear_num_key_heads", "mamba_n_groups"),
 }
 _REAL = {
     "attention.layer_norm_rms_epsilon": ("rms_norm_eps", "norm_eps", "layer_norm_epsilon"),
@@ -68,14 +79,19 @@ _SIGMOID = {"expert_gating_func": 2}
 #: what is a constant of a model's code
 _CONSTANT = {
     "afmoe": _SIGMOID,
+    "deepseek_v2": {"expert_gating_func": 1},
+    "deepseek_v3": _SIGMOID,
     "dots1": _SIGMOID,
     "exaone_moe": _SIGMOID,
     "falcon_mamba": {"ssm.dt_b_c_rms": True},
     "glm4_moe": _SIGMOID,
+    "glm4_moe_lite": _SIGMOID,
     "lfm2_moe": _SIGMOID,
     "minimax_m2": _SIGMOID,
     "mpt": {"attention.layer_norm_epsilon": 1e-5},
     "olmo": {"attention.layer_norm_epsilon": 1e-5},
+    "qwen3_5_moe_text": {"rope.dimension_sections": [11, 11, 10, 0]},
+    "qwen3_5_text": {"rope.dimension_sections": [11, 11, 10, 0]},
     "solar_open": _SIGMOID,
 }
 #: positions where a model does not limit them
@@ -102,7 +118,7 @@ def hyper_parameters(network: Network) -> dict[str, Any]:
     Raises:
         LayerwiseError: the configuration says something that llama.cpp cannot do.
     """
-    config = network.model.config
+    config, entry = text_config(network), known(network)
     found: dict[str, Any] = {"block_count": len(network.layers())}
     said = config.to_dict() | (config.to_dict().get("attn_config") or {})
     for kinds, to in ((_WHOLE, int), (_REAL, float), (_TRUTH, bool)):
@@ -117,11 +133,44 @@ def hyper_parameters(network: Network) -> dict[str, Any]:
     size = head_size(config) if heads else 0
     if heads:
         found |= {"attention.key_length": size, "attention.value_length": size}
+    if "qk_rope_head_dim" in said:  # keys are partly the same for all heads
+        whole = said["qk_nope_head_dim"] + said["qk_rope_head_dim"]
+        found |= {"attention.key_length": whole, "attention.value_length": said["v_head_dim"]}
+        size = said["qk_rope_head_dim"]
     found |= _CONSTANT.get(config.model_type, {})
-    if "conv" in (said.get("layer_types") or ()):  # layers without attention have no key heads
+    attends = [any("k_proj." in name for name in layer.shapes) for layer in network.layers()]
+    linear = "linear_attention" in (said.get("layer_types") or ())
+    if any(attends) and not all(attends) and not linear:  # convolutions have no key heads
         keys = found["attention.head_count_kv"]
-        found["attention.head_count_kv"] = [keys * (k != "conv") for k in said["layer_types"]]
-    return found | dict(_rotary(config, size)) | dict(_windows(config, known(network)))
+        found["attention.head_count_kv"] = [keys * one for one in attends]
+    heads_of_values = found.get("ssm.time_step_rank")
+    if entry.even and heads_of_values != found["ssm.group_count"]:
+        raise LayerwiseError(
+            f"target gguf, architecture {entry.name}",
+            allowed=f"as many heads of values as of keys, {found['ssm.group_count']}",
+            found=heads_of_values,
+            fix="use --target hf",
+        )
+    found |= dict(_rotary(config, size)) | dict(_windows(config, entry))
+    return found | (_by_kind(network) if entry.listed else {})
+
+
+def _by_kind(network: Network) -> dict[str, Any]:
+    """Heads of layers with a window and of the others, whose size is not the same."""
+    config, names, keys = text_config(network), Names(network), []
+    sizes = {"full_attention": head_size(config), "sliding_attention": head_size(config)}
+    for layer, kind in zip(network.layers(), config.layer_types, strict=True):
+        held = {
+            names(f"{layer.path}.{n}").partition(".attn_")[2]: s for n, s in layer.shapes.items()
+        }
+        sizes[kind] = held["q_norm.weight"][0]
+        rows = held.get("k.weight", (0,))[0] or config.num_key_value_heads * sizes[kind]
+        keys.append(rows // sizes[kind])
+    found: dict[str, Any] = {"attention.head_count_kv": keys}
+    for kind, end in (("full_attention", ""), ("sliding_attention", "_swa")):
+        each = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+        found |= {f"{name}{end}": sizes[kind] for name in each}
+    return found
 
 
 def rope_of(config: Any) -> Mapping[str, Any]:
@@ -135,10 +184,10 @@ def _rotary(config: Any, size: int) -> Iterator[tuple[str, Any]]:
     if not rope:
         return
     kind = rope.get("rope_type", "default")
-    if kind not in ("default", "linear", "yarn", "llama3", "longrope"):
+    if kind not in ("default", "linear", "yarn", "llama3", "longrope", "proportional"):
         raise LayerwiseError(
             "target gguf, rope_type",
-            allowed="default, linear, yarn, llama3 or longrope",
+            allowed="default, linear, yarn, llama3, longrope or proportional",
             found=kind,
             fix="use --target hf",
         )
@@ -170,6 +219,10 @@ def _windows(config: Any, entry: Known) -> Iterator[tuple[str, Any]]:
     narrow = [kind == "sliding_attention" for kind in kinds]
     if entry.name == "phi3":
         yield "attention.sliding_window", 0 if window is None else int(window)
+    if entry.listed:
+        yield "attention.sliding_window", int(window)
+        yield "attention.sliding_window_pattern", narrow
+        return
     if not window or not any(narrow) or window >= config.max_position_embeddings:
         if entry.period:
             yield "attention.sliding_window", int(config.max_position_embeddings)
@@ -194,13 +247,18 @@ def _rhythm(period: int, count: int) -> list[bool]:
     return [i % period < period - 1 for i in range(count)]
 
 
-def rope_factors(config: Any) -> dict[str, Tensor]:
+def rope_factors(network: Network) -> dict[str, Tensor]:
     """Tensors that llama.cpp divides rotary frequencies by, where they are scaled one by one."""
+    config = text_config(network)
     rope = rope_of(config)
     if rope.get("rope_type") == "longrope":
         return {
             f"rope_factors_{k}.weight": torch.tensor(rope[f"{k}_factor"]) for k in ("long", "short")
         }
+    if rope.get("rope_type") == "proportional":  # the others are not turned
+        size = _by_kind(network)["attention.key_length"]
+        turned = int(size * rope.get("partial_rotary_factor", 1.0) / 2)
+        return {"rope_freqs.weight": torch.tensor([1.0] * turned + [1e30] * (size // 2 - turned))}
     if rope.get("rope_type") != "llama3":
         return {}
     size = head_size(config)

@@ -16,7 +16,7 @@ from layerwise.core.stack import Layer
 from layerwise.core.weight import Dense, Packed, Weight
 from layerwise.export._gguf_models import Names
 from layerwise.export._gguf_rows import reordered, together
-from layerwise.export.gguf import FILE
+from layerwise.export.gguf import EMBEDDINGS, FILE
 
 __all__ = ["FILE", "GgufFile"]
 
@@ -110,7 +110,7 @@ class GgufFile:
         return {
             name: _record(self.rows(own, network))
             for name, own in kept
-            if own in ("token_embd.weight", "output.weight")
+            if own in (*EMBEDDINGS, "output.weight")
         }
 
 

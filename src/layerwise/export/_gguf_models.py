@@ -4,7 +4,7 @@ The names of tensors come from the `gguf` package.
 """
 
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from layerwise.core.errors import LayerwiseError, nearest
 from layerwise.core.ggml import needing_gguf
@@ -17,8 +17,10 @@ class Known(NamedTuple):
     `halves`: rows of queries and keys go from two halves per head, as transformers rotates them,
     to pairs. `woven`: fused rows of queries, keys and values come head by head. `shift` is added to
     the weights of norms. `period`: every `period`-th layer attends to all positions, the others to
-    a window; at one `depth` only, where llama.cpp tells by it whether there are windows. `paired`:
-    rows of gate and up take turns.
+    a window; at one `depth` only, where llama.cpp tells by it whether there are windows. `listed`:
+    which layers have one is said for each, and their heads have a size of their own. `paired`: rows
+    of gate and up take turns. `even`: linear attention has as many heads of values as of keys,
+    since llama.cpp wants others in an order that would cut through blocks of columns.
     """
 
     name: str
@@ -27,7 +29,9 @@ class Known(NamedTuple):
     shift: float = 0.0
     period: int = 0
     depth: int = 0
+    listed: bool = False
     paired: bool = False
+    even: bool = False
 
 
 #: model_type of a configuration -> what GGUF calls it, and what llama.cpp expects of its weights
@@ -41,6 +45,7 @@ KNOWN = {
     "helium": Known("llama"),
     "hunyuan_v1_dense": Known("hunyuan-dense"),
     "jais2": Known("jais2"),
+    "minicpm3": Known("minicpm3"),
     "mpt": Known("mpt"),
     "olmo2": Known("olmo2"),
     "phi": Known("phi2"),
@@ -72,13 +77,17 @@ KNOWN = {
     # windows, and layers that see everything
     "cohere2": Known("cohere2", period=4),
     "exaone4": Known("exaone4", period=4, depth=64),
+    "gemma4_text": Known("gemma4", listed=True),
     "olmo3": Known("olmo2", period=4),
     # experts
     "afmoe": Known("afmoe", period=4),
+    "deepseek_v2": Known("deepseek2"),
+    "deepseek_v3": Known("deepseek2"),
     "dots1": Known("dots1"),
     "ernie4_5_moe": Known("ernie4_5-moe"),
     "exaone_moe": Known("exaone-moe", period=4),
     "glm4_moe": Known("glm4moe"),
+    "glm4_moe_lite": Known("deepseek2"),
     "gpt_oss": Known("gpt-oss", period=2, paired=True),
     "granitemoe": Known("granitemoe", halves=True),
     "hunyuan_v1_moe": Known("hunyuan-moe"),
@@ -91,14 +100,18 @@ KNOWN = {
     "solar_open": Known("glm4moe"),
     # convolutions and recurrences
     "falcon_mamba": Known("mamba"),
+    "jamba": Known("jamba"),
     "lfm2": Known("lfm2"),
     "lfm2_moe": Known("lfm2moe"),
     "mamba": Known("mamba"),
+    "qwen3_5_moe_text": Known("qwen35moe", shift=1.0, even=True),
+    "qwen3_5_text": Known("qwen35", shift=1.0, even=True),
     "qwen3_next": Known("qwen3next", shift=1.0),
 }
 
 #: a parameter that transformers fuses -> the names of what its rows hold, one after the other
 FUSED = {"gate_up_proj": ("gate_proj", "up_proj")}
+SUFFIXES = (".weight", ".bias", ".scale")
 #: parameters of recurrences, which have a name of their own in GGUF
 NUMBERS = (".A_log", ".D")
 #: what transformers calls a part or a bias -> what the `gguf` package knows it as
@@ -106,8 +119,16 @@ _ALSO = {
     ".dt_bias": ".dt_proj.bias",
     "_bias": ".bias",
     ".block_sparse_moe.": ".mlp.",
+    ".language_model.": ".",
+    ".router.scale": ".router.proj.scale",
+    ".router.per_expert_scale": ".experts.down_proj.scale",
     ".gate.moe_statics.": ".moe_statics.",
 }
+
+
+def text_config(network: Network) -> Any:
+    """The configuration of what reads and writes text, in one that also sees or hears."""
+    return network.model.config.get_text_config(decoder=True)
 
 
 def known(network: Network) -> Known:
@@ -116,9 +137,10 @@ def known(network: Network) -> Known:
     Raises:
         LayerwiseError: it does not know the architecture.
     """
-    kind = str(network.model.config.model_type)
+    kind = str(text_config(network).model_type)
     found = KNOWN.get(kind)
-    if found is None or len(network.stacks) != 1 or network.task != "causal":
+    lists = {stack.container for stack in network.stacks}
+    if found is None or len(lists) != 1 or network.task != "causal":
         raise LayerwiseError(
             "target gguf",
             allowed=f"causal models of type {', '.join(KNOWN)}",
@@ -168,8 +190,8 @@ class Names:
         """One name; some are known without that of the base model, parameters of experts bare."""
         also = reduce(lambda n, pair: n.replace(*pair), _ALSO.items(), name)
         for tried in (name, name.partition(".")[2], also):
-            found = self._map.get_name(tried, try_suffixes=(".weight", ".bias"))
+            found = self._map.get_name(tried, try_suffixes=SUFFIXES)
             if found is not None:
-                bare = found.endswith((".weight", ".bias")) or name.endswith(NUMBERS)
+                bare = found.endswith(SUFFIXES) or name.endswith(NUMBERS)
                 return found if bare else f"{found}.{'bias' if name[-5:] == '_bias' else 'weight'}"
         return None

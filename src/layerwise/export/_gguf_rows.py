@@ -10,7 +10,7 @@ from layerwise.core.network import Network
 from layerwise.core.stack import Layer, Matrix
 from layerwise.core.weight import Packed, Weight
 from layerwise.export._gguf_facts import head_size, heads_of
-from layerwise.export._gguf_models import Names, known
+from layerwise.export._gguf_models import Names, known, text_config
 
 #: weights of the smallest block of a packed type
 BLOCK = 32
@@ -88,7 +88,7 @@ def reordered(rows: Tensor, name: str, network: Network, back: bool = False) -> 
     """
     entry = known(network)
     if entry.halves and any(f".attn_{x}." in name for x in "qk"):
-        return _in_pairs(rows, heads_of(network.model.config, name), back)
+        return _in_pairs(rows, heads_of(text_config(network), name), back)
     if entry.woven and ".attn_qkv." in name:
         return _apart(rows, network, back)
     return rows.contiguous()
@@ -108,7 +108,7 @@ def _apart(rows: Tensor, network: Network, back: bool) -> Tensor:
     llama.cpp wants all queries, then all keys, then all values.
     """
     heads = key_heads(len(rows), network)
-    size, width = head_size(network.model.config), rows.shape[1]
+    size, width = head_size(text_config(network)), rows.shape[1]
     each = len(rows) // size // heads - 2  # queries of a key head
     if back:
         parts = rows.split([heads * each * size, heads * size, heads * size])
@@ -120,5 +120,5 @@ def _apart(rows: Tensor, network: Network, back: bool) -> Tensor:
 
 def key_heads(rows: int, network: Network) -> int:
     """Key heads of a fused matrix of so many rows: what is left beside its query heads."""
-    config = network.model.config
+    config = text_config(network)
     return (rows // head_size(config) - config.num_attention_heads) // 2

@@ -19,7 +19,7 @@ from layerwise.core.stack import Matrix, Stack
 from layerwise.core.target import Target
 from layerwise.core.weight import Packed, Weight
 from layerwise.export._gguf_facts import NAMED, hyper_parameters, rope_factors
-from layerwise.export._gguf_models import Names, known
+from layerwise.export._gguf_models import Names, known, text_config
 from layerwise.export._gguf_rows import blocks_of, is_filter, kept_type, key_heads, plain
 from layerwise.export._gguf_tokenizer import TOKENS, tokenizer_entries
 from layerwise.export._writer import Finished
@@ -100,7 +100,7 @@ def _places(
     """Every tensor of the file in order, known before any of it is computed."""
     for name, shape in _outside_shapes(network).items():
         yield Place(names(name), shape, _outside_type(names(name), shape, options))
-    for name, factors in rope_factors(network.model.config).items():
+    for name, factors in rope_factors(network).items():
         yield Place(name, tuple(factors.shape), "F32")
     for layer in network.layers():
         for name, tensor in layer.module.state_dict().items():
@@ -141,8 +141,12 @@ def _opened(network: Network, path: Path, places: Sequence[Place], facts: Mappin
     with needing_gguf():
         from gguf import GGMLQuantizationType, GGUFWriter
     entry, folder = known(network), network.checkpoint.folder
-    fused = [p.shape[0] for p in places if ".attn_qkv.weight" in p.name]
-    measured = {key: _width(places, part) for key, part in _WIDTHS.items()}
+    apart = any(".attn_k." in p.name for p in places)
+    fused = [p.shape[0] for p in places if ".attn_qkv.weight" in p.name and not apart]
+    measured: dict[str, Any] = {key: _width(places, part) for key, part in _WIDTHS.items()}
+    wide = [p.shape[-1] for p in places if ".ffn_down.weight" in p.name]
+    same = len(set(wide)) < 2
+    measured["feed_forward_length"] = _width(places, ".ffn_down") if same else wide
     measured["attention.head_count_kv"] = key_heads(fused[0], network) if fused else 0
     measured = {key: size for key, size in measured.items() if size}
     writer = GGUFWriter(path, entry.name)
@@ -164,12 +168,13 @@ def _opened(network: Network, path: Path, places: Sequence[Place], facts: Mappin
     return writer
 
 
+#: tables of tokens, one for the network and one for all of its layers
+EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
 #: key of GGUF -> the tensors whose inputs are so many
 _WIDTHS = {
-    "feed_forward_length": ".ffn_down",
-    "expert_feed_forward_length": ".ffn_down_exps.",
-    "expert_shared_feed_forward_length": ".ffn_down_shexp.",
-    "ssm.inner_size": ".ssm_out.",
+    "expert_feed_forward_length": ".ffn_down_exps.weight",
+    "expert_shared_feed_forward_length": ".ffn_down_shexp.weight",
+    "ssm.inner_size": ".ssm_out.weight",
 }
 
 
@@ -190,8 +195,13 @@ def _add(writer: Any, key: str, value: Any) -> None:
 
 
 def _outside_shapes(network: Network) -> dict[str, tuple[int, ...]]:
-    """Tensors that belong to no layer, each once, by their name in memory."""
+    """Tensors that belong to no layer, each once, by their name in memory.
+
+    Those of what sees or hears, beside the model of text, are no part of the file.
+    """
     inside = tuple(f"{layer.path}." for layer in network.layers())
+    whole = network.model.config is text_config(network)
+    text = "" if whole else network.stack.container.rpartition(".")[0]
     tied = network.model.all_tied_weights_keys or {}
     held = network.module.state_dict()
     stored = {n: t for n, t in held.items() if network.stored.is_stored(n)}
@@ -199,12 +209,13 @@ def _outside_shapes(network: Network) -> dict[str, tuple[int, ...]]:
         name: tuple(tensor.shape)
         for name, tensor in stored.items()
         if not name.startswith(inside) and tied.get(name) not in stored
+        if name.startswith((text, "lm_head."))
     }
 
 
 def _outside_type(name: str, shape: tuple[int, ...], options: Mapping[str, str]) -> str:
     """The type of a tensor outside of the layers: only embedding and head are encoded."""
-    wanted = {"token_embd.weight": "embedding", "output.weight": "output"}.get(name)
+    wanted = {**dict.fromkeys(EMBEDDINGS, "embedding"), "output.weight": "output"}.get(name)
     if wanted is None:
         return "F32"
     return fitting(find("gguf", "export").values(options)[wanted], shape[1]).name
@@ -231,7 +242,7 @@ def _outside_bytes(
         record = encoded.get(name)
         own = names(name)
         bytes_[own] = record.data if isinstance(record, Packed) else plain(found[name], own, names)
-    extra = rope_factors(network.model.config)
+    extra = rope_factors(network)
     return bytes_ | {name: t.float().view(torch.uint8) for name, t in extra.items()}
 
 

@@ -18,7 +18,6 @@ from layerwise.core.errors import LayerwiseError, first_few, first_line
 from layerwise.core.lockstep import walk
 from layerwise.core.machine import amount, available_memory
 from layerwise.core.network import Network
-from layerwise.core.open import open_network
 from layerwise.core.plan import Plan
 from layerwise.core.stack import Layer, Stack, Visit
 from layerwise.core.task import example_inputs
@@ -122,15 +121,10 @@ def out_of_place(network: Network) -> list[str]:
     Stock code may take numbers from a layer's place or from the depth. Every visit is given what
     comes to it, and so is its layer in the network's own order; both are streamed.
     """
-    if network.folder is None or not network.visits:
+    own = network.before
+    if own is None:
         return []
-    own = open_network(
-        network.folder,
-        wiring={stack.name: _own_order(network, stack) for stack in network.stacks},
-        device=str(network.device),
-        dtype=str(network.dtype).removeprefix("torch."),
-    )
-    layers = {own.origins.get(layer.path, layer.path): layer for layer in own.layers()}
+    layers = {layer.path: layer for layer in own.layers()}
     wanted: Any = None
     off: list[str] = []
     for stop in walk(network, [example_inputs(network.module)]):
@@ -150,12 +144,6 @@ def out_of_place(network: Network) -> list[str]:
         f"{first_few(off)}: stock code takes something from a layer's place or from the depth, so "
         "that it does not compute there what it computes in the original"
     ]
-
-
-def _own_order(network: Network, stack: Stack) -> list[int]:
-    """All layers of a stack that the checkpoint has, each once."""
-    containers = [path.rpartition(".")[0] for path in network.stored_layers]
-    return list(range(containers.count(stack.container)))
 
 
 def _answered(layer: Layer, args: Any, kwargs: Any) -> list[torch.Tensor]:

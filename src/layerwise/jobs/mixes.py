@@ -8,7 +8,7 @@ from layerwise.core.network import Network
 from layerwise.core.plan import DataSpec, Edit, Plan, Step, chain_for
 from layerwise.core.stack import Matrix
 from layerwise.export import TARGETS
-from layerwise.export._gguf_models import Names
+from layerwise.export._gguf_models import Names, text_config
 from layerwise.jobs.request import identity
 
 #: a tensor's kind, its layer, how many layers there are, query heads per key -> its type
@@ -80,7 +80,7 @@ def mix_plan(network: Network, name: str, data: DataSpec = DataSpec()) -> Plan:
 
 
 def _types(network: Network, rule: Rule) -> Iterator[tuple[Matrix, str]]:
-    names, config = Names(network), network.model.config
+    names, config = Names(network), text_config(network)
     keys = vars(config).get("num_key_value_heads") or config.num_attention_heads
     shared, layers = config.num_attention_heads // keys, network.layers()
     for i, layer in enumerate(layers):
