@@ -136,7 +136,7 @@ MODELS: dict[str, Callable[[], Any]] = {
         **COMMON, **HEAD, num_local_experts=4, num_experts_per_tok=2, sliding_window=8
     ),
     "llama4_text": lambda: t.Llama4TextConfig(
-        **FEW, **HEAD, num_local_experts=1, interleave_moe_layer_step=1
+        **COMMON, **HEAD, num_local_experts=2, interleave_moe_layer_step=1
     ),
     "minimax_m2": lambda: t.MiniMaxM2Config(
         **FEW, **HEAD, num_local_experts=4, num_experts_per_tok=2
@@ -359,6 +359,17 @@ def test_dropped_and_repeated_layers(
     )
     found = verify(model, tmp_path / "out", QUICK._replace(naive=False))
     assert all(check["ok"] for check in found.checks), found.checks
+
+
+def test_a_file_at_which_llama_cpp_ends_is_one_clear_error(
+    folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Llama 4 without a layer that sees everything: llama.cpp ends its process."""
+    model = folder_of("llama4_text")
+    plan = plan_of(model, "", wiring={"decoder": [0, 1, 2]})
+    with pytest.raises(LayerwiseError, match=r"in llama.cpp: .*found its end, code -6: .*ASSERT"):
+        apply_plan(model, plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_rhythm_of_windows_that_llama_cpp_does_not_know(

@@ -160,7 +160,7 @@ def _decode(file: Path, out: Path) -> None:
         where = {"gguf_file": file.name}
         with Llama(file, length=32) as engine:
             config = AutoConfig.from_pretrained(file.parent, **where)
-            config.max_position_embeddings = engine.trained_length
+            config.max_position_embeddings = engine.trained_length()
             found = AutoModelForCausalLM.from_pretrained(
                 file.parent, **where, config=config, dtype=torch.float32
             )

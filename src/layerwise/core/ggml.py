@@ -87,9 +87,8 @@ def fitting(name: str, columns: int) -> Format:
     return other if columns % other.weights == 0 else format_of("F16")
 
 
-@cache
-def library() -> ctypes.CDLL:
-    """llama.cpp, as it lies in the extension module of `xllamacpp`.
+def library_file() -> str:
+    """Where llama.cpp lies: in the extension module of `xllamacpp`.
 
     Raises:
         LayerwiseError: the package is not installed.
@@ -98,7 +97,17 @@ def library() -> ctypes.CDLL:
         found = find_spec("xllamacpp.xllamacpp")
         if found is None or found.origin is None:
             raise ImportError("xllamacpp without its extension module")
-        opened = ctypes.CDLL(found.origin)
+        return found.origin
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """llama.cpp in this process.
+
+    Raises:
+        LayerwiseError: the package is not installed.
+    """
+    opened = ctypes.CDLL(library_file())
     opened.ggml_quantize_chunk.restype = ctypes.c_size_t
     size, where = ctypes.c_int64, ctypes.c_void_p
     opened.ggml_quantize_chunk.argtypes = [ctypes.c_int, where, where, size, size, size, where]

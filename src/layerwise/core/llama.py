@@ -1,90 +1,28 @@
-"""llama.cpp through its C functions: the logits and tokens of a GGUF file."""
+"""llama.cpp in a process of its own: the logits and tokens of a GGUF file."""
 
-import ctypes
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from functools import cache
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from layerwise.core import _llama_alone
 from layerwise.core.errors import LayerwiseError
-from layerwise.core.ggml import library
-
-#: 32-bit words that hold any parameters of llama.cpp; it reads as many as it knows
-_WORDS = 256
-#: what llama.cpp says while it loads, of which the last lines tell what went wrong
-_SAID: list[str] = []
-
-
-class _Parameters(ctypes.Structure):
-    """Parameters as llama.cpp fills them in; those of a context begin with three sizes."""
-
-    _fields_ = [("words", ctypes.c_uint32 * _WORDS)]
-
-
-class _Batch(ctypes.Structure):
-    """`llama_batch`."""
-
-    _fields_ = [
-        ("count", ctypes.c_int32),
-        ("token", ctypes.POINTER(ctypes.c_int32)),
-        ("embd", ctypes.POINTER(ctypes.c_float)),
-        ("pos", ctypes.POINTER(ctypes.c_int32)),
-        ("n_seq_id", ctypes.POINTER(ctypes.c_int32)),
-        ("seq_id", ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))),
-        ("logits", ctypes.POINTER(ctypes.c_int8)),
-    ]
-
-
-@ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-def _listen(level: int, text: bytes, data: Any) -> None:
-    if level >= 3:
-        _SAID.append(text.decode(errors="replace").strip())
-        del _SAID[:-4]
-
-
-@cache
-def _llama() -> Any:
-    """The library, with the signatures of what is called."""
-    found = library()
-    where, whole = ctypes.c_void_p, ctypes.c_int32
-    signatures: dict[str, tuple[Any, tuple[Any, ...]]] = {
-        "llama_model_default_params": (_Parameters, ()),
-        "llama_context_default_params": (_Parameters, ()),
-        "llama_model_load_from_file": (where, (ctypes.c_char_p, _Parameters)),
-        "llama_init_from_model": (where, (where, _Parameters)),
-        "llama_model_get_vocab": (where, (where,)),
-        "llama_model_n_ctx_train": (whole, (where,)),
-        "llama_vocab_n_tokens": (whole, (where,)),
-        "llama_get_memory": (where, (where,)),
-        "llama_memory_clear": (None, (where, ctypes.c_bool)),
-        "llama_set_n_threads": (None, (where, whole, whole)),
-        "llama_batch_init": (_Batch, (whole, whole, whole)),
-        "llama_batch_free": (None, (_Batch,)),
-        "llama_decode": (whole, (where, _Batch)),
-        "llama_get_logits": (ctypes.POINTER(ctypes.c_float), (where,)),
-        "llama_free": (None, (where,)),
-        "llama_model_free": (None, (where,)),
-        "llama_tokenize": (
-            whole,
-            (where, ctypes.c_char_p, whole, where, whole, ctypes.c_bool, ctypes.c_bool),
-        ),
-    }
-    for name, (result, arguments) in signatures.items():
-        function = found[name]
-        function.restype, function.argtypes = result, list(arguments)
-        setattr(found, name, function)
-    found.llama_backend_init()
-    found.llama_log_set(_listen, None)
-    return found
+from layerwise.core.ggml import library_file
 
 
 class Llama(AbstractContextManager["Llama"]):
     """A GGUF file, loaded by llama.cpp; to be used in a `with` block.
+
+    llama.cpp ends its process where a file is not what it expects; that is an error here.
 
     Args:
         path: of the file.
@@ -95,37 +33,29 @@ class Llama(AbstractContextManager["Llama"]):
     """
 
     def __init__(self, path: Path, length: int = 512) -> None:
-        self.library = _llama()
         self.length, self.path = length, path
-        self.context = None
-        self.model = self.library.llama_model_load_from_file(
-            bytes(path), self.library.llama_model_default_params()
+        self.said = TemporaryFile()  # noqa: SIM115, closed on leaving
+        self.process = subprocess.Popen(
+            [sys.executable, "-I", _llama_alone.__file__, library_file()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.said,
+            env={**os.environ, "GGML_NO_BACKTRACE": "1"},
         )
-        settings = self.library.llama_context_default_params()
-        settings.words[0] = settings.words[1] = settings.words[2] = length
-        if self.model:
-            self.context = self.library.llama_init_from_model(self.model, settings)
-        if not self.context:
-            raise LayerwiseError(
-                f"{path} in llama.cpp",
-                allowed="a file that it loads",
-                found="; ".join(_SAID) or "an error without a word",
-                fix="take another copy of the file, or another version of xllamacpp",
-            )
-        threads = torch.get_num_threads()
-        self.library.llama_set_n_threads(self.context, threads, threads)
-        self.vocabulary = self.library.llama_model_get_vocab(self.model)
-        self.batch = self.library.llama_batch_init(length, 0, 1)
+        try:
+            self._ask("load", str(path), length, torch.get_num_threads())
+        except LayerwiseError:
+            self.__exit__()
+            raise
 
     def __exit__(self, *error: object) -> None:
-        self.library.llama_batch_free(self.batch)
-        self.library.llama_free(self.context)
-        self.library.llama_model_free(self.model)
+        self.process.kill()
+        self.process.communicate()
+        self.said.close()
 
-    @property
     def trained_length(self) -> int:
         """Positions that the model knows."""
-        return int(self.library.llama_model_n_ctx_train(self.model))
+        return self._ask("trained_length")
 
     def logits(self, tokens: Sequence[int]) -> Float[Tensor, "seq vocabulary"]:
         """Logits after every token of one sequence, computed in one batch without a past."""
@@ -136,28 +66,41 @@ class Llama(AbstractContextManager["Llama"]):
                 found=len(tokens),
                 fix="ask for a longer context",
             )
-        self.library.llama_memory_clear(self.library.llama_get_memory(self.context), True)
-        self.batch.count = len(tokens)
-        for i, token in enumerate(tokens):
-            self.batch.token[i], self.batch.pos[i] = int(token), i
-            self.batch.n_seq_id[i], self.batch.seq_id[i][0] = 1, 0
-            self.batch.logits[i] = 1
-        if self.library.llama_decode(self.context, self.batch):
-            raise LayerwiseError(
-                f"{self.path} in llama.cpp",
-                allowed="a model that runs",
-                found="; ".join(_SAID) or "an error without a word",
-                fix="take another version of xllamacpp",
-            )
-        size = len(tokens), self.library.llama_vocab_n_tokens(self.vocabulary)
-        found = self.library.llama_get_logits(self.context)
-        floats = ctypes.cast(found, ctypes.POINTER(ctypes.c_float * (size[0] * size[1]))).contents
-        return torch.frombuffer(floats, dtype=torch.float32).reshape(size).clone()
+        found = torch.frombuffer(self._ask("logits", list(map(int, tokens))), dtype=torch.float32)
+        return found.reshape(len(tokens), -1)
 
     def tokenize(self, text: str) -> list[int]:
         """Tokens of a text by llama.cpp's own tokenizer, with those that mark its ends."""
-        given = text.encode()
-        room = (ctypes.c_int32 * (len(given) + 8))()
-        size = len(given), room, len(room)
-        count = self.library.llama_tokenize(self.vocabulary, given, *size, True, False)
-        return list(room[: max(count, 0)])
+        return self._ask("tokenize", text)
+
+    def _ask(self, name: str, *arguments: Any) -> Any:
+        """What the process answers to a request.
+
+        Raises:
+            LayerwiseError: it refuses, or ends.
+        """
+        given, taken = self.process.stdin, self.process.stdout
+        assert given is not None and taken is not None
+        try:
+            given.write(json.dumps([name, arguments]).encode() + b"\n")
+            given.flush()
+            line = taken.readline()
+        except BrokenPipeError:
+            line = b""
+        answer: dict[str, Any] = json.loads(line) if line else {"refused": self._last_words()}
+        if "refused" in answer:
+            raise LayerwiseError(
+                f"{self.path} in llama.cpp",
+                allowed="a file that it loads and runs",
+                found=answer["refused"],
+                fix="take another copy of the file, or another version of xllamacpp",
+            )
+        return bytearray(taken.read(answer["bytes"])) if answer["bytes"] else answer["found"]
+
+    def _last_words(self) -> str:
+        """What it said before it ended, as far as that tells why."""
+        code = self.process.wait()
+        self.said.seek(0)
+        lines = self.said.read().decode(errors="replace").splitlines()
+        why = [line for line in lines if "GGML_ASSERT" in line or "error" in line.lower()]
+        return f"its end, code {code}: {why[0].strip() if why else 'without a word'}"

@@ -220,7 +220,7 @@ def _windows(config: Any, entry: Known) -> Iterator[tuple[str, Any]]:
     if entry.name == "phi3":
         yield "attention.sliding_window", 0 if window is None else int(window)
     if entry.listed:
-        yield "attention.sliding_window", int(window)
+        yield "attention.sliding_window", int(window or config.max_position_embeddings)
         yield "attention.sliding_window_pattern", narrow
         return
     if not window or not any(narrow) or window >= config.max_position_embeddings:

@@ -1,0 +1,146 @@
+"""llama.cpp in a process of its own, which it ends where it meets what it did not expect.
+
+`python _llama_alone.py LIBRARY` reads requests, a line of JSON each, and answers each with a line
+of JSON and as many bytes behind it as that says. It imports nothing but the standard library.
+"""
+
+import ctypes
+import json
+import os
+import sys
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+#: 32-bit words that hold any parameters of llama.cpp; it reads as many as it knows
+_WORDS = 256
+#: what llama.cpp says while it loads, of which the last lines tell what went wrong
+_SAID: list[str] = []
+
+
+class _Parameters(ctypes.Structure):
+    """Parameters as llama.cpp fills them in; those of a context begin with three sizes."""
+
+    _fields_ = [("words", ctypes.c_uint32 * _WORDS)]
+
+
+class _Batch(ctypes.Structure):
+    """`llama_batch`."""
+
+    _fields_ = [
+        ("count", ctypes.c_int32),
+        ("token", ctypes.POINTER(ctypes.c_int32)),
+        ("embd", ctypes.POINTER(ctypes.c_float)),
+        ("pos", ctypes.POINTER(ctypes.c_int32)),
+        ("n_seq_id", ctypes.POINTER(ctypes.c_int32)),
+        ("seq_id", ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))),
+        ("logits", ctypes.POINTER(ctypes.c_int8)),
+    ]
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+def _listen(level: int, text: bytes, data: Any) -> None:
+    if level >= 3:
+        _SAID.append(text.decode(errors="replace").strip())
+        del _SAID[:-4]
+
+
+@cache
+def _llama(path: str) -> Any:
+    """The library, with the signatures of what is called."""
+    found = ctypes.CDLL(path)
+    where, whole = ctypes.c_void_p, ctypes.c_int32
+    signatures: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        "llama_model_default_params": (_Parameters, ()),
+        "llama_context_default_params": (_Parameters, ()),
+        "llama_model_load_from_file": (where, (ctypes.c_char_p, _Parameters)),
+        "llama_init_from_model": (where, (where, _Parameters)),
+        "llama_model_get_vocab": (where, (where,)),
+        "llama_model_n_ctx_train": (whole, (where,)),
+        "llama_vocab_n_tokens": (whole, (where,)),
+        "llama_get_memory": (where, (where,)),
+        "llama_memory_clear": (None, (where, ctypes.c_bool)),
+        "llama_set_n_threads": (None, (where, whole, whole)),
+        "llama_batch_init": (_Batch, (whole, whole, whole)),
+        "llama_decode": (whole, (where, _Batch)),
+        "llama_get_logits": (ctypes.POINTER(ctypes.c_float), (where,)),
+        "llama_tokenize": (
+            whole,
+            (where, ctypes.c_char_p, whole, where, whole, ctypes.c_bool, ctypes.c_bool),
+        ),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = found[name]
+        function.restype, function.argtypes = result, list(arguments)
+        setattr(found, name, function)
+    found.llama_backend_init()
+    found.llama_log_set(_listen, None)
+    return found
+
+
+class _Loaded:
+    """A GGUF file, loaded; `ValueError` where llama.cpp refuses it."""
+
+    def __init__(self, library: Any, path: str, length: int, threads: int) -> None:
+        self.library, context = library, None
+        model = library.llama_model_load_from_file(
+            path.encode(), library.llama_model_default_params()
+        )
+        settings = library.llama_context_default_params()
+        settings.words[0] = settings.words[1] = settings.words[2] = length
+        if model:
+            context = library.llama_init_from_model(model, settings)
+        if not context:
+            raise ValueError("; ".join(_SAID) or "an error without a word")
+        self.model, self.context = model, context
+        library.llama_set_n_threads(context, threads, threads)
+        self.vocabulary = library.llama_model_get_vocab(model)
+        self.batch = library.llama_batch_init(length, 0, 1)
+
+    def trained_length(self) -> int:
+        return int(self.library.llama_model_n_ctx_train(self.model))
+
+    def logits(self, tokens: Sequence[int]) -> bytes:
+        """float32 `[seq, vocabulary]` after every token, computed in one batch without a past."""
+        self.library.llama_memory_clear(self.library.llama_get_memory(self.context), True)
+        self.batch.count = len(tokens)
+        for i, token in enumerate(tokens):
+            self.batch.token[i], self.batch.pos[i] = token, i
+            self.batch.n_seq_id[i], self.batch.seq_id[i][0] = 1, 0
+            self.batch.logits[i] = 1
+        if self.library.llama_decode(self.context, self.batch):
+            raise ValueError("; ".join(_SAID) or "an error without a word")
+        size = 4 * len(tokens) * self.library.llama_vocab_n_tokens(self.vocabulary)
+        return ctypes.string_at(self.library.llama_get_logits(self.context), size)
+
+    def tokenize(self, text: str) -> list[int]:
+        given = text.encode()
+        room = (ctypes.c_int32 * (len(given) + 8))()
+        size = len(given), room, len(room)
+        count = self.library.llama_tokenize(self.vocabulary, given, *size, True, False)
+        return list(room[: max(count, 0)])
+
+
+def main(path: str) -> None:
+    """Answer until there is nothing more to read; the first request says what to load."""
+    loaded, answers = None, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever else writes to the standard output
+    for line in sys.stdin.buffer:
+        name, arguments = json.loads(line)
+        answer: dict[str, Any] = {"found": None}
+        tail = b""
+        try:
+            if loaded is None:
+                loaded = _Loaded(_llama(path), *arguments)
+            else:
+                found = getattr(loaded, name)(*arguments)
+                tail = found if isinstance(found, bytes) else b""
+                answer["found"] = None if tail else found
+        except ValueError as error:
+            answer = {"refused": str(error)}
+        answers.write(json.dumps(answer | {"bytes": len(tail)}).encode() + b"\n" + tail)
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
