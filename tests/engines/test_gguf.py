@@ -52,6 +52,8 @@ ROUTED |= {"n_shared_experts": 1, "first_k_dense_replace": 1, "num_key_value_hea
 HEAD = {"head_dim": 16}
 SSM = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}
 HYBRID = ["conv", "full_attention"]
+HYBRIDS: dict[str, Any] = {"layer_types": ["mamba", "attention"], "shared_intermediate_size": 64}
+HYBRIDS |= {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1}
 LINEAR = {f"linear_{x}_head_dim": 16 for x in ("key", "value")}
 LINEAR |= {"linear_num_key_heads": 4, "linear_num_value_heads": 4}
 RANKS = {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
@@ -145,6 +147,24 @@ MODELS: dict[str, Callable[[], Any]] = {
     "lfm2_moe": lambda: t.Lfm2MoeConfig(**FEW, **MOE, num_dense_layers=1, layer_types=HYBRID),
     "mamba": lambda: t.MambaConfig(**SSM, time_step_rank=4),
     "falcon_mamba": lambda: t.FalconMambaConfig(**SSM, time_step_rank=4),
+    "granitemoehybrid": lambda: t.GraniteMoeHybridConfig(**FEW, **HYBRIDS, num_local_experts=0),
+    "granitemoehybrid with rotation": lambda: t.GraniteMoeHybridConfig(
+        **FEW, **HYBRIDS, num_local_experts=0, position_embedding_type="rope"
+    ),
+    "granitemoehybrid with experts": lambda: t.GraniteMoeHybridConfig(
+        **FEW, **HYBRIDS, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "granitemoeshared": lambda: t.GraniteMoeSharedConfig(
+        **FEW, num_local_experts=4, shared_intermediate_size=48
+    ),
+    "mamba2": lambda: t.Mamba2Config(
+        **SSM | {"state_size": 16}, num_heads=8, head_dim=16, n_groups=2
+    ),
+    "nemotron_h": lambda: t.NemotronHConfig(
+        **{k: v for k, v in FEW.items() if k != "num_hidden_layers"},
+        **{"mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 2},
+        **{"head_dim": 16, "layers_block_type": ["mamba", "attention", "mlp"]},
+    ),
     "jamba": lambda: t.JambaConfig(
         **FEW,
         num_experts=4,
@@ -233,7 +253,7 @@ def test_llama_cpp_gives_our_logits(
 ) -> None:
     """`apply` runs the file, which holds packed and plain matrices, in llama.cpp, or refuses it."""
     model = folder_of(name)
-    select = "*/*/mixer.in_proj" if "mamba" in name else "*/*/mlp"
+    select = "*/*/mixer.in_proj" if "mamba" in name or name == "nemotron_h" else "*/*/mlp"
     applied = apply_plan(model, plan_of(model, select=select), tmp_path / "out")
     file = GgufFile(tmp_path / "out" / FILE)
     assert applied.nbytes == file.nbytes

@@ -35,12 +35,14 @@ _WHOLE = {
     "embedding_length_per_layer_input": ("hidden_size_per_layer_input",),
     "shortconv.l_cache": ("conv_L_cache",),
     "ssm.conv_kernel": ("conv_kernel", "linear_conv_kernel_dim", "mamba_d_conv"),
-    "ssm.state_size": ("state_size", "linear_key_head_dim", "mamba_d_state"),
+    "ssm.state_size": ("state_size", "linear_key_head_dim", "mamba_d_state", "ssm_state_size"),
     "ssm.time_step_rank": (
-        "time_step_rank",
+        "num_heads",
+        "mamba_num_heads",
+        "mamba_n_heads",
         "linear_num_value_heads",
         "mamba_dt_rank",
-        "mamba_n_heads",
+        "time_step_rank",
     ),
     "ssm.group_count": ("n_groups", "linear_num_key_heads", "mamba_n_groups"),
 }
@@ -138,9 +140,11 @@ def hyper_parameters(network: Network) -> dict[str, Any]:
         found |= {"attention.key_length": whole, "attention.value_length": said["v_head_dim"]}
         size = said["qk_rope_head_dim"]
     found |= _CONSTANT.get(config.model_type, {})
+    if "position_embedding_type" in said:
+        found["rope.scaling.finetuned"] = said["position_embedding_type"] == "rope"
     attends = [any("k_proj." in name for name in layer.shapes) for layer in network.layers()]
-    linear = "linear_attention" in (said.get("layer_types") or ())
-    if any(attends) and not all(attends) and not linear:  # convolutions have no key heads
+    alike = all(attends) or "linear_num_key_heads" in said
+    if any(attends) and not alike:  # convolutions and recurrences have no key heads
         keys = found["attention.head_count_kv"]
         found["attention.head_count_kv"] = [keys * one for one in attends]
     heads_of_values = found.get("ssm.time_step_rank")

@@ -3,6 +3,7 @@
 The names of tensors come from the `gguf` package.
 """
 
+import math
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -12,25 +13,27 @@ from layerwise.core.network import Network
 
 
 class Known(NamedTuple):
-    """An architecture of GGUF.
-
-    `halves`: rows of queries and keys go from two halves per head, as transformers rotates them,
-    to pairs. `woven`: fused rows of queries, keys and values come head by head. `shift` is added to
-    the weights of norms. `period`: every `period`-th layer attends to all positions, the others to
-    a window; at one `depth` only, where llama.cpp tells by it whether there are windows. `listed`:
-    which layers have one is said for each, and their heads have a size of their own. `paired`: rows
-    of gate and up take turns. `even`: linear attention has as many heads of values as of keys,
-    since llama.cpp wants others in an order that would cut through blocks of columns.
-    """
+    """An architecture of GGUF, and what llama.cpp expects of its weights."""
 
     name: str
+    #: rows of queries and keys go from two halves per head, as transformers rotates them, to pairs
     halves: bool = False
+    #: fused rows of queries, keys and values come head by head
     woven: bool = False
+    #: added to the weights of norms
     shift: float = 0.0
+    #: every n-th layer attends to all positions, the others to a window
     period: int = 0
+    #: llama.cpp looks for windows at this depth only
     depth: int = 0
+    #: which layers have a window is said for each, and their heads have a size of their own
     listed: bool = False
+    #: rows of gate and up take turns
     paired: bool = False
+    #: recurrences have a number per head, as a column, and a norm per group
+    columns: bool = False
+    #: linear attention has as many heads of values as of keys: llama.cpp wants more of them in an
+    #: order that would cut through blocks of columns
     even: bool = False
 
 
@@ -90,6 +93,7 @@ KNOWN = {
     "glm4_moe_lite": Known("deepseek2"),
     "gpt_oss": Known("gpt-oss", period=2, paired=True),
     "granitemoe": Known("granitemoe", halves=True),
+    "granitemoeshared": Known("granitemoe", halves=True),
     "hunyuan_v1_moe": Known("hunyuan-moe"),
     "llama4_text": Known("llama4"),
     "minimax_m2": Known("minimax-m2"),
@@ -100,17 +104,20 @@ KNOWN = {
     "solar_open": Known("glm4moe"),
     # convolutions and recurrences
     "falcon_mamba": Known("mamba"),
+    "granitemoehybrid": Known("granitehybrid", halves=True, columns=True),
     "jamba": Known("jamba"),
     "lfm2": Known("lfm2"),
     "lfm2_moe": Known("lfm2moe"),
     "mamba": Known("mamba"),
+    "mamba2": Known("mamba2", columns=True),
+    "nemotron_h": Known("nemotron_h", columns=True),
     "qwen3_5_moe_text": Known("qwen35moe", shift=1.0, even=True),
     "qwen3_5_text": Known("qwen35", shift=1.0, even=True),
     "qwen3_next": Known("qwen3next", shift=1.0),
 }
 
 #: a parameter that transformers fuses -> the names of what its rows hold, one after the other
-FUSED = {"gate_up_proj": ("gate_proj", "up_proj")}
+FUSED = dict.fromkeys(("gate_up_proj", "input_linear"), ("gate_proj", "up_proj"))
 SUFFIXES = (".weight", ".bias", ".scale")
 #: parameters of recurrences, which have a name of their own in GGUF
 NUMBERS = (".A_log", ".D")
@@ -159,6 +166,11 @@ class Names:
         self.known = known(network)
         numbers = {name: number for number, name in MODEL_ARCH_NAMES.items()}
         self._map = TensorNameMap(numbers[self.known.name], len(network.layers()))
+        said = text_config(network).to_dict()
+        self._groups = said.get("n_groups") or said.get("mamba_n_groups") or 1
+        alone = not said.get("num_local_experts")
+        shared = {".shared_mlp.": ".mlp." if alone else ".mlp.shared_mlp."}
+        self._also = {**_ALSO, **shared, ".output_linear.": ".down_proj."}
 
     def __call__(self, name: str) -> str:
         """The name of a tensor in GGUF, the first where it is cut.
@@ -186,10 +198,19 @@ class Names:
             fix="this variant of the architecture cannot be written; use --target hf",
         )
 
+    def shape_of(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape under which a tensor is written, by its name in GGUF."""
+        if self.known.columns and name.endswith((".ssm_a", ".ssm_d")):
+            return (*shape, 1)
+        if self.known.columns and name.endswith(".ssm_norm.weight"):
+            return (self._groups, math.prod(shape) // self._groups)
+        return shape
+
     def _find(self, name: str) -> str | None:
         """One name; some are known without that of the base model, parameters of experts bare."""
-        also = reduce(lambda n, pair: n.replace(*pair), _ALSO.items(), name)
-        for tried in (name, name.partition(".")[2], also):
+        also = reduce(lambda n, pair: n.replace(*pair), self._also.items(), name)
+        rest = also.partition(".")[2]
+        for tried in (also, name, name.partition(".")[2], f"backbone.{rest}"):
             found = self._map.get_name(tried, try_suffixes=SUFFIXES)
             if found is not None:
                 bare = found.endswith(SUFFIXES) or name.endswith(NUMBERS)

@@ -111,7 +111,8 @@ def _places(
             kind = _one_type(network, own, edits) if own else "F32"
             pieces = names.pieces(f"{layer.path}.{name}")
             for piece in pieces:
-                yield Place(piece, _cut(shape, len(pieces), -2 if own else -1), kind)
+                cut = _cut(shape, len(pieces), -2 if own else -1)
+                yield Place(piece, names.shape_of(piece, cut), kind)
 
 
 def _cut(shape: tuple[int, ...], count: int, dim: int) -> tuple[int, ...]:
@@ -144,15 +145,20 @@ def _opened(network: Network, path: Path, places: Sequence[Place], facts: Mappin
     apart = any(".attn_k." in p.name for p in places)
     fused = [p.shape[0] for p in places if ".attn_qkv.weight" in p.name and not apart]
     measured: dict[str, Any] = {key: _width(places, part) for key, part in _WIDTHS.items()}
-    wide = [p.shape[-1] for p in places if ".ffn_down.weight" in p.name]
-    same = len(set(wide)) < 2
-    measured["feed_forward_length"] = _width(places, ".ffn_down") if same else wide
+    held = {p.name: p.shape[-1] for p in places if ".ffn_down" in p.name}
+    each = [held.get(f"blk.{i}.ffn_down.weight", 0) for i in range(len(network.layers()))]
+    without = [i for i in range(len(each)) if not any(n.startswith(f"blk.{i}.") for n in held)]
+    same = len({*filter(None, each)}) < 2 and not (without and any(each))
+    first = _width(places, ".ffn_down.weight") or _width(places, ".ffn_down_exps.weight")
+    measured["feed_forward_length"] = first if same else each
     measured["attention.head_count_kv"] = key_heads(fused[0], network) if fused else 0
     measured = {key: size for key, size in measured.items() if size}
     writer = GGUFWriter(path, entry.name)
     writer.add_quantization_version(2)
+    routed = any(".ffn_gate_inp." in p.name for p in places)
     for key, value in {**hyper_parameters(network), **measured}.items():
-        _add(writer, f"{entry.name}.{key}", value)
+        if routed or not key.startswith("expert_"):
+            _add(writer, f"{entry.name}.{key}", value)
     rows = next(p.shape[0] for p in places if p.name == "token_embd.weight")
     words = tokenizer_entries(folder, rows)
     for key, value in {**words, **facts}.items():
