@@ -1,0 +1,89 @@
+"""Drafts and plain decoding against stock `generate`: speeds of interleaved runs, one prompt each.
+
+python -m benchmarks.speculation             both models
+python -m benchmarks.speculation demo        one of them
+python -m benchmarks.speculation FOLDER      any model, such as one of examples/layerskip
+"""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from benchmarks.models import Model, models
+from benchmarks.timing import table
+from layerwise.core.open import open_network
+from layerwise.jobs.generate import generate
+from layerwise.jobs.pays import (
+    PLAIN,
+    choose_draft,
+    decode,
+    documents_for,
+    exit_draft,
+    forecast,
+    median_interval,
+)
+from layerwise.jobs.session import load_reader
+from layerwise.jobs.speculate import Sampling
+
+PAIRS, WRITTEN, SEEN = 30, 48, 8
+
+
+def main(words: Sequence[str] = ()) -> None:
+    """Print a table per model."""
+    found = [m for m in models() if not words or m.name in words]
+    known = [m.name for m in found]
+    folders = [Model(word, word, "stdlib") for word in words if word not in known]
+    for model in (*found, *folders):
+        measure(model)
+
+
+def measure(model: Model) -> None:
+    """Interleaved runs on every prompt, the order turning from one prompt to the next."""
+    network = open_network(model.folder, dtype="float32").load()
+    prompts = documents_for(load_reader(network), model.data, PAIRS)
+    sampling = Sampling(max_tokens=WRITTEN)
+    told = forecast(network, prompts[:SEEN], sampling)
+    setting, promised = told.best()
+    draft, chosen = exit_draft(network, *setting), choose_draft(told, network)[0]
+    ways: dict[str, Callable[[Sequence[int]], list[int]]] = {
+        "stock generate": lambda row: _stock(network, row),
+        "the same loop, no draft": lambda row: decode(network, row, sampling, PLAIN)[0],
+        f"the best draft foreseen, {draft.what}": lambda row: decode(network, row, sampling, draft)[
+            0
+        ],
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    same = dict.fromkeys(ways, True)
+    for number, row in enumerate(prompts):
+        texts = {}
+        names = list(ways)[number % 3 :] + list(ways)[: number % 3]
+        for name in names:
+            began = time.perf_counter()
+            texts[name] = ways[name](row)
+            speeds[name].append(len(texts[name]) / (time.perf_counter() - began))
+        for name in ways:
+            same[name] &= texts[name] == texts["stock generate"]
+    stock, loop, drafted = speeds.values()
+    rows = [
+        ("the same loop over stock generate", "", _ratio(loop, stock)),
+        (f"{draft.what} over the same loop", f"{promised:.2f}", _ratio(drafted, loop)),
+        (f"{draft.what} over stock generate", "", _ratio(drafted, stock)),
+    ]
+    table(f"Speculation, {model.name} model, float32", ("tokens/s", "foreseen", "measured"), rows)
+    print(f"\n`--speculate auto` takes {chosen.what if chosen else 'none'}.", flush=True)
+    print(f"{len(prompts)} prompts; the same texts: {all(same.values())}.", flush=True)
+
+
+def _stock(network, row: Sequence[int]) -> list[int]:
+    import torch
+
+    return generate(network, torch.tensor([row]), max_tokens=WRITTEN).tokens[0]
+
+
+def _ratio(above: Sequence[float], below: Sequence[float]) -> str:
+    middle, low, high = median_interval([a / b for a, b in zip(above, below, strict=True)])
+    return f"{middle:.3f} [{low:.3f}, {high:.3f}]"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
