@@ -127,9 +127,10 @@ def edge_of(rows: Any) -> str:
             words = [f"{w} at {r['speed']:.2f}x" for w, r in zip(words, rows, strict=True)]
         told = "; ".join(map("".join, zip(words, taken, strict=True)))
         return f"KL of plans of this size, solved on a little text: {told}"
-    words = [f"{row['layers left out']}: {row['expected']:.4g}" for row in rows]
+    count = next(name for name in rows[0] if name.endswith("left out"))
+    words = [f"{row[count]}: {row['expected']:.4g}" for row in rows]
     told = ", ".join(map("".join, zip(words, taken, strict=True)))
-    return f"KL expected by layers left out, the rest in bits: {told}"
+    return f"KL expected by {count}, the rest in bits: {told}"
 
 
 def run_apply(

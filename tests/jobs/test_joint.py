@@ -10,12 +10,13 @@ from layerwise.cli import app
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.open import open_network
 from layerwise.core.plan import DataSpec
-from layerwise.jobs.apply import apply_plan
+from layerwise.jobs.apply import apply_plan, preview
 from layerwise.jobs.gain import solver_gain
 from layerwise.jobs.plan import make_plan
 from layerwise.jobs.request import Planned, Request
 from layerwise.jobs.session import Budget
 from layerwise.jobs.solve import Step
+from layerwise.jobs.verify import Settings, verify
 
 DATA = DataSpec(samples=2, length=32)
 MENU = {"menu": {"bits": [2, 4], "group": [32]}}
@@ -35,6 +36,22 @@ def test_the_planned_bytes_are_written(tiny, tmp_path: Path, target: str, bits: 
     applied = apply_plan(tiny("llama"), found.plan, tmp_path / "out")
     assert applied.nbytes == found.nbytes
     assert found.bits is not None and found.bits <= bits
+
+
+@pytest.mark.parametrize("gone", [1, 3])
+def test_parts_that_go_are_stored_as_nothing(tiny, tmp_path: Path, gone: int) -> None:
+    """The weights of the others are solved without them, and the folder runs as it was written."""
+    settings = {**MENU, "knapsack": {"gone": gone}}
+    request = Request(tiny("llama"), Budget(bits=2.6), "compact", data=DATA, settings=settings)
+    found = make_plan(request._replace(allow=("bits", "part")))
+    applied = apply_plan(tiny("llama"), found.plan, tmp_path / "out")
+    assert applied.nbytes == found.nbytes
+    assert sum(row["bytes"] for row in preview(tiny("llama"), found.plan)) < found.nbytes
+    opened = open_network(tmp_path / "out")
+    parts = [visit.parts for visit in opened.visits.values() if visit.parts is not None]
+    assert len(parts) + 2 * (4 - len(opened.layers())) == gone
+    checked = verify(tiny("llama"), tmp_path / "out", Settings(3, 32, speed=False, memory=False))
+    assert all(check["ok"] for check in checked.checks), checked.checks
 
 
 def test_what_no_bits_can_reach_is_reached_by_leaving_layers_out(tiny) -> None:
@@ -61,6 +78,7 @@ def test_the_command_says_what_was_weighed(tiny, tmp_path: Path) -> None:
     [
         ("--bits 3 --allow layer", "found layer"),
         ("--bits 3 --allow bits,colour", "found colour"),
+        ("--bits 3 --allow bits,part", "--target compact"),
         ("--depth 3 --allow bits,layer", "--depth"),
         ("--bits 3 --allow bits,layer --allocator uniform", "knapsack"),
     ],

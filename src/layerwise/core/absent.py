@@ -21,7 +21,7 @@ from layerwise.core.calls import Call, record_calls, snapshot, tensors_in
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.hollow import ShortCircuit
 from layerwise.core.instead import instead
-from layerwise.core.stack import Layer, Part, Visit
+from layerwise.core.stack import Layer, Matrix, Part, Visit
 from layerwise.core.stops import hidden
 from layerwise.core.stream import StreamWatch
 from layerwise.core.task import example_inputs, forward_arguments
@@ -131,6 +131,15 @@ def _uneven(module: nn.Module) -> Iterator[None]:
     finally:
         for place, own in held:
             place.update(own)
+
+
+def absent(layer: Layer, visit: Visit | None) -> list[Matrix]:
+    """The matrices of the parts that a visit leaves out."""
+    if visit is None or visit.parts is None:
+        return []
+    kept = _kept(layer, visit)
+    gone = {part.name for part in layer.parts if part.name not in kept}
+    return [matrix for matrix in layer.matrices if matrix.part in gone]
 
 
 def silenced(layer: Layer, visit: Visit, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

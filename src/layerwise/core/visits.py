@@ -218,6 +218,19 @@ def only_drops(entries: Sequence[Any]) -> bool:
     return plain and list(entries) == sorted(set(entries))
 
 
+def each_once(entries: Sequence[Any]) -> bool:
+    """Whether layers run in their own order, each once at most, whole or in part.
+
+    Example:
+        >>> each_once([0, {"layer": 2, "parts": ["mlp"]}]), each_once([0, 1, 1]), each_once([1, 0])
+        (True, False, False)
+    """
+    wiring = parse_wiring(entries, sys.maxsize, "wiring")
+    own = all(v == Visit(v.layer, parts=v.parts) for v in wiring)
+    layers = [visit.layer for visit in wiring]
+    return own and layers == sorted(set(layers))
+
+
 def is_plain(visit: Visit) -> bool:
     """Whether a visit runs the layer as stock code does."""
     return visit.parts is None and visit.parallel is None

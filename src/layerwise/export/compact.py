@@ -9,6 +9,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from layerwise.core.absent import absent
 from layerwise.core.adapters import save_adapters
 from layerwise.core.chain import outcome
 from layerwise.core.compact import RECORDS, STORED, to_stored
@@ -21,7 +22,7 @@ from layerwise.core.plan import Plan, Step
 from layerwise.core.stack import Layer, Matrix, Stack
 from layerwise.core.target import Target
 from layerwise.core.visits import FOLDED, folded, with_adapters
-from layerwise.core.weight import Weight
+from layerwise.core.weight import Dense, Product, Weight
 from layerwise.export._writer import Finished, on_disk, write_folder
 
 
@@ -32,10 +33,11 @@ def compact_(
     """Write every layer that runs once, edited matrices as the records that edits left of them.
 
     Sparse matrices are their values and a bit mask, those of low rank two factors, integers their
-    codes in as many bits as they have; `records.json` says which. The order is in `wiring.yaml`,
-    and what single visits have of their own lies in `layerwise.adapters`. `layerwise.open` and
-    `layerwise run` make the weights dense and execute the order; no stock engine does. Orders that
-    stock engines can hold are written out by the target `hf`.
+    codes in as many bits as they have; `records.json` says which. Of matrices in parts that never
+    run, nothing is stored. The order is in `wiring.yaml`, and what single visits have of their own
+    lies in `layerwise.adapters`. `layerwise.open` and `layerwise run` make the weights dense and
+    execute the order; no stock engine does. Orders that stock engines can hold are written out by
+    the target `hf`.
 
     Args:
         stack: the layers.
@@ -54,11 +56,13 @@ def compact_(
 
     def convert(layer: Layer, tensors: dict[str, Tensor], records: Mapping[str, Weight]) -> Any:
         result = dict(tensors)
+        gone = absent(layer, network.visits.get(layer.path))
+        made = {**records, **{m.key: _nothing(m) for m in gone if m.expert is None}}
         for matrix in layer.matrices:
-            if matrix.key in records:
+            if matrix.key in made:
                 name = f"{layer.path}.{matrix.parameter}"
                 whole = result.pop(name)
-                entry, own = _stored(network, matrix, whole, records[matrix.key])
+                entry, own = _stored(network, matrix, whole, made[matrix.key])
                 held[_on_disk(network, name, matrix)] = entry
                 result |= {f"{name}:{field}": tensor for field, tensor in own.items()}
         return result
@@ -73,6 +77,13 @@ def compact_(
     own = ordered.adapters
     named = {layer.key: own[layer.path] for layer in ordered.layers() if layer.path in own}
     return nbytes + save_adapters(path, named)
+
+
+def _nothing(matrix: Matrix) -> Weight:
+    """What is kept of a matrix that does not run: its shape."""
+    return Product(
+        *(Dense(torch.zeros(size)) for size in ((matrix.shape[0], 0), (0, matrix.shape[1])))
+    )
 
 
 def write_orders(path: Path, orders: Mapping[str, list[Any]]) -> None:

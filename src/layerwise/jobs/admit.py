@@ -7,7 +7,7 @@ from layerwise.core.network import Network
 from layerwise.core.plan import Plan, chain_for, check_model, check_selectors
 from layerwise.core.stack import Visit
 from layerwise.core.target import Target, refusals
-from layerwise.core.visits import is_plain, only_drops
+from layerwise.core.visits import each_once, is_plain
 from layerwise.export import TARGETS
 from layerwise.jobs.rewrite import as_rewritten
 from layerwise.jobs.solve import try_chains
@@ -23,7 +23,7 @@ def check_plan(network: Network, plan: Plan, other_weights: bool) -> Target:
     check_target(network, plan, target)
     check_visits(network, target)
     check_widths(network, plan)
-    ordered = not all(map(only_drops, plan.wiring.values()))
+    ordered = not all(map(each_once, plan.wiring.values()))
     if plan.edits and ordered and target.engine == "layerwise":
         raise LayerwiseError(
             f"plan, wiring with target {target.name}",
@@ -89,7 +89,7 @@ def check_visits(network: Network, target: Target) -> None:
     """Refuse visits that a stock engine cannot make."""
     for layer in network.layers():
         visit = network.visits.get(layer.path, Visit(0))
-        if is_plain(visit) or (visit.parallel is None and target.name == "hf"):
+        if is_plain(visit) or (visit.parallel is None and (target.name == "hf" or target.once)):
             continue
         what = "layers in parallel" if visit.parallel is not None else "a part left out"
         raise LayerwiseError(

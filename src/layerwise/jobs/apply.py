@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from layerwise.core.absent import silenced
+from layerwise.core.absent import absent, silenced
 from layerwise.core.errors import LayerwiseError, first_few
 from layerwise.core.fan import Engine
 from layerwise.core.fold import save_folds
@@ -28,7 +28,7 @@ from layerwise.core.shards import write_safetensors
 from layerwise.core.stack import Layer
 from layerwise.core.stops import Batch
 from layerwise.core.task import answer, example_inputs
-from layerwise.core.visits import folded
+from layerwise.core.visits import each_once, folded
 from layerwise.core.weight import Dense, Weight
 from layerwise.export import TARGETS
 from layerwise.export._writer import Finished
@@ -126,7 +126,7 @@ def apply_plan(
             plan.export, network=network, layers=layers, outside=outside
         )
         nbytes = export(network.stack, plan, part)
-        if target.engine == "layerwise" and plan.wiring:
+        if target.engine == "layerwise" and not all(map(each_once, plan.wiring.values())):
             note_answer(open_network(model, wiring=plan.wiring, dtype="float32"), batch, part)
         plan.save(part / "plan.yaml")
         save_folds(part, done.folds)
@@ -146,10 +146,15 @@ def apply_plan(
 
 
 def opened_for(model: str | Path, plan: Plan, device: str = "auto", dtype: str = "auto") -> Network:
-    """The network whose layers are written: in the plan's order, or each once beside it."""
+    """The network whose layers are written: in the plan's order, or each once beside it.
+
+    An order in which every layer runs once at most is kept, so that edits are solved in it.
+    """
     if plan.target not in TARGETS or not TARGETS[plan.target].once:
         return unrolled(open_network(model, wiring=plan.wiring, device=device, dtype=dtype))
-    wiring = {name: folded(order)[0] for name, order in plan.wiring.items()}
+    wiring = {
+        name: order if each_once(order) else folded(order)[0] for name, order in plan.wiring.items()
+    }
     return open_network(model, wiring=wiring, device=device, dtype=dtype)
 
 
@@ -284,9 +289,10 @@ def preview(model: str | Path, plan: Plan, other_weights: bool = False) -> list[
     """What `apply_plan` would do: the checks of the plan, and a row per layer with exact bytes."""
     network = opened_for(model, plan)
     target = check_plan(network, plan, other_weights)
-    size = network.stored.dtype.itemsize
-    return [
-        layer_row(network, layer, plan, {})
-        | {"bytes": sum(target.nbytes(m, chain_for(plan.edits, m), size) for m in layer.matrices)}
-        for layer in network.layers()
-    ]
+    size, rows = network.stored.dtype.itemsize, []
+    for layer in network.layers():
+        gone = absent(layer, network.visits.get(layer.path)) if target.once else []
+        held = [m for m in layer.matrices if m not in gone]
+        nbytes = sum(target.nbytes(m, chain_for(plan.edits, m), size) for m in held)
+        rows.append(layer_row(network, layer, plan, {}) | {"bytes": nbytes})
+    return rows

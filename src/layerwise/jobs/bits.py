@@ -1,7 +1,7 @@
 """Plans of weights: a chain of methods per fusion group, exact costs within the budget."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ from layerwise.jobs.menus import make_menus, option_errors, units, worth_it
 from layerwise.jobs.request import Planned, Request, identity
 from layerwise.jobs.scoring import make_scores
 from layerwise.jobs.session import Progress
-from layerwise.jobs.units import wiring_without
+from layerwise.jobs.units import layer_bytes, number_of, wiring_without
 
 
 def plan_bits(
@@ -208,6 +208,16 @@ def limit_for(
     return limit
 
 
+def left_with_parts(network: Network, gone: Sequence[str]) -> int:
+    """Bytes beside the matrices of layers that go because all of their parts do."""
+    found, stored = 0, layer_bytes(network)
+    for layer in network.layers():
+        if layer.parts and all(f"{layer.key}/{part.name}" in gone for part in layer.parts):
+            inside = sum(matrix.size for matrix in layer.matrices)
+            found += stored[layer.key] - inside * network.stored.dtype.itemsize
+    return found
+
+
 def least_bytes(menus: Mapping[str, Menu]) -> int:
     """Bytes of the smallest choice, in which one unit stays."""
     inside: dict[str, int] = {}
@@ -240,7 +250,7 @@ def assemble(
     places = {
         f"{name}/{layer}": f"{name}/{place}"
         for name, order in wiring.items()
-        for place, layer in enumerate(order)
+        for place, layer in enumerate(map(number_of, order))
     }
     for group in there:
         option = menus[group].options[choice[group]]
@@ -281,5 +291,5 @@ def assemble(
     bits = 8 * sum(option.bytes for _, option in taken) / weights if weights else None
     left = sum(option.weights for _, option in taken)
     zeros = 1 - left / weights if weights and not gone else 0.0
-    total = cost(menus, choice) + outside
+    total = cost(menus, choice) + outside - left_with_parts(network, gone)
     return Planned(plan, rows, total, menus, damage, scores, whole, bits, zeros)

@@ -1,4 +1,4 @@
-"""One budget for bits and layers: fewer bits here, a layer less there, whatever costs least."""
+"""One budget for bits, layers and parts: fewer bits here, a layer less there, as costs least."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -24,7 +24,7 @@ from layerwise.jobs.scoring import counting, trials_for
 from layerwise.jobs.session import Progress
 from layerwise.jobs.units import able_to_go, layer_bytes, wiring_without
 
-#: the largest share of the layers that a joint plan leaves out
+#: the largest share of the layers, or of the parts, that a joint plan leaves out
 MOST = 0.5
 
 
@@ -42,7 +42,8 @@ def plan_joint(request: Request, network: Network, target: Target, progress: Pro
     damage, allocator = offer.damage, find(request.allocator, "allocate")
     options = request.options(allocator.name)
     wanted = options.get("gone", -1)
-    counts = range(int(MOST * len(network.layers())) + 1) if wanted < 0 else [wanted]
+    able = len([name for name in menus if name not in groups])
+    counts = range(int(MOST * able) + 1) if wanted < 0 else [wanted]
     found: list[Choice] = []
     for count in counts:
         try:
@@ -53,7 +54,9 @@ def plan_joint(request: Request, network: Network, target: Target, progress: Pro
         found.append(allocator.bind(options)(damage, menus, limit))
     tasks = [(_chains(menus, groups, choice), left_out(menus, choice)) for choice in found]
     measured = tried(request, network, tasks, "measuring plans", progress)
-    rows = [_row(menus, (plain, damage), *each) for each in zip(found, measured, strict=True)]
+    what = "parts" if "part" in request.allow else "layers"
+    damages = plain, damage
+    rows = [_row(what, menus, damages, *each) for each in zip(found, measured, strict=True)]
     best = min(range(len(found)), key=lambda i: rows[i]["expected"])
     rows[best]["chosen"] = True
     planned = assemble(request, network, target, menus, damage, found[best], offer.scores)
@@ -63,7 +66,7 @@ def plan_joint(request: Request, network: Network, target: Target, progress: Pro
 def menus_with_layers(
     request: Request, network: Network, target: Target, groups: Mapping[str, Group]
 ) -> dict[str, Menu]:
-    """The menus of all groups, those of a layer that can go behind its own.
+    """The menus of all groups, those of a layer or a part that can go behind its own.
 
     Raises:
         LayerwiseError: the allocator does not know units that go.
@@ -76,8 +79,22 @@ def menus_with_layers(
             found=allocator.name,
             fix="leave --allocator or --allow out",
         )
-    sizes = bytes_beside(request, network, target)
-    return _with_layers(worth_it(make_menus(request, network, target)), groups, sizes)
+    menus = worth_it(make_menus(request, network, target))
+    if "part" in request.allow:
+        return _with_parts(menus, groups, parts_that_can_go(request, network))
+    return _with_layers(menus, groups, bytes_beside(request, network, target))
+
+
+def parts_that_can_go(request: Request, network: Network) -> list[str]:
+    """The parts that can be left out and stored as nothing: no experts, which share a tensor."""
+    names = tuple({part.name: None for layer in network.layers() for part in layer.parts})
+    shared = {
+        f"{matrix.layer}/{matrix.part}"
+        for layer in network.layers()
+        for matrix in layer.matrices
+        if matrix.expert is not None
+    }
+    return [part for part in able_to_go(network, request.keep, names) if part not in shared]
 
 
 def priced_with_layers(
@@ -130,14 +147,27 @@ def _with_layers(
     return found
 
 
-#: chains by group, and the layers that are gone
+def _with_parts(
+    menus: Mapping[str, Menu], groups: Mapping[str, Any], parts: Collection[str]
+) -> dict[str, Menu]:
+    found: dict[str, Menu] = {}
+    for group, menu in menus.items():
+        matrix = groups[group].matrices[0]
+        part = f"{matrix.layer}/{matrix.part}"
+        if part in parts and part not in found:
+            found[part] = Menu(part, (Option((), 0, "stays"), Option((), 0, "left out", gone=True)))
+        found[group] = menu._replace(inside=part) if part in parts else menu
+    return found
+
+
+#: chains by group, and the layers or parts that are gone
 Tried = tuple[Mapping[str, tuple[Step, ...]], Collection[str]]
 
 
 def tried(
     request: Request, network: Network, tasks: Sequence[Tried], what: str, progress: Progress
 ) -> list[float]:
-    """KL on the select split of chains, just rounded, without some layers."""
+    """KL on the select split of chains, just rounded, without some layers or parts."""
     tick = counting(progress, what, len(tasks))
     run = partial(_tried, trials_for(request, network).chains)
     return [kl for kl, _ in fan_out(run, tasks, request.engine, tick)]
@@ -173,7 +203,11 @@ def layers_alone(
 
 
 def _row(
-    menus: Mapping[str, Menu], damages: tuple[Damage, Damage], choice: Choice, measured: float
+    what: str,
+    menus: Mapping[str, Menu],
+    damages: tuple[Damage, Damage],
+    choice: Choice,
+    measured: float,
 ) -> dict[str, Any]:
     """The layers that go in a choice, and its damage: predicted, measured and expected.
 
@@ -182,7 +216,7 @@ def _row(
     """
     plain, solved = (total(damage, menus, choice) for damage in damages)
     return {
-        "layers left out": len(left_out(menus, choice)),
+        f"{what} left out": len(left_out(menus, choice)),
         "predicted": solved,
         "rounded, predicted": plain,
         "rounded, measured": measured,

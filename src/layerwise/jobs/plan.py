@@ -48,7 +48,8 @@ def make_plan(request: Request, progress: Progress = silent) -> Planned:
     target, budget = TARGETS[request.target], request.budget
     check_allowed(request, target)
     besides = [m for what, ms in BESIDE.items() if what in request.allow for m in ms]
-    first = request.method or target.method or ("gptq" if besides else "")
+    going = {"layer", "part"} & {*request.allow} and "bits" in request.allow
+    first = request.method or target.method or ("gptq" if besides or going else "")
     request = request._replace(method=",".join(filter(None, [first, *besides])))
     if budget.depth is None and "width" not in request.allow:
         check_unit(request, target)
@@ -79,7 +80,7 @@ def make_plan(request: Request, progress: Progress = silent) -> Planned:
         )
     network = as_rewritten(network, request.rewrites)
     target.accepts(network)
-    planner = plan_joint if "layer" in request.allow else plan_bits
+    planner = plan_joint if going else plan_bits
     planner = planner if budget.kl is None else plan_within
     planned = planner(request, network, target, progress)
     if all(len(menu.options) == 1 for menu in planned.menus.values()):
@@ -122,19 +123,20 @@ def check_allowed(request: Request, target: Target) -> None:
     Raises:
         LayerwiseError: it is not.
     """
-    asked, packed, dense = {*request.allow}, {"bits", *BESIDE, "layer"}, {"width", "layer"}
+    asked, packed, dense = {*request.allow}, {"bits", *BESIDE, "layer", "part"}, {"width", "layer"}
     if not ("bits" in asked <= packed or "width" in asked <= dense):
         raise LayerwiseError(
             f"--allow {','.join(request.allow)}",
-            allowed=f"bits and any of {', '.join(BESIDE)}, layer; or width and layer; --depth "
-            "leaves layers out alone",
+            allowed=f"bits and any of {', '.join(BESIDE)}, layer, part; or width and layer; "
+            "--depth leaves layers out alone",
             found=min(asked - packed - dense, default=" and ".join(request.allow)),
             fix="choose one of these",
         )
-    if asked & BESIDE.keys() and target.name != "compact":
+    if asked & {*BESIDE, "part"} and target.name != "compact":
         raise LayerwiseError(
             f"--allow {','.join(request.allow)}",
-            allowed="--target compact, which stores factors and sparse matrices as they are",
+            allowed="--target compact, which stores factors and sparse matrices as they are, and "
+            "nothing of parts that do not run",
             found=f"target {target.name}, whose engines know none",
             fix="choose --target compact, or allow bits and layers",
         )
@@ -150,7 +152,7 @@ def check_allowed(request: Request, target: Target) -> None:
             fix="leave --allow out",
         )
     other = [f"--{unit}" for unit in ("depth", "sparsity") if unit in budget]
-    if "layer" in request.allow and (other or not target.by_bits):
+    if asked & {"layer", "part"} and (other or not target.by_bits):
         raise LayerwiseError(
             f"--allow {','.join(request.allow)}",
             allowed="a budget of bytes, in a target that stores fewer for fewer bits",

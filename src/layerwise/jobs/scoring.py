@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from layerwise.core.absent import silenced
+from layerwise.core.absent import absent, silenced
 from layerwise.core.chain import run_chain
 from layerwise.core.data import Texts
 from layerwise.core.fan import fan_out
@@ -146,7 +146,7 @@ class Trials:
     ) -> tuple[float, float]:
         """KL and relative squared error of trial chains, by fusion group or matrix.
 
-        Layers that are `gone` hand their input on.
+        Layers that are `gone` hand their input on, parts add nothing to it.
         """
         found, error = self._tried(chains, gone)
         return found.estimate("kl").value, error
@@ -163,10 +163,12 @@ class Trials:
         first = len(self.network.layers())
         for number, layer in enumerate(self.network.layers()):
             parameters = dict(layer.module.named_parameters(remove_duplicate=False))
-            first = min(first, number) if layer.key in gone else first
+            quiet, out = _quiet(layer, gone)
+            edits |= quiet
+            first = min(first, number) if layer.key in gone or out else first
             for matrix in layer.matrices:
                 chain = chains.get(matrix.key, chains.get(matrix.fusion))
-                if chain is None or layer.key in gone:
+                if chain is None or layer.key in gone or matrix.key in out:
                     continue
                 first = min(first, number)
                 name = f"{layer.path}.{matrix.parameter}"
@@ -205,15 +207,23 @@ class Trials:
         edits: dict[str, Tensor] = {}
         numbers = []
         for number, layer in enumerate(self.layers):
-            kept = tuple(p.name for p in layer.parts if f"{layer.key}/{p.name}" not in gone)
-            if layer.key in gone or len(kept) < len(layer.parts):
-                numbers.append(number)
-            if len(kept) < len(layer.parts):
-                held = layer.module.named_parameters(remove_duplicate=False)
-                own: dict[str, Tensor] = {name: p.detach() for name, p in held}
-                zeros = silenced(layer, Visit(layer.index, parts=kept), own)
-                edits |= {f"{layer.path}.{n}": t for n, t in zeros.items() if t is not own[n]}
+            quiet, out = _quiet(layer, gone)
+            edits |= quiet
+            numbers += [number] if layer.key in gone or out else []
         return self.quality(edits, min(numbers, default=0), gone).estimate("loss").value
+
+
+def _quiet(layer: Layer, gone: Collection[str]) -> tuple[dict[str, Tensor], set[str]]:
+    """Zeros for what the parts of a layer that are gone write, and the keys of their matrices."""
+    kept = tuple(p.name for p in layer.parts if f"{layer.key}/{p.name}" not in gone)
+    if len(kept) == len(layer.parts):
+        return {}, set()
+    visit = Visit(layer.index, parts=kept)
+    held = layer.module.named_parameters(remove_duplicate=False)
+    own: dict[str, Tensor] = {name: p.detach() for name, p in held}
+    zeros = silenced(layer, visit, own)
+    changed = {f"{layer.path}.{n}": t for n, t in zeros.items() if t is not own[n]}
+    return changed, {matrix.key for matrix in absent(layer, visit)}
 
 
 @lru_cache(1)

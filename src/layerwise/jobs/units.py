@@ -96,6 +96,11 @@ def _entry(layer: Layer, gone: Collection[str]) -> Any:
     return layer.index if len(kept) == len(layer.parts) else {"layer": layer.index, "parts": kept}
 
 
+def number_of(entry: Any) -> int:
+    """The layer of an entry of an order that leaves out layers and parts."""
+    return entry if isinstance(entry, int) else entry["layer"]
+
+
 def orders(network: Network, wiring: Mapping[str, Sequence[Any]]) -> dict[str, Wiring]:
     """The order of every stack by its name; every layer once where none is given."""
     found = {}

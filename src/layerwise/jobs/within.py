@@ -32,7 +32,7 @@ def plan_within(request: Request, network: Network, target: Target, progress: Pr
     """
     bound = request.budget.kl or 0.0
     groups = {g.key: g for g in units(network, target)}
-    if "layer" in request.allow:
+    if {"layer", "part"} & {*request.allow}:
         menus = menus_with_layers(request, network, target, groups)
         _, offer = priced_with_layers(request, network, target, menus, groups, progress)
     else:
