@@ -259,6 +259,10 @@ def settings(pairs: Iterable[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
+#: the label of what does not run
+GONE = "left out"
+
+
 def label(chain: tuple[Step, ...]) -> str:
     """A chain in words: `gptq 3 bits g128`."""
     words = []

@@ -22,7 +22,7 @@ from layerwise.core.machine import check_disk, check_memory
 from layerwise.core.method import find
 from layerwise.core.network import Network
 from layerwise.core.open import open_network, unrolled, widened
-from layerwise.core.plan import Plan, chain_for, label
+from layerwise.core.plan import Plan, chain_for
 from layerwise.core.reader import windows
 from layerwise.core.shards import write_safetensors
 from layerwise.core.stack import Layer
@@ -35,6 +35,7 @@ from layerwise.export._writer import Finished
 from layerwise.jobs.admit import check_plan
 from layerwise.jobs.checks import CHECK, CHECKED, must_be_sound, out_of_place, too_large
 from layerwise.jobs.engine import must_run
+from layerwise.jobs.fates import labels_of
 from layerwise.jobs.forecast import disk_to_apply, memory_to_rewrite, memory_to_solve
 from layerwise.jobs.imatrix import given_by
 from layerwise.jobs.rewrite import as_rewritten, rewrite
@@ -272,13 +273,13 @@ def beside(out: Path, what: str) -> Path:
 
 def layer_row(network: Network, layer: Layer, plan: Plan, report: dict[str, Any]) -> dict[str, Any]:
     """What one layer got and what came true of it; `from` is its place in the original."""
-    chains = {label(chain_for(plan.edits, m)): m for m in layer.matrices}
+    labels = labels_of(network, layer, plan)
     errors = list(report.get("errors", {}).values())
     return {
         "layer": layer.key,
         "from": network.origins.get(layer.path),
-        "options": sorted(chains),
-        "groups": {m.fusion: label(chain_for(plan.edits, m)) for m in layer.matrices},
+        "options": sorted(set(labels.values())),
+        "groups": {m.fusion: labels[m] for m in layer.matrices},
         "bytes": report.get("bytes"),
         "error": sum(errors) / len(errors) if errors else None,
         "seconds": report.get("seconds"),

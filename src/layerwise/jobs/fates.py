@@ -4,9 +4,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from layerwise.core.absent import absent
 from layerwise.core.adapters import nbytes_of
 from layerwise.core.network import Network
-from layerwise.core.stack import LowRank
+from layerwise.core.plan import GONE, Plan, chain_for, label
+from layerwise.core.stack import Layer, LowRank, Matrix
 from layerwise.core.stats import Scores
 from layerwise.jobs.units import orders, units_of
 
@@ -61,6 +63,12 @@ def fates(network: Network, wiring: Mapping[str, list[Any]], runs: Sequence[str]
                 own = f"{name}/{visit.layer} + rank {visit.adapter.rank}"
                 found[f"{name}/{visit.adapter.of}"] = own
     return found
+
+
+def labels_of(network: Network, layer: Layer, plan: Plan) -> dict[Matrix, str]:
+    """What every matrix of a layer got, in words; those of parts that do not run are left out."""
+    gone = absent(layer, network.visits.get(layer.path))
+    return {m: GONE if m in gone else label(chain_for(plan.edits, m)) for m in layer.matrices}
 
 
 def own_bytes(ordered: Network) -> dict[str, int]:

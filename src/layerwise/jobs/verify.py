@@ -15,7 +15,7 @@ from layerwise.core.fold import load_folds
 from layerwise.core.machine import available_memory
 from layerwise.core.network import Network
 from layerwise.core.open import choose_device, open_network
-from layerwise.core.plan import Plan, chain_for, describe, label, read_plan
+from layerwise.core.plan import GONE, Plan, chain_for, describe, read_plan
 from layerwise.core.quality import Estimate, Quality, measure_quality
 from layerwise.core.reader import samples_of
 from layerwise.export import TARGETS
@@ -24,7 +24,7 @@ from layerwise.export.compressed_tensors import packed_records
 from layerwise.jobs.checks import decode_checks, rebuild_check, reload_checks
 from layerwise.jobs.contest import Contest
 from layerwise.jobs.engine import engine_checks, in_llama
-from layerwise.jobs.fates import own_bytes
+from layerwise.jobs.fates import labels_of, own_bytes
 from layerwise.jobs.forecast import memory_of_models
 from layerwise.jobs.measure import peak_memory, speeds
 from layerwise.jobs.naive import build_naive
@@ -236,8 +236,8 @@ def layer_rows(case: Case) -> list[dict[str, Any]]:
     report = case.folder / "report.json"
     known = json.loads(report.read_text()).get("rows", []) if report.exists() else []
     errors = {row["layer"]: row.get("error") for row in known if "layer" in row}
-    nbytes, itemsize = TARGETS[plan.target].nbytes, original.stored.dtype.itemsize
-    rows = []
+    itemsize, rows = original.stored.dtype.itemsize, []
+    nbytes_of = lambda m: TARGETS[plan.target].nbytes(m, chain_for(plan.edits, m), itemsize)  # noqa: E731
     sizes, own = layer_bytes(original), own_bytes(edited)
     once = TARGETS[plan.target].once
     narrow = layer_bytes(open_network(case.folder)) if plan.widths else {}
@@ -246,12 +246,13 @@ def layer_rows(case: Case) -> list[dict[str, Any]]:
         visits = [
             new for new in edited.layers() if edited.origins.get(new.path, new.path) == layer.path
         ]
-        chains = {m: chain_for(plan.edits, m) for m in (visits[0].matrices if visits else ())}
-        saved = sum(m.size * itemsize - nbytes(m, chain, itemsize) for m, chain in chains.items())
+        labels = labels_of(edited, visits[0], plan) if visits else {}
+        held = {m: 0 if text == GONE and once else nbytes_of(m) for m, text in labels.items()}
+        saved = sum(m.size * itemsize - kept for m, kept in held.items())
         rows.append(
             {
                 "layer": layer.key,
-                "groups": {m.fusion.split("/", 2)[2]: label(c) for m, c in chains.items()},
+                "groups": {m.fusion.split("/", 2)[2]: text for m, text in labels.items()},
                 "dropped": not visits and layer.key not in own,
                 "bytes": sum(narrow[new.key] for new in visits)
                 if narrow

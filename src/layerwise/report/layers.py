@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
+from layerwise.core.plan import GONE
 from layerwise.report.figures import (
     DASH,
     Figure,
@@ -224,9 +225,9 @@ def legend(layers: Sequence[Mapping[str, Any]]) -> str:
         f"{'as is' if b == AS_IS else b}</span>"
         for b in bits
     ]
-    if any(bits_of(label) is None for label in labels):
+    if any(bits_of(label) is None for label in labels - {GONE}):
         keys.append('<span><i class="swatch bx"></i>other</span>')
-    if len(kept) < len(layers):
+    if len(kept) < len(layers) or GONE in labels:
         keys.append('<span><i class="swatch gone"></i>dropped</span>')
     name = "<span>bits per weight</span>" if any(b != AS_IS for b in bits) else ""
     return f'<p class="legend">{name}{"".join(keys)}</p>'

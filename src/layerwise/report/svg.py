@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
+from layerwise.core.plan import GONE
 from layerwise.report.figures import Figure, words
 
 AS_IS = 16
@@ -38,7 +39,9 @@ def bits_of(label: str) -> int | None:
 
 
 def bits_color(label: str) -> str:
-    """The colour class of a label: b1 to b8, b16, or bx where it names no bits."""
+    """The colour class of a label: b1 to b8, b16, bx where it names no bits, or gone."""
+    if label == GONE:
+        return "gone"
     bits = bits_of(label)
     if bits is None:
         return "bx"
