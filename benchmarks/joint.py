@@ -1,7 +1,8 @@
-"""One budget for bits and layers, against bits alone.
+"""One budget for bits and layers, and for bits and parts, against bits alone.
 
 python -m benchmarks.joint                       both models, every size
 python -m benchmarks.joint demo gguf 2.0 2.5     one model, one target, some sizes
+python -m benchmarks.joint demo compact          parts as well, which the others store as zeros
 """
 
 import sys
@@ -22,7 +23,8 @@ from layerwise.jobs.session import Budget, load_reader, silent, texts_of
 DOCUMENTS, SIZES = 24, (2.0, 2.5, 3.0)
 #: types down to the smallest that llama.cpp has
 TYPES = [*("Q6_K", "Q4_K", "IQ4_XS", "Q3_K", "IQ3_XXS", "Q2_K"), *("IQ2_XS", "IQ2_XXS", "IQ1_S")]
-MENUS = {"gguf": {"type": TYPES}, "compressed-tensors": {"bits": [2, 3, 4, 5, 6, 8]}}
+WIDTHS = {"bits": [2, 3, 4, 5, 6, 8]}
+MENUS = {"gguf": {"type": TYPES}, "compressed-tensors": WIDTHS, "compact": WIDTHS}
 
 
 def request_for(model: Model, target: str, bits: float) -> Request:
@@ -34,7 +36,7 @@ def request_for(model: Model, target: str, bits: float) -> Request:
 
 
 def quality(model: Model, request: Request) -> tuple[Quality, int, int] | None:
-    """What a plan comes to, the layers that it leaves out, and its bytes; none if none fits."""
+    """What a plan comes to, the layers or parts that it leaves out, and its bytes."""
     try:
         planned = make_plan(request, silent)
     except LayerwiseError:
@@ -43,24 +45,28 @@ def quality(model: Model, request: Request) -> tuple[Quality, int, int] | None:
     texts = texts_of(request.data)._replace(length=256)
     batches = samples_of(load_reader(network), texts, "evaluate", DOCUMENTS)
     found = Contest(model.folder, planned.plan, 0, batches).solved(planned.plan)
-    gone = next((row["layers left out"] for row in planned.edge if row["chosen"]), 0)
+    taken = next((row for row in planned.edge if row["chosen"]), {})
+    gone = next((count for name, count in taken.items() if name.endswith("left out")), 0)
     return found, gone, planned.nbytes
 
 
-def compared(model: Model, target: str, sizes: Sequence[float]) -> None:
+def compared(model: Model, target: str, sizes: Sequence[float], what: str) -> None:
     """A row per size: bits alone, both, and their ratio."""
     rows = []
     for bits in sizes:
         request = request_for(model, target, bits)
+        if target == "compact":
+            request = request._replace(method="gptq")
         alone = quality(model, request)
-        both = quality(model, request._replace(allow=("bits", "layer")))
+        both = quality(model, request._replace(allow=("bits", what)))
         assert both is not None
         kl, gone, nbytes = both[0].estimate("kl"), both[1], both[2]
         before = alone[0].estimate("kl") if alone else "cannot be reached"
         ratio = both[0].against(alone[0]) if alone else ""
         rows.append((bits, f"{nbytes / 1e6:.2f} MB", before, kl, gone, ratio))
-    header = ("bits", "all tensors", "KL, bits alone", "KL, bits and layers", "layers out", "ratio")
-    table(f"Bits and layers under one budget, {model.name} model, {target}", header, rows)
+    header = ("bits", "all tensors", "KL, bits alone", f"KL, bits and {what}s", f"{what}s out")
+    title = f"Bits and {what}s under one budget, {model.name} model, {target}"
+    table(title, (*header, "ratio"), rows)
 
 
 def main(names: Sequence[str] = ()) -> None:
@@ -71,7 +77,8 @@ def main(names: Sequence[str] = ()) -> None:
     sizes = [float(n) for n in names if n not in chosen and n not in MENUS] or SIZES
     for model in wanted:
         for target in targets:
-            compared(model, target, sizes)
+            for what in ("layer", "part") if target == "compact" else ("layer",):
+                compared(model, target, sizes, what)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from layerwise.core.absent import absent
 from layerwise.core.adapters import nbytes_of
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.fan import fan_out
@@ -18,7 +19,7 @@ from layerwise.core.search import Space
 from layerwise.core.stack import Wiring
 from layerwise.core.stats import Scores
 from layerwise.core.stops import hidden
-from layerwise.core.visits import entries_of
+from layerwise.core.visits import each_once, entries_of
 from layerwise.export import TARGETS
 from layerwise.jobs.fates import depth_rows, own_bytes
 from layerwise.jobs.request import Planned, Request, identity
@@ -211,6 +212,13 @@ def assemble_depth(
     nbytes = network.checkpoint.nbytes - sum(sizes.values())
     nbytes += sum(sizes[key] for key in (set(runs) if target.once else runs))
     nbytes += sum(map(nbytes_of, shortened.adapters.values())) if target.once else 0
+    if target.once and all(map(each_once, wiring.values())):
+        nbytes -= network.stored.dtype.itemsize * sum(
+            matrix.size
+            for layer in shortened.layers()
+            for matrix in absent(layer, shortened.visits.get(layer.path))
+            if matrix.expert is None
+        )
     if target.rest is not None:
         size = network.stored.dtype.itemsize
         nbytes = target.rest(shortened, plan.export)
@@ -236,7 +244,7 @@ def units_to_drop(budget: Budget, network: Network, parts: Sequence[str] = ()) -
     if parts:
         raise LayerwiseError(
             "--parts",
-            allowed="a budget by --depth; parts that are left out save time, not bytes",
+            allowed="a budget by --depth; --allow bits,part weighs parts by their bytes",
             found=", ".join(f"--{k} {v}" for k, v in budget.as_dict().items()),
             fix="say how many of them stay, such as --depth 75%",
         )
