@@ -142,21 +142,10 @@ def _opened(network: Network, path: Path, places: Sequence[Place], facts: Mappin
     with needing_gguf():
         from gguf import GGMLQuantizationType, GGUFWriter
     entry, folder = known(network), network.checkpoint.folder
-    apart = any(".attn_k." in p.name for p in places)
-    fused = [p.shape[0] for p in places if ".attn_qkv.weight" in p.name and not apart]
-    measured: dict[str, Any] = {key: _width(places, part) for key, part in _WIDTHS.items()}
-    held = {p.name: p.shape[-1] for p in places if ".ffn_down" in p.name}
-    each = [held.get(f"blk.{i}.ffn_down.weight", 0) for i in range(len(network.layers()))]
-    without = [i for i in range(len(each)) if not any(n.startswith(f"blk.{i}.") for n in held)]
-    same = len({*filter(None, each)}) < 2 and not (without and any(each))
-    first = _width(places, ".ffn_down.weight") or _width(places, ".ffn_down_exps.weight")
-    measured["feed_forward_length"] = first if same else each
-    measured["attention.head_count_kv"] = key_heads(fused[0], network) if fused else 0
-    measured = {key: size for key, size in measured.items() if size}
     writer = GGUFWriter(path, entry.name)
     writer.add_quantization_version(2)
     routed = any(".ffn_gate_inp." in p.name for p in places)
-    for key, value in {**hyper_parameters(network), **measured}.items():
+    for key, value in {**hyper_parameters(network), **_measured(network, places)}.items():
         if routed or not key.startswith("expert_"):
             _add(writer, f"{entry.name}.{key}", value)
     rows = next(p.shape[0] for p in places if p.name == "token_embd.weight")
@@ -172,6 +161,21 @@ def _opened(network: Network, path: Path, places: Sequence[Place], facts: Mappin
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     return writer
+
+
+def _measured(network: Network, places: Sequence[Place]) -> dict[str, Any]:
+    """Hyper-parameters that the shapes of tensors tell; a list where layers differ."""
+    apart = any(".attn_k." in p.name for p in places)
+    fused = [p.shape[0] for p in places if ".attn_qkv.weight" in p.name and not apart]
+    measured: dict[str, Any] = {key: _width(places, part) for key, part in _WIDTHS.items()}
+    held = {p.name: p.shape[-1] for p in places if ".ffn_down" in p.name}
+    each = [held.get(f"blk.{i}.ffn_down.weight", 0) for i in range(len(network.layers()))]
+    without = [i for i in range(len(each)) if not any(n.startswith(f"blk.{i}.") for n in held)]
+    same = len({*filter(None, each)}) < 2 and not (without and any(each))
+    first = _width(places, ".ffn_down.weight") or _width(places, ".ffn_down_exps.weight")
+    measured["feed_forward_length"] = first if same else each
+    measured["attention.head_count_kv"] = key_heads(fused[0], network) if fused else 0
+    return {key: size for key, size in measured.items() if size}
 
 
 #: tables of tokens, one for the network and one for all of its layers
