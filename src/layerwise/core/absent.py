@@ -137,9 +137,13 @@ def absent(layer: Layer, visit: Visit | None) -> list[Matrix]:
     """The matrices of the parts that a visit leaves out."""
     if visit is None or visit.parts is None:
         return []
-    kept = _kept(layer, visit)
-    gone = {part.name for part in layer.parts if part.name not in kept}
+    gone = _gone(layer, visit)
     return [matrix for matrix in layer.matrices if matrix.part in gone]
+
+
+def unstored(layer: Layer, visit: Visit | None) -> list[Matrix]:
+    """Of these, what nothing need be stored of: experts share a tensor, which stays whole."""
+    return [matrix for matrix in absent(layer, visit) if matrix.expert is None]
 
 
 def silenced(layer: Layer, visit: Visit, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -149,9 +153,8 @@ def silenced(layer: Layer, visit: Visit, tensors: dict[str, Tensor]) -> dict[str
     stock code computes the part and adds nothing. Whether it adds nothing is seen when the folder
     is loaded again.
     """
-    gone = [part.name for part in layer.parts if part.name not in _kept(layer, visit)]
     zeros = dict(tensors)
-    for part in gone:
+    for part in _gone(layer, visit):
         mine = [m for m in layer.matrices if m.part == part]
         width = mine[0].shape[1]  # what comes first receives the stream
         for name in {m.parameter for m in mine if m.shape[0] == width}:
@@ -160,6 +163,12 @@ def silenced(layer: Layer, visit: Visit, tensors: dict[str, Tensor]) -> dict[str
                 if own in tensors:
                     zeros[own] = torch.zeros_like(tensors[own])
     return zeros
+
+
+def _gone(layer: Layer, visit: Visit) -> list[str]:
+    """The names of the parts that a visit leaves out."""
+    kept = _kept(layer, visit)
+    return [part.name for part in layer.parts if part.name not in kept]
 
 
 def _kept(layer: Layer, visit: Visit) -> tuple[str, ...]:

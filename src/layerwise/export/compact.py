@@ -9,7 +9,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from layerwise.core.absent import absent
+from layerwise.core.absent import unstored
 from layerwise.core.adapters import save_adapters
 from layerwise.core.chain import outcome
 from layerwise.core.compact import RECORDS, STORED, to_stored
@@ -56,8 +56,8 @@ def compact_(
 
     def convert(layer: Layer, tensors: dict[str, Tensor], records: Mapping[str, Weight]) -> Any:
         result = dict(tensors)
-        gone = absent(layer, network.visits.get(layer.path))
-        made = {**records, **{m.key: _nothing(m) for m in gone if m.expert is None}}
+        gone = unstored(layer, network.visits.get(layer.path))
+        made = {**records, **{m.key: _nothing(m) for m in gone}}
         for matrix in layer.matrices:
             if matrix.key in made:
                 name = f"{layer.path}.{matrix.parameter}"

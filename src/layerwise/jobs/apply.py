@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from layerwise.core.absent import absent, silenced
+from layerwise.core.absent import silenced, unstored
 from layerwise.core.errors import LayerwiseError, first_few
 from layerwise.core.fan import Engine
 from layerwise.core.fold import save_folds
@@ -292,7 +292,7 @@ def preview(model: str | Path, plan: Plan, other_weights: bool = False) -> list[
     target = check_plan(network, plan, other_weights)
     size, rows = network.stored.dtype.itemsize, []
     for layer in network.layers():
-        gone = absent(layer, network.visits.get(layer.path)) if target.once else []
+        gone = unstored(layer, network.visits.get(layer.path)) if target.once else []
         held = [m for m in layer.matrices if m not in gone]
         nbytes = sum(target.nbytes(m, chain_for(plan.edits, m), size) for m in held)
         rows.append(layer_row(network, layer, plan, {}) | {"bytes": nbytes})

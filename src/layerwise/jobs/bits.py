@@ -30,7 +30,7 @@ from layerwise.jobs.menus import make_menus, option_errors, units, worth_it
 from layerwise.jobs.request import Planned, Request, identity
 from layerwise.jobs.scoring import make_scores
 from layerwise.jobs.session import Progress
-from layerwise.jobs.units import layer_bytes, number_of, wiring_without
+from layerwise.jobs.units import layer_bytes, orders, wiring_without
 
 
 def plan_bits(
@@ -248,9 +248,9 @@ def assemble(
     gone = left_out(menus, choice)
     wiring = wiring_without(network, gone)
     places = {
-        f"{name}/{layer}": f"{name}/{place}"
-        for name, order in wiring.items()
-        for place, layer in enumerate(map(number_of, order))
+        f"{name}/{visit.layer}": f"{name}/{place}"
+        for name, order in orders(network, wiring).items()
+        for place, visit in enumerate(order)
     }
     for group in there:
         option = menus[group].options[choice[group]]

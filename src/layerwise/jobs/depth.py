@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from layerwise.core.absent import absent
+from layerwise.core.absent import unstored
 from layerwise.core.adapters import nbytes_of
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.fan import fan_out
@@ -216,8 +216,7 @@ def assemble_depth(
         nbytes -= network.stored.dtype.itemsize * sum(
             matrix.size
             for layer in shortened.layers()
-            for matrix in absent(layer, shortened.visits.get(layer.path))
-            if matrix.expert is None
+            for matrix in unstored(layer, shortened.visits.get(layer.path))
         )
     if target.rest is not None:
         size = network.stored.dtype.itemsize

@@ -1,6 +1,6 @@
 """One budget for bits, layers and parts: fewer bits here, a layer less there, as costs least."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -14,7 +14,7 @@ from layerwise.core.method import find
 from layerwise.core.network import Network
 from layerwise.core.open import rewired
 from layerwise.core.plan import Step
-from layerwise.core.stack import Group
+from layerwise.core.stack import Group, Matrix
 from layerwise.core.target import Target
 from layerwise.jobs.bits import Offer, assemble, limit_for, outside_of, predicted, scores_of
 from layerwise.jobs.gain import as_solved
@@ -22,7 +22,13 @@ from layerwise.jobs.menus import make_menus, units, worth_it
 from layerwise.jobs.request import Planned, Request
 from layerwise.jobs.scoring import counting, trials_for
 from layerwise.jobs.session import Progress
-from layerwise.jobs.units import able_to_go, layer_bytes, wiring_without
+from layerwise.jobs.units import (
+    able_to_go,
+    layer_bytes,
+    part_names,
+    units_of,
+    wiring_without,
+)
 
 #: the largest share of the layers, or of the parts, that a joint plan leaves out
 MOST = 0.5
@@ -42,8 +48,9 @@ def plan_joint(request: Request, network: Network, target: Target, progress: Pro
     damage, allocator = offer.damage, find(request.allocator, "allocate")
     options = request.options(allocator.name)
     wanted = options.get("gone", -1)
-    able = len([name for name in menus if name not in groups])
-    counts = range(int(MOST * able) + 1) if wanted < 0 else [wanted]
+    names = part_names(network) if "part" in request.allow else ()
+    most = int(MOST * len(units_of(network, names)))
+    counts = range(most + 1) if wanted < 0 else [wanted]
     found: list[Choice] = []
     for count in counts:
         try:
@@ -81,20 +88,25 @@ def menus_with_layers(
         )
     menus = worth_it(make_menus(request, network, target))
     if "part" in request.allow:
-        return _with_parts(menus, groups, parts_that_can_go(request, network))
-    return _with_layers(menus, groups, bytes_beside(request, network, target))
+        nothing = dict.fromkeys(parts_that_can_go(request, network), 0)
+        return _with_units(menus, groups, nothing, lambda m: f"{m.layer}/{m.part}")
+    sizes = bytes_beside(request, network, target)
+    return _with_units(menus, groups, sizes, lambda m: m.layer)
 
 
 def parts_that_can_go(request: Request, network: Network) -> list[str]:
     """The parts that can be left out and stored as nothing: no experts, which share a tensor."""
-    names = tuple({part.name: None for layer in network.layers() for part in layer.parts})
     shared = {
         f"{matrix.layer}/{matrix.part}"
         for layer in network.layers()
         for matrix in layer.matrices
         if matrix.expert is not None
     }
-    return [part for part in able_to_go(network, request.keep, names) if part not in shared]
+    return [
+        part
+        for part in able_to_go(network, request.keep, part_names(network))
+        if part not in shared
+    ]
 
 
 def priced_with_layers(
@@ -134,29 +146,20 @@ def bytes_beside(request: Request, network: Network, target: Target) -> dict[str
     return found
 
 
-def _with_layers(
-    menus: Mapping[str, Menu], groups: Mapping[str, Any], sizes: Mapping[str, int]
+def _with_units(
+    menus: Mapping[str, Menu],
+    groups: Mapping[str, Group],
+    sizes: Mapping[str, int],
+    unit_of: Callable[[Matrix], str],
 ) -> dict[str, Menu]:
+    """The menus of groups, behind that of the unit they are in, which has `sizes` beside them."""
     found: dict[str, Menu] = {}
     for group, menu in menus.items():
-        layer = groups[group].matrices[0].layer
-        if layer in sizes and layer not in found:
-            stays, goes = Option((), sizes[layer], "stays"), Option((), 0, "left out", gone=True)
-            found[layer] = Menu(layer, (stays, goes))
-        found[group] = menu._replace(inside=layer) if layer in sizes else menu
-    return found
-
-
-def _with_parts(
-    menus: Mapping[str, Menu], groups: Mapping[str, Any], parts: Collection[str]
-) -> dict[str, Menu]:
-    found: dict[str, Menu] = {}
-    for group, menu in menus.items():
-        matrix = groups[group].matrices[0]
-        part = f"{matrix.layer}/{matrix.part}"
-        if part in parts and part not in found:
-            found[part] = Menu(part, (Option((), 0, "stays"), Option((), 0, "left out", gone=True)))
-        found[group] = menu._replace(inside=part) if part in parts else menu
+        unit = unit_of(groups[group].matrices[0])
+        if unit in sizes and unit not in found:
+            stays, goes = Option((), sizes[unit], "stays"), Option((), 0, "left out", gone=True)
+            found[unit] = Menu(unit, (stays, goes))
+        found[group] = menu._replace(inside=unit) if unit in sizes else menu
     return found
 
 

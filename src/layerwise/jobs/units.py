@@ -15,14 +15,18 @@ from layerwise.core.stack import Layer, Stack, Visit, Wiring, plain_wiring
 from layerwise.core.visits import parse_wiring
 
 
+def part_names(network: Network) -> tuple[str, ...]:
+    """The names of the parts that layers have."""
+    return tuple({part.name: None for layer in network.layers() for part in layer.parts})
+
+
 def units_of(network: Network, parts: Sequence[str] = ()) -> list[str]:
     """The keys of all layers in network order, or those of all their parts of some names.
 
     Raises:
         LayerwiseError: no layer has a part of that name.
     """
-    layers = network.layers()
-    known = list(dict.fromkeys(part.name for layer in layers for part in layer.parts))
+    layers, known = network.layers(), part_names(network)
     for name in parts:
         if name not in known:
             raise LayerwiseError(
@@ -94,11 +98,6 @@ def _entry(layer: Layer, gone: Collection[str]) -> Any:
     if layer.key in gone or (layer.parts and not kept):
         return None
     return layer.index if len(kept) == len(layer.parts) else {"layer": layer.index, "parts": kept}
-
-
-def number_of(entry: Any) -> int:
-    """The layer of an entry of an order that leaves out layers and parts."""
-    return entry if isinstance(entry, int) else entry["layer"]
 
 
 def orders(network: Network, wiring: Mapping[str, Sequence[Any]]) -> dict[str, Wiring]:

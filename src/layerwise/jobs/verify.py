@@ -9,15 +9,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from layerwise.core.absent import unstored
 from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.data import Texts
 from layerwise.core.fold import load_folds
 from layerwise.core.machine import available_memory
 from layerwise.core.network import Network
 from layerwise.core.open import choose_device, open_network
-from layerwise.core.plan import GONE, Plan, chain_for, describe, read_plan
+from layerwise.core.plan import Plan, chain_for, describe, read_plan
 from layerwise.core.quality import Estimate, Quality, measure_quality
 from layerwise.core.reader import samples_of
+from layerwise.core.visits import each_once
 from layerwise.export import TARGETS
 from layerwise.export._gguf_file import FILE, GgufFile
 from layerwise.export.compressed_tensors import packed_records
@@ -240,6 +242,7 @@ def layer_rows(case: Case) -> list[dict[str, Any]]:
     nbytes_of = lambda m: TARGETS[plan.target].nbytes(m, chain_for(plan.edits, m), itemsize)  # noqa: E731
     sizes, own = layer_bytes(original), own_bytes(edited)
     once = TARGETS[plan.target].once
+    spares = once and all(map(each_once, plan.wiring.values()))
     narrow = layer_bytes(open_network(case.folder)) if plan.widths else {}
     for layer in original.layers():
         size = sizes[layer.key]
@@ -247,8 +250,9 @@ def layer_rows(case: Case) -> list[dict[str, Any]]:
             new for new in edited.layers() if edited.origins.get(new.path, new.path) == layer.path
         ]
         labels = labels_of(edited, visits[0], plan) if visits else {}
-        held = {m: 0 if text == GONE and once else nbytes_of(m) for m, text in labels.items()}
-        saved = sum(m.size * itemsize - kept for m, kept in held.items())
+        gone = unstored(visits[0], edited.visits.get(visits[0].path)) if visits and spares else []
+        kept = sum(nbytes_of(m) for m in labels if m not in gone)
+        saved = sum(m.size for m in labels) * itemsize - kept
         rows.append(
             {
                 "layer": layer.key,
