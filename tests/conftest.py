@@ -4,6 +4,7 @@ import os
 
 # before torch starts its threads, and for processes that tests start: workers share the cores
 os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # nor does transformers need threads for tiny weights
 
 import sys
 from collections.abc import Callable

@@ -15,7 +15,7 @@ from layerwise.core.sites import At, Intervention
 from layerwise.core.stack import Stack
 from layerwise.core.task import answer
 from layerwise.jobs.apply import apply_plan
-from layerwise.jobs.checks import rebuild_check
+from layerwise.jobs.checks import rebuild_check, reload_checks
 from layerwise.jobs.measure import agrees_cached, generates
 from layerwise.jobs.pays import PLAIN, exit_draft
 from layerwise.jobs.speculate import Sampling, Tally, speculated
@@ -50,9 +50,12 @@ def drop(subject: Subject) -> None:
 def _dropped(subject: Subject, network: Network, wiring: dict[str, list[int]]) -> str:
     """Write it, load it, compare; what is wrong, if anything."""
     plan, out = subject.plan(wiring=wiring), subject.folder / "dropped"
-    apply_plan(subject.folder / "model", plan, out, dtype="float32")
+    apply_plan(subject.folder / "model", plan, out, dtype="float32", check=False)
     subject.dropped = load_stock(out, "float32", torch.device("cpu"))
-    found = rebuild_check(subject.stock, network, plan, subject.dropped, subject.inputs)
+    found = [
+        *reload_checks(out, subject.dropped),
+        *rebuild_check(subject.stock, network, plan, subject.dropped, subject.inputs),
+    ]
     return "".join(check["found"] for check in found if not check["ok"])
 
 

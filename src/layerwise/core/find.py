@@ -87,8 +87,11 @@ def find_stacks(
         )
     twins = (layer for stack in known for layer in stack.layers)
     anatomies: Anatomies = {_signature(la.module): (la.parts, la.matrices) for la in twins}
+    names = {stack.container: stack.name for stack in known}
+    told = same and len(same) == len(names)
+    titles = [names[_container(chain)] for chain in chains] if told else _titles(chains)
     stacks: list[Stack] = []
-    for title, chain in zip(_titles(chains), chains, strict=True):
+    for title, chain in zip(titles, chains, strict=True):
         layers: dict[int, Layer] = {}
         visits = []
         for call in chain:

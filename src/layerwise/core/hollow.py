@@ -5,6 +5,7 @@ weight are short-circuited to a cheap result of the right shape: the mean of the
 ramp over the outputs, so that what depends on position still does.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
@@ -26,6 +27,13 @@ def hollow_parameter(
     return parameter
 
 
+#: what fills a new weight, which on the meta device takes time and does nothing
+_FILLS = {getattr(nn.init, name) for name in dir(nn.init) if re.fullmatch(r"[a-z]\w*_", name)} | {
+    Tensor.uniform_,
+    Tensor.normal_,
+}
+
+
 class _AtMost(TorchFunctionMode):
     """Ends the building of a model whose configuration asks for absurdly many tensors."""
 
@@ -37,6 +45,8 @@ class _AtMost(TorchFunctionMode):
         self.left -= 1
         if self.left < 0:
             raise ValueError("more layers or experts than the stored tensors could fill")
+        if func in _FILLS:
+            return args[0] if args else (kwargs or {})["tensor"]
         return func(*args, **(kwargs or {}))
 
 

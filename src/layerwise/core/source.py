@@ -46,6 +46,8 @@ class Source:
         #: stored name -> (first) name in memory
         self.owner = {name: self._name_in_memory(name, known) for name in checkpoint.tensors}
         self.conversions = [c for c in self.mapping if c.was_used()]
+        #: name in memory -> dtype, where all that is stored is renamed at most
+        self._renames = self._only_renamed(known)
         self._held = self._names_held()
         self._freed = 0
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
@@ -60,6 +62,17 @@ class Source:
         if renamed not in known and name in known:
             renamed, _ = rename_source_key(name, [], [], prefix, known)
         return renamed
+
+    def _only_renamed(self, known: dict[str, Tensor]) -> dict[str, torch.dtype]:
+        """Names in memory and dtypes; none if a tensor is converted or a module has two names."""
+        own = {
+            f"{path}.{name}" if path else name
+            for path, module in self.model.named_modules()
+            for name in (*module._parameters, *module._buffers)
+        }
+        found = {name: known[name].dtype for name in self.owner.values() if name in known}
+        converted = any(isinstance(c, WeightConverter) for c in self.conversions)
+        return {} if converted or not found.keys() <= own else found
 
     def _names_held(self) -> set[str]:
         """Every name in memory that comes from the checkpoint, itself or through a tie."""
@@ -156,20 +169,34 @@ class Source:
     def load_apart(self, prefix: str, apart: tuple[str, ...]) -> dict[str, Tensor]:
         """Tensors in memory whose name starts with `prefix` and with none of `apart`."""
         names = self._stored(prefix, apart)
-        settings = LoadStateDictConfig(dtype=self.dtype, weight_mapping=self.mapping)
         with refusing(
             f"weights {prefix}* of {self.checkpoint.folder}",
             allowed=f"tensors that {type(self.model).__name__} can be filled with",
             fix="use the configuration that belongs to these weights",
         ):
             given = self.checkpoint.read(names)
-            info, _ = convert_and_load_state_dict_in_model(self.model, given, settings)
-            for wrong in (*info.mismatched_keys, *info.conversion_errors.items()):
-                raise ValueError(" ".join(map(str, wrong)))
-        return self._take(prefix, apart)
+            loaded = self._renamed(given) if self._renames else self._converted(given)
+        wanted = {
+            n: t for n, t in loaded.items() if n.startswith(prefix) and not n.startswith(apart)
+        }
+        tied = self.model.all_tied_weights_keys or {}
+        for name in self.folds:  # what has folds of its own is no longer tied
+            if tied.get(name) in wanted and name.startswith(prefix):
+                wanted[name] = wanted[tied[name]]
+        changed = {n: folded(t, self.folds.get(n, ())) for n, t in wanted.items()}
+        return {n: t if self.exact else t.to(wanted[n].dtype) for n, t in changed.items()}
 
-    def _take(self, prefix: str, apart: tuple[str, ...]) -> dict[str, Tensor]:
-        """Everything that was just loaded, leaving the model on meta again."""
+    def _renamed(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Stored tensors under their names in memory, in the dtypes that they have there."""
+        named = {self.owner[name]: tensor for name, tensor in given.items()}
+        return {n: t.to(self._renames[n]) for n, t in named.items() if n in self._renames}
+
+    def _converted(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What transformers makes of stored tensors, leaving the model on meta again."""
+        settings = LoadStateDictConfig(dtype=self.dtype, weight_mapping=self.mapping)
+        info, _ = convert_and_load_state_dict_in_model(self.model, given, settings)
+        for wrong in (*info.mismatched_keys, *info.conversion_errors.items()):
+            raise ValueError(" ".join(map(str, wrong)))
         taken: dict[str, Tensor] = {}
         for path, module in self.model.named_modules():
             for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
@@ -180,15 +207,7 @@ class Source:
                         module._parameters[name] = nn.Parameter(empty, requires_grad=False)
                     else:
                         module._buffers[name] = empty
-        wanted = {
-            n: t for n, t in taken.items() if n.startswith(prefix) and not n.startswith(apart)
-        }
-        tied = self.model.all_tied_weights_keys or {}
-        for name in self.folds:  # what has folds of its own is no longer tied
-            if tied.get(name) in wanted and name.startswith(prefix):
-                wanted[name] = wanted[tied[name]]
-        changed = {n: folded(t, self.folds.get(n, ())) for n, t in wanted.items()}
-        return {n: t if self.exact else t.to(wanted[n].dtype) for n, t in changed.items()}
+        return taken
 
 
 def give_back() -> None:

@@ -9,6 +9,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from layerwise.core.errors import LayerwiseError
+from layerwise.core.hollow import build_meta
 from layerwise.core.stack import Stack, Wiring
 
 Tree = dict[str, Any]
@@ -88,8 +89,7 @@ def _gives(
     """Whether these fields, raised by one, give one layer more."""
     try:
         trial = _edited(config, fields, depth, [*range(depth), depth - 1])
-        with torch.device("meta"):
-            layers = kind(trial).get_submodule(container).children()
+        layers = build_meta(kind, trial, torch.float32).get_submodule(container).children()
         return len(list(layers)) == depth + 1
     except Exception:  # a trial value that the architecture refuses is simply not the depth
         return False
@@ -226,5 +226,5 @@ def _with_room(
 
 
 def _shapes(kind: type[PreTrainedModel], config: PretrainedConfig) -> dict[str, torch.Size]:
-    with torch.device("meta"):
-        return {name: p.shape for name, p in kind(copy.deepcopy(config)).named_parameters()}
+    model = build_meta(kind, copy.deepcopy(config), torch.float32)
+    return {name: p.shape for name, p in model.named_parameters()}
