@@ -128,9 +128,9 @@ def edge_of(rows: Any) -> str:
         told = "; ".join(map("".join, zip(words, taken, strict=True)))
         return f"KL of plans of this size, solved on a little text: {told}"
     count = next(name for name in rows[0] if name.endswith("left out"))
-    words = [f"{row[count]}: {row['expected']:.4g}" for row in rows]
+    words = [f"{r[count]}: {r['expected']:.4g}{' solved' * r['solved']}" for r in rows]
     told = ", ".join(map("".join, zip(words, taken, strict=True)))
-    return f"KL expected by {count}, the rest in bits: {told}"
+    return f"KL by {count}, the rest in bits, expected or solved on a little text: {told}"
 
 
 def run_apply(

@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from math import inf
 from typing import Any
 
 from layerwise.core.chain import nearest
@@ -17,6 +18,7 @@ from layerwise.core.plan import Step
 from layerwise.core.stack import Group, Matrix
 from layerwise.core.target import Target
 from layerwise.jobs.bits import Offer, assemble, limit_for, outside_of, predicted, scores_of
+from layerwise.jobs.contest import contest_on
 from layerwise.jobs.gain import as_solved
 from layerwise.jobs.menus import make_menus, units, worth_it
 from layerwise.jobs.request import Planned, Request
@@ -32,14 +34,16 @@ from layerwise.jobs.units import (
 
 #: the largest share of the layers, or of the parts, that a joint plan leaves out
 MOST = 0.5
+#: plans that are solved at most
+SOLVED = 5
 
 
 def plan_joint(request: Request, network: Network, target: Target, progress: Progress) -> Planned:
     """Bits for every group and a number of layers that go, chosen together.
 
     For every number of layers the exact least predicted damage within the budget is found; these
-    plans, the edge between fewer layers and fewer bits, are then measured on the select split,
-    and the best of them is taken.
+    plans, the edge between fewer layers and fewer bits, are then measured on the select split
+    with matrices just rounded, and the best of them once more, solved on a little text.
     """
     groups = {g.key: g for g in units(network, target)}
     menus = menus_with_layers(request, network, target, groups)
@@ -64,10 +68,32 @@ def plan_joint(request: Request, network: Network, target: Target, progress: Pro
     what = "parts" if "part" in request.allow else "layers"
     damages = plain, damage
     rows = [_row(what, menus, damages, *each) for each in zip(found, measured, strict=True)]
-    best = min(range(len(found)), key=lambda i: rows[i]["expected"])
+    made = [
+        assemble(request, network, target, menus, damage, choice, offer.scores) for choice in found
+    ]
+    best = _best(request, network, made, rows, progress) if len(made) > 1 else 0
     rows[best]["chosen"] = True
-    planned = assemble(request, network, target, menus, damage, found[best], offer.scores)
-    return planned._replace(edge=rows)
+    return made[best]._replace(edge=rows)
+
+
+def _best(
+    request: Request,
+    network: Network,
+    made: Sequence[Planned],
+    rows: list[dict[str, Any]],
+    progress: Progress,
+) -> int:
+    """The best plan, by its number: those that promise most are solved on a little text and
+    measured, until none promises more than the best of them has shown.
+    """
+    contest, shown = contest_on(request, network), dict[int, float]()
+    for i in sorted(range(len(rows)), key=lambda i: rows[i]["expected"])[:SOLVED]:
+        if rows[i]["expected"] >= min(shown.values(), default=inf):
+            break
+        progress("solving plans", len(shown), SOLVED)
+        shown[i] = contest.roughly(made[i].plan).estimate("kl").value
+        rows[i] |= {"expected": shown[i], "solved": True}
+    return min(shown, key=lambda i: shown[i])
 
 
 def menus_with_layers(
@@ -215,7 +241,7 @@ def _row(
     """The layers that go in a choice, and its damage: predicted, measured and expected.
 
     Measured is the choice with matrices just rounded. What that is beside its own prediction is
-    expected of the choice with matrices solved, too.
+    expected of the choice with matrices solved, too, until it is.
     """
     plain, solved = (total(damage, menus, choice) for damage in damages)
     return {
@@ -224,6 +250,7 @@ def _row(
         "rounded, predicted": plain,
         "rounded, measured": measured,
         "expected": solved * measured / max(plain, 1e-12),
+        "solved": False,
         "chosen": False,
     }
 
