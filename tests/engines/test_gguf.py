@@ -104,6 +104,9 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
     "arcee": lambda: t.ArceeConfig(**FEW),
     "cwm": lambda: t.CwmConfig(**FEW),
+    "internlm3": lambda: t.InternLM3Config(**FEW, **HEAD),
+    "iquestcoder": lambda: t.IQuestCoderConfig(**FEW, **HEAD),
+    "apertus": lambda: t.ApertusConfig(**FEW),
     "ernie4_5": lambda: t.Ernie4_5Config(**FEW, **HEAD),
     "glm": lambda: t.GlmConfig(**FEW, **HEAD),
     "glm4": lambda: t.Glm4Config(**FEW, **HEAD),
@@ -111,6 +114,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "hunyuan_v1_dense": lambda: t.HunYuanDenseV1Config(**FEW, **HEAD),
     "jais2": lambda: t.Jais2Config(**FEW),
     "ministral3": lambda: t.Ministral3Config(**FEW, **HEAD),
+    "ministral": lambda: t.MinistralConfig(**FEW, **HEAD, sliding_window=512),
     "mpt": lambda: t.MptConfig(d_model=64, n_heads=4, n_layers=2, vocab_size=128, max_seq_len=512),
     "nemotron": lambda: t.NemotronConfig(**FEW),
     "seed_oss": lambda: t.SeedOssConfig(**FEW, **HEAD),
@@ -134,6 +138,26 @@ MODELS: dict[str, Callable[[], Any]] = {
     "afmoe": lambda: t.AfmoeConfig(
         **COMMON, **HEAD, **MOE, num_shared_experts=1, sliding_window=8, mup_enabled=True
     ),
+    "cohere2_moe": lambda: t.Cohere2MoeConfig(
+        **COMMON, **HEAD, num_experts=4, num_shared_experts=1, sliding_window=8
+    ),
+    "cohere2_moe behind a dense layer": lambda: t.Cohere2MoeConfig(
+        **COMMON,
+        **HEAD,
+        **{"num_experts": 4, "expert_selection_fn": "sigmoid", "sliding_window": 8},
+        mlp_layer_types=["dense"] + ["sparse"] * 5,
+    ),
+    "hy_v3": lambda: t.HYV3Config(**FEW, **HEAD, **MOE),
+    "mellum": lambda: t.MellumConfig(
+        **FEW,
+        **HEAD,
+        **MOE,
+        **{"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]},
+        rope_parameters={
+            "full_attention": YARN,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
     "gpt_oss": lambda: t.GptOssConfig(
         **COMMON, **HEAD, num_local_experts=4, num_experts_per_tok=2, sliding_window=8
     ),
@@ -148,6 +172,11 @@ MODELS: dict[str, Callable[[], Any]] = {
     "mamba": lambda: t.MambaConfig(**SSM, time_step_rank=4),
     "falcon_mamba": lambda: t.FalconMambaConfig(**SSM, time_step_rank=4),
     "granitemoehybrid": lambda: t.GraniteMoeHybridConfig(**FEW, **HYBRIDS, num_local_experts=0),
+    "bamba": lambda: t.BambaConfig(
+        **FEW,
+        **{k: v for k, v in HYBRIDS.items() if k.startswith("mamba")},
+        attn_layer_indices=[1],
+    ),
     "granitemoehybrid with rotation": lambda: t.GraniteMoeHybridConfig(
         **FEW, **HYBRIDS, num_local_experts=0, position_embedding_type="rope"
     ),
@@ -189,6 +218,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "deepseek_v3": lambda: t.DeepseekV3Config(**FEW | ROUTED | RANKS, n_group=2, topk_group=1),
     "glm4_moe_lite": lambda: t.Glm4MoeLiteConfig(**FEW | ROUTED | RANKS),
     "minicpm3": lambda: t.MiniCPM3Config(**FEW | RANKS | {"num_key_value_heads": 4}),
+    "youtu": lambda: t.YoutuConfig(**FEW | RANKS | {"num_key_value_heads": 4}),
     "gemma4_text": lambda: t.Gemma4TextConfig(**COMMON, **GEMMA4),
     "gemma4 with experts": lambda: t.Gemma4TextConfig(**COMMON, **GEMMA4 | EXPERTS),
     "gemma4 with shared keys": lambda: t.Gemma4TextConfig(
@@ -253,7 +283,7 @@ def test_llama_cpp_gives_our_logits(
 ) -> None:
     """`apply` runs the file, which holds packed and plain matrices, in llama.cpp, or refuses it."""
     model = folder_of(name)
-    select = "*/*/mixer.in_proj" if "mamba" in name or name == "nemotron_h" else "*/*/mlp"
+    select = "*/*/mixer.in_proj" if "mamba" in name or "nemotron_h" in name else "*/*/mlp"
     applied = apply_plan(model, plan_of(model, select=select), tmp_path / "out")
     file = GgufFile(tmp_path / "out" / FILE)
     assert applied.nbytes == file.nbytes

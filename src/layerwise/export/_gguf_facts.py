@@ -9,7 +9,7 @@ from torch import Tensor
 
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.network import Network
-from layerwise.export._gguf_models import Known, Names, known, text_config
+from layerwise.export._gguf_models import SINGLE, Known, Names, known, text_config
 
 #: key of GGUF -> fields of a configuration, of which the first that is there counts
 _WHOLE = {
@@ -63,12 +63,15 @@ _REAL = {
     "logit_scale": ("logits_scaling", "logit_scale"),
     "attention.clamp_kqv": ("clip_qkv",),
     "attention.max_alibi_bias": ("alibi_bias_max",),
-    "expert_weights_scale": ("routed_scaling_factor", "route_scale"),
+    "expert_weights_scale": ("routed_scaling_factor", "route_scale", "router_scaling_factor"),
 }
 _TRUTH = {
     "use_parallel_residual": ("use_parallel_residual",),
     "expert_weights_norm": ("norm_topk_prob", "route_norm"),
 }
+#: how experts are weighed, by number
+_SCORES = {"softmax": 1, "sigmoid": 2}
+_NAMED = {"expert_gating_func": ("expert_selection_fn",)}
 #: of rotary parameters
 _YARN = {
     "beta_fast": "rope.scaling.yarn_beta_fast",
@@ -77,17 +80,21 @@ _YARN = {
     "llama_4_scaling_beta": "attention.temperature_scale",
 }
 #: experts are weighed by a sigmoid of what the router says
-_SIGMOID = {"expert_gating_func": 2}
+_SIGMOID = {"expert_gating_func": _SCORES["sigmoid"]}
+#: there are no experts where llama.cpp looks for them
+_DENSE = {"expert_feed_forward_length": 0, "expert_shared_count": 0}
+_DENSE |= {"leading_dense_block_count": 2**16}
 #: what is a constant of a model's code
 _CONSTANT = {
     "afmoe": _SIGMOID,
-    "deepseek_v2": {"expert_gating_func": 1},
+    "deepseek_v2": {"expert_gating_func": _SCORES["softmax"]},
     "deepseek_v3": _SIGMOID,
     "dots1": _SIGMOID,
     "exaone_moe": _SIGMOID,
     "falcon_mamba": {"ssm.dt_b_c_rms": True},
     "glm4_moe": _SIGMOID,
     "glm4_moe_lite": _SIGMOID,
+    "hy_v3": _SIGMOID | {"expert_weights_norm": True},
     "lfm2_moe": _SIGMOID,
     "minimax_m2": _SIGMOID,
     "mpt": {"attention.layer_norm_epsilon": 1e-5},
@@ -95,6 +102,7 @@ _CONSTANT = {
     "qwen3_5_moe_text": {"rope.dimension_sections": [11, 11, 10, 0]},
     "qwen3_5_text": {"rope.dimension_sections": [11, 11, 10, 0]},
     "solar_open": _SIGMOID,
+    "youtu": _DENSE,
 }
 #: positions where a model does not limit them
 UNBOUND = 2048
@@ -123,7 +131,7 @@ def hyper_parameters(network: Network) -> dict[str, Any]:
     config, entry = text_config(network), known(network)
     found: dict[str, Any] = {"block_count": len(network.layers())}
     said = config.to_dict() | (config.to_dict().get("attn_config") or {})
-    for kinds, to in ((_WHOLE, int), (_REAL, float), (_TRUTH, bool)):
+    for kinds, to in ((_WHOLE, int), (_REAL, float), (_TRUTH, bool), (_NAMED, _SCORES.get)):
         for key, fields in kinds.items():
             values = [said.get(f, said.get(config.attribute_map.get(f, f))) for f in fields]
             value = next((v for v in values if v is not None), None)
@@ -139,7 +147,7 @@ def hyper_parameters(network: Network) -> dict[str, Any]:
         whole = said["qk_nope_head_dim"] + said["qk_rope_head_dim"]
         found |= {"attention.key_length": whole, "attention.value_length": said["v_head_dim"]}
         size = said["qk_rope_head_dim"]
-    found |= _CONSTANT.get(config.model_type, {})
+    found |= constants(network)
     if "position_embedding_type" in said:
         found["rope.scaling.finetuned"] = said["position_embedding_type"] == "rope"
     attends = [any("k_proj." in name for name in layer.shapes) for layer in network.layers()]
@@ -156,7 +164,21 @@ def hyper_parameters(network: Network) -> dict[str, Any]:
             fix="use --target hf",
         )
     found |= dict(_rotary(config, size)) | dict(_windows(config, entry))
-    return found | (_by_kind(network) if entry.listed else {})
+    return found | (_by_kind(network) if entry.sized else {})
+
+
+def numbers(network: Network) -> Iterator[tuple[str, list[float]]]:
+    """Hyper-parameters that are parameters with one number; their keys have no prefix."""
+    layers = network.layers()
+    for name, key in SINGLE.items():
+        if name in layers[0].module.state_dict():
+            paths = [f"{network.origins.get(layer.path, layer.path)}.{name}" for layer in layers]
+            yield key, [float(network.stored.load(path)[path]) for path in paths]
+
+
+def constants(network: Network) -> Mapping[str, Any]:
+    """Hyper-parameters that are a constant of the model's code."""
+    return _CONSTANT.get(text_config(network).model_type, {})
 
 
 def _by_kind(network: Network) -> dict[str, Any]:
@@ -183,6 +205,12 @@ def rope_of(config: Any) -> Mapping[str, Any]:
     return found.get("full_attention", found)
 
 
+def turned(config: Any, size: int) -> int:
+    """How many numbers of a head of that size are rotated."""
+    said = (fields.get("partial_rotary_factor") for fields in (rope_of(config), vars(config)))
+    return int(size * (next(filter(None, said), None) or 1.0))
+
+
 def _rotary(config: Any, size: int) -> Iterator[tuple[str, Any]]:
     rope = rope_of(config)
     if not rope:
@@ -196,8 +224,7 @@ def _rotary(config: Any, size: int) -> Iterator[tuple[str, Any]]:
             fix="use --target hf",
         )
     yield "rope.freq_base", float(rope["rope_theta"])
-    share = rope.get("partial_rotary_factor", vars(config).get("partial_rotary_factor")) or 1.0
-    yield "rope.dimension_count", int(size * share)
+    yield "rope.dimension_count", turned(config, size)
     whole = vars(config).get("rope_parameters", {})
     if "sliding_attention" in whole:
         yield "rope.freq_base_swa", float(whole["sliding_attention"]["rope_theta"])
@@ -221,7 +248,7 @@ def _windows(config: Any, entry: Known) -> Iterator[tuple[str, Any]]:
     window = vars(config).get("sliding_window")
     kinds = vars(config).get("layer_types") or []
     narrow = [kind == "sliding_attention" for kind in kinds]
-    if entry.name == "phi3":
+    if entry.asked:
         yield "attention.sliding_window", 0 if window is None else int(window)
     if entry.listed:
         yield "attention.sliding_window", int(window or config.max_position_embeddings)

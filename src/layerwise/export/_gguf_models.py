@@ -26,8 +26,16 @@ class Known(NamedTuple):
     period: int = 0
     #: llama.cpp looks for windows at this depth only
     depth: int = 0
-    #: which layers have a window is said for each, and their heads have a size of their own
+    #: which layers have a window is said for each
     listed: bool = False
+    #: heads of layers with a window have a size of their own
+    sized: bool = False
+    #: a window is asked for: 0 where there is none
+    asked: bool = False
+    #: whose names its tensors have, where the `gguf` package does not know it
+    like: str = ""
+    #: a tensor without a suffix
+    bare: str = ""
     #: rows of gate and up take turns
     paired: bool = False
     #: recurrences have a number per head, as a column, and a norm per group
@@ -40,6 +48,7 @@ class Known(NamedTuple):
 #: model_type of a configuration -> what GGUF calls it, and what llama.cpp expects of its weights
 KNOWN = {
     # queries and keys are rotated as they are, or not at all
+    "apertus": Known("apertus"),
     "cohere": Known("command-r"),
     "ernie4_5": Known("ernie4_5"),
     "glm": Known("chatglm"),
@@ -52,7 +61,7 @@ KNOWN = {
     "mpt": Known("mpt"),
     "olmo2": Known("olmo2"),
     "phi": Known("phi2"),
-    "phi3": Known("phi3"),
+    "phi3": Known("phi3", asked=True),
     "qwen2": Known("qwen2"),
     "qwen3": Known("qwen3"),
     "seed_oss": Known("seed_oss"),
@@ -62,7 +71,10 @@ KNOWN = {
     "arcee": Known("arcee", halves=True),
     "cwm": Known("llama", halves=True),
     "granite": Known("granite", halves=True),
+    "internlm3": Known("llama", halves=True),
+    "iquestcoder": Known("llama", halves=True),
     "llama": Known("llama", halves=True),
+    "ministral": Known("llama", halves=True),
     "ministral3": Known("mistral3", halves=True),
     "mistral": Known("llama", halves=True),
     "olmo": Known("olmo", halves=True),
@@ -80,10 +92,11 @@ KNOWN = {
     # windows, and layers that see everything
     "cohere2": Known("cohere2", period=4),
     "exaone4": Known("exaone4", period=4, depth=64),
-    "gemma4_text": Known("gemma4", listed=True),
+    "gemma4_text": Known("gemma4", listed=True, sized=True),
     "olmo3": Known("olmo2", period=4),
     # experts
     "afmoe": Known("afmoe", period=4),
+    "cohere2_moe": Known("cohere2moe", listed=True, like="dots1"),
     "deepseek_v2": Known("deepseek2"),
     "deepseek_v3": Known("deepseek2"),
     "dots1": Known("dots1"),
@@ -95,14 +108,18 @@ KNOWN = {
     "granitemoe": Known("granitemoe", halves=True),
     "granitemoeshared": Known("granitemoe", halves=True),
     "hunyuan_v1_moe": Known("hunyuan-moe"),
+    "hy_v3": Known("hy_v3", like="dots1", bare="exp_probs_b"),
     "llama4_text": Known("llama4"),
+    "mellum": Known("mellum", listed=True, like="qwen3moe"),
     "minimax_m2": Known("minimax-m2"),
     "mixtral": Known("llama", halves=True),
     "olmoe": Known("olmoe"),
     "qwen2_moe": Known("qwen2moe"),
     "qwen3_moe": Known("qwen3moe"),
     "solar_open": Known("glm4moe"),
+    "youtu": Known("deepseek2"),
     # convolutions and recurrences
+    "bamba": Known("granitehybrid", halves=True, columns=True),
     "falcon_mamba": Known("mamba"),
     "granitemoehybrid": Known("granitehybrid", halves=True, columns=True),
     "jamba": Known("jamba"),
@@ -121,6 +138,8 @@ FUSED = dict.fromkeys(("gate_up_proj", "input_linear"), ("gate_proj", "up_proj")
 SUFFIXES = (".weight", ".bias", ".scale")
 #: parameters of recurrences, which have a name of their own in GGUF
 NUMBERS = (".A_log", ".D")
+#: a parameter with one number -> the hyper-parameter that holds those of all layers
+SINGLE = {f"mlp.act_fn.{name}": f"xielu.{name}" for name in ("alpha_p", "alpha_n", "beta", "eps")}
 #: what transformers calls a part or a bias -> what the `gguf` package knows it as
 _ALSO = {
     ".dt_bias": ".dt_proj.bias",
@@ -165,7 +184,9 @@ class Names:
             from gguf import MODEL_ARCH_NAMES, TensorNameMap
         self.known = known(network)
         numbers = {name: number for number, name in MODEL_ARCH_NAMES.items()}
-        self._map = TensorNameMap(numbers[self.known.name], len(network.layers()))
+        self._map = TensorNameMap(
+            numbers[self.known.like or self.known.name], len(network.layers())
+        )
         said = text_config(network).to_dict()
         self._groups = said.get("n_groups") or said.get("mamba_n_groups") or 1
         alone = not said.get("num_local_experts")
@@ -181,11 +202,14 @@ class Names:
         return self.pieces(name)[0]
 
     def pieces(self, name: str) -> tuple[str, ...]:
-        """Names in GGUF of the equal blocks of rows that a tensor is cut into; mostly one.
+        """Names in GGUF of the equal blocks of rows that a tensor is cut into; mostly one, none
+        for a number that is a hyper-parameter.
 
         Raises:
             LayerwiseError: the format has no place for it.
         """
+        if name.endswith(tuple(SINGLE)):
+            return ()
         fused, parts = next((f for f in FUSED.items() if f".{f[0]}" in name), ("", ()))
         for names in ([name], [name.replace(fused, part) for part in parts]):
             found = [self._find(n) for n in names]
@@ -214,5 +238,7 @@ class Names:
             found = self._map.get_name(tried, try_suffixes=SUFFIXES)
             if found is not None:
                 bare = found.endswith(SUFFIXES) or name.endswith(NUMBERS)
-                return found if bare else f"{found}.{'bias' if name[-5:] == '_bias' else 'weight'}"
+                full = found if bare else f"{found}.{'bias' if name[-5:] == '_bias' else 'weight'}"
+                stem = full.rpartition(".")[0]
+                return stem if stem.endswith(f".{self.known.bare}") else full
         return None

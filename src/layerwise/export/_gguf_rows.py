@@ -9,7 +9,7 @@ from layerwise.core.ggml import FLOATS, encode
 from layerwise.core.network import Network
 from layerwise.core.stack import Layer, Matrix
 from layerwise.core.weight import Packed, Weight
-from layerwise.export._gguf_facts import head_size, heads_of
+from layerwise.export._gguf_facts import head_size, heads_of, turned
 from layerwise.export._gguf_models import Names, known, text_config
 
 #: weights of the smallest block of a packed type
@@ -26,6 +26,8 @@ def blocks_of(
 ) -> Iterator[Tensor]:
     """The bytes of a tensor of a layer, block by block where it is cut."""
     pieces = names.pieces(f"{layer.path}.{name}")
+    if not pieces:
+        return
     own = [m for m in layer.matrices if m.parameter == name]
     if not own:
         for piece, part in zip(pieces, apart(tensors[name], len(pieces), names, -1), strict=True):
@@ -88,19 +90,20 @@ def reordered(rows: Tensor, name: str, network: Network, back: bool = False) -> 
     """
     entry = known(network)
     if entry.halves and any(f".attn_{x}." in name for x in "qk"):
-        return _in_pairs(rows, heads_of(text_config(network), name), back)
+        config = text_config(network)
+        return _in_pairs(rows, heads_of(config, name), turned(config, head_size(config)), back)
     if entry.woven and ".attn_qkv." in name:
         return _apart(rows, network, back)
     return rows.contiguous()
 
 
-def _in_pairs(rows: Tensor, heads: int, back: bool) -> Tensor:
-    """Of a head's `d` rows, transformers turns row `i` with row `i + d/2`, llama.cpp `2i` with
-    `2i + 1`.
+def _in_pairs(rows: Tensor, heads: int, size: int, back: bool) -> Tensor:
+    """Of the first `d` rows of a head, transformers turns row `i` with row `i + d/2`, llama.cpp
+    `2i` with `2i + 1`; the others stay.
     """
-    split = (-1, 2) if back else (2, -1)
-    halves = rows.reshape(heads, *split, rows.shape[1])  # [heads, 2, d / 2, bytes]
-    return halves.transpose(1, 2).reshape(rows.shape).contiguous()
+    each = rows.unflatten(0, (heads, -1))  # [heads, size, bytes]
+    halves = each[:, :size].unflatten(1, (-1, 2) if back else (2, -1))  # [heads, 2, d / 2, bytes]
+    return torch.cat([halves.transpose(1, 2).flatten(1, 2), each[:, size:]], 1).flatten(0, 1)
 
 
 def _apart(rows: Tensor, network: Network, back: bool) -> Tensor:

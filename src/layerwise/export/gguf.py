@@ -18,7 +18,7 @@ from layerwise.core.plan import Edit, Plan, Step, chain_for
 from layerwise.core.stack import Matrix, Stack
 from layerwise.core.target import Target
 from layerwise.core.weight import Packed, Weight
-from layerwise.export._gguf_facts import NAMED, hyper_parameters, rope_factors
+from layerwise.export._gguf_facts import NAMED, constants, hyper_parameters, numbers, rope_factors
 from layerwise.export._gguf_models import Names, known, text_config
 from layerwise.export._gguf_rows import blocks_of, is_filter, kept_type, key_heads, plain
 from layerwise.export._gguf_tokenizer import TOKENS, tokenizer_entries
@@ -144,13 +144,13 @@ def _opened(network: Network, path: Path, places: Sequence[Place], facts: Mappin
     entry, folder = known(network), network.checkpoint.folder
     writer = GGUFWriter(path, entry.name)
     writer.add_quantization_version(2)
-    routed = any(".ffn_gate_inp." in p.name for p in places)
+    routed, always = any(".ffn_gate_inp." in p.name for p in places), constants(network)
     for key, value in {**hyper_parameters(network), **_measured(network, places)}.items():
-        if routed or not key.startswith("expert_"):
+        if routed or not key.startswith("expert_") or key in always:
             _add(writer, f"{entry.name}.{key}", value)
     rows = next(p.shape[0] for p in places if p.name == "token_embd.weight")
     words = tokenizer_entries(folder, rows)
-    for key, value in {**words, **facts}.items():
+    for key, value in {**words, **facts, **dict(numbers(network))}.items():
         _add(writer, key, value)
     if all(t in words.get(TOKENS, ()) for n, t in NAMED.items() if n in folder.name.lower()):
         writer.add_name(folder.name)
@@ -175,7 +175,9 @@ def _measured(network: Network, places: Sequence[Place]) -> dict[str, Any]:
     first = _width(places, ".ffn_down.weight") or _width(places, ".ffn_down_exps.weight")
     measured["feed_forward_length"] = first if same else each
     measured["attention.head_count_kv"] = key_heads(fused[0], network) if fused else 0
-    return {key: size for key, size in measured.items() if size}
+    found = {key: size for key, size in measured.items() if size}
+    routed = [int(p.name.split(".")[1]) for p in places if ".ffn_gate_inp.weight" in p.name]
+    return found | ({"leading_dense_block_count": routed[0]} if routed else {})
 
 
 #: tables of tokens, one for the network and one for all of its layers
