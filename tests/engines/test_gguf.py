@@ -56,6 +56,8 @@ HYBRIDS: dict[str, Any] = {"layer_types": ["mamba", "attention"], "shared_interm
 HYBRIDS |= {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1}
 LINEAR = {f"linear_{x}_head_dim": 16 for x in ("key", "value")}
 LINEAR |= {"linear_num_key_heads": 4, "linear_num_value_heads": 4}
+MANY = {"linear_num_key_heads": 2, "linear_num_value_heads": 8, "linear_value_head_dim": 32}
+MANY |= {"linear_key_head_dim": 32}
 RANKS = {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
 RANKS |= {"q_lora_rank": 32, "kv_lora_rank": 32}
 GEMMA4 = {"head_dim": 16, "sliding_window": 8, "vocab_size_per_layer_input": 128}
@@ -213,6 +215,9 @@ MODELS: dict[str, Callable[[], Any]] = {
     "qwen3_5_moe_text": lambda: t.Qwen3_5MoeTextConfig(
         **{k: v for k, v in COMMON.items() if k not in ("intermediate_size", "num_hidden_layers")},
         **{"num_hidden_layers": 4, "head_dim": 64, **MOE, **LINEAR},
+    ),
+    "qwen3_5_text with more values": lambda: t.Qwen3_5TextConfig(
+        **COMMON | {"num_hidden_layers": 4}, head_dim=64, **LINEAR | MANY
     ),
     "deepseek_v2": lambda: t.DeepseekV2Config(**FEW | ROUTED | RANKS),
     "deepseek_v3": lambda: t.DeepseekV3Config(**FEW | ROUTED | RANKS, n_group=2, topk_group=1),
@@ -509,6 +514,23 @@ def test_a_broken_file_is_one_clear_error(
 def test_what_gguf_does_not_know_is_refused_at_planning(tiny: Callable[..., Path]) -> None:
     with pytest.raises(LayerwiseError, match=r"target gguf: allowed.*llama.*found opt"):
         make_plan(Request(tiny("opt"), Budget(bits=4.0), target="gguf", data=SMALL))
+
+
+def test_heads_that_are_moved_are_whole_blocks(
+    folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Columns go by heads of 32 weights: as a block of 32 does, not one of 256."""
+    model, select = folder_of("qwen3_5_text with more values"), "*/*/attention.o"
+    apply_plan(model, plan_of(model, "Q4_0", select=select), tmp_path / "out")
+    file, network = GgufFile(tmp_path / "out" / FILE), open_network(model)
+    assert file.tensors["blk.0.ssm_out.weight"].tensor_type.name == "Q4_0"
+    layer = network.layers()[0]
+    tensors, back = network.fetch(layer), file.records(network, layer)
+    for matrix in layer.matrices:
+        weight, found = matrix.view(tensors[matrix.parameter]), back[matrix.key].dense()
+        assert (found - weight).abs().max() <= 0.15 * weight.abs().max(), matrix.key
+    with pytest.raises(LayerwiseError, match=r"attention\.o.*Q4_K, .*wider than heads of 32"):
+        apply_plan(model, plan_of(model, "Q4_K", select=select), tmp_path / "wide")
 
 
 def test_other_methods_and_types_are_refused(tmp_path: Path) -> None:

@@ -155,14 +155,6 @@ def hyper_parameters(network: Network) -> dict[str, Any]:
     if any(attends) and not alike:  # convolutions and recurrences have no key heads
         keys = found["attention.head_count_kv"]
         found["attention.head_count_kv"] = [keys * one for one in attends]
-    heads_of_values = found.get("ssm.time_step_rank")
-    if entry.even and heads_of_values != found["ssm.group_count"]:
-        raise LayerwiseError(
-            f"target gguf, architecture {entry.name}",
-            allowed=f"as many heads of values as of keys, {found['ssm.group_count']}",
-            found=heads_of_values,
-            fix="use --target hf",
-        )
     found |= dict(_rotary(config, size)) | dict(_windows(config, entry))
     return found | (_by_kind(network) if entry.sized else {})
 

@@ -40,9 +40,9 @@ class Known(NamedTuple):
     paired: bool = False
     #: recurrences have a number per head, as a column, and a norm per group
     columns: bool = False
-    #: linear attention has as many heads of values as of keys: llama.cpp wants more of them in an
-    #: order that would cut through blocks of columns
-    even: bool = False
+    #: of linear attention, the first heads of values of all heads of keys come first, then the
+    #: second ones; transformers puts those of one head of keys together
+    tiled: bool = False
 
 
 #: model_type of a configuration -> what GGUF calls it, and what llama.cpp expects of its weights
@@ -128,8 +128,8 @@ KNOWN = {
     "mamba": Known("mamba"),
     "mamba2": Known("mamba2", columns=True),
     "nemotron_h": Known("nemotron_h", columns=True),
-    "qwen3_5_moe_text": Known("qwen35moe", shift=1.0, even=True),
-    "qwen3_5_text": Known("qwen35", shift=1.0, even=True),
+    "qwen3_5_moe_text": Known("qwen35moe", shift=1.0, tiled=True),
+    "qwen3_5_text": Known("qwen35", shift=1.0, tiled=True),
     "qwen3_next": Known("qwen3next", shift=1.0),
 }
 

@@ -1,6 +1,7 @@
 """Rows of a GGUF file: their bytes, cut and in the order that llama.cpp wants, and back."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,18 @@ from layerwise.export._gguf_models import Names, known, text_config
 
 #: weights of the smallest block of a packed type
 BLOCK = 32
+#: tensors of linear attention whose last rows belong to heads of values
+OF_VALUES = (
+    "attn_qkv.",
+    "attn_gate.",
+    "ssm_conv1d.",
+    "ssm_alpha.",
+    "ssm_beta.",
+    "ssm_a",
+    "ssm_dt.",
+)
+#: the tensor whose columns do, in GGUF and in transformers
+MIXED, MIXES = ".ssm_out.", "linear_attn.out_proj.weight"
 
 
 def blocks_of(
@@ -94,6 +107,12 @@ def reordered(rows: Tensor, name: str, network: Network, back: bool = False) -> 
         return _in_pairs(rows, heads_of(config, name), turned(config, head_size(config)), back)
     if entry.woven and ".attn_qkv." in name:
         return _apart(rows, network, back)
+    if entry.tiled and any(f".{part}" in name for part in OF_VALUES):
+        return _tiled(rows, text_config(network), back)
+    if entry.tiled and MIXED in name:
+        config = text_config(network)
+        heads = rows.unflatten(1, (config.linear_num_value_heads, -1))  # [out, heads, bytes]
+        return _tiled(heads.transpose(0, 1), config, back).transpose(0, 1).flatten(1).contiguous()
     return rows.contiguous()
 
 
@@ -104,6 +123,25 @@ def _in_pairs(rows: Tensor, heads: int, size: int, back: bool) -> Tensor:
     each = rows.unflatten(0, (heads, -1))  # [heads, size, bytes]
     halves = each[:, :size].unflatten(1, (-1, 2) if back else (2, -1))  # [heads, 2, d / 2, bytes]
     return torch.cat([halves.transpose(1, 2).flatten(1, 2), each[:, size:]], 1).flatten(0, 1)
+
+
+def moved_columns(network: Network, matrix: Matrix) -> int:
+    """How many columns of a matrix stay together where heads are moved, 0 where none is."""
+    config = text_config(network)
+    if not known(network).tiled or not matrix.parameter.endswith(MIXES):
+        return 0
+    even = config.linear_num_key_heads == config.linear_num_value_heads
+    return 0 if even else config.linear_value_head_dim
+
+
+def _tiled(rows: Tensor, config: Any, back: bool) -> Tensor:
+    """The last rows, which are those of heads of values, in the order of llama.cpp or `back`."""
+    keys, values = config.linear_num_key_heads, config.linear_num_value_heads
+    size = 1 if len(rows) == values else config.linear_value_head_dim
+    kept, own = rows.split([len(rows) - values * size, values * size])
+    split = (values // keys, keys) if back else (keys, values // keys)
+    turned_over = own.unflatten(0, (*split, size)).transpose(0, 1)  # [each, keys, size, ...]
+    return torch.cat([kept, turned_over.flatten(0, 2)])
 
 
 def _apart(rows: Tensor, network: Network, back: bool) -> Tensor:

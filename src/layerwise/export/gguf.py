@@ -20,7 +20,14 @@ from layerwise.core.target import Target
 from layerwise.core.weight import Packed, Weight
 from layerwise.export._gguf_facts import NAMED, constants, hyper_parameters, numbers, rope_factors
 from layerwise.export._gguf_models import Names, known, text_config
-from layerwise.export._gguf_rows import blocks_of, is_filter, kept_type, key_heads, plain
+from layerwise.export._gguf_rows import (
+    blocks_of,
+    is_filter,
+    kept_type,
+    key_heads,
+    moved_columns,
+    plain,
+)
 from layerwise.export._gguf_tokenizer import TOKENS, tokenizer_entries
 from layerwise.export._writer import Finished
 
@@ -284,6 +291,16 @@ def _refuses(matrix: Matrix, module: nn.Module, chain: Sequence[Step]) -> str | 
     return None
 
 
+def _limits(network: Network, matrix: Matrix, chain: Sequence[Step]) -> str | None:
+    size, kind = moved_columns(network, matrix), _type(matrix, chain, 4)
+    if size % format_of(kind).weights == 0:
+        return None
+    return (
+        f"{kind}, whose blocks are wider than heads of {size} columns, which llama.cpp wants in "
+        "another order; types with blocks of 32 fit, such as Q8_0 or IQ4_NL"
+    )
+
+
 def _rest(network: Network, options: Mapping[str, Any]) -> int:
     """Bytes of all that is no matrix of a layer: embedding, head, norms, biases."""
     whole = sum(place.nbytes for place in _places(network, (), Names(network), options))
@@ -302,6 +319,7 @@ TARGET = Target(
     True,
     _refuses,
     _nbytes,
+    limits=_limits,
     fused=False,
     method="ggml",
     types=MENU,
