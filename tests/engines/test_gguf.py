@@ -54,6 +54,9 @@ SSM = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "state_size
 HYBRID = ["conv", "full_attention"]
 HYBRIDS: dict[str, Any] = {"layer_types": ["mamba", "attention"], "shared_intermediate_size": 64}
 HYBRIDS |= {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1}
+NEMOTRON: dict[str, Any] = {k: v for k, v in FEW.items() if k != "num_hidden_layers"}
+NEMOTRON |= {"mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 2}
+NEMOTRON |= {"head_dim": 16}
 LINEAR = {f"linear_{x}_head_dim": 16 for x in ("key", "value")}
 LINEAR |= {"linear_num_key_heads": 4, "linear_num_value_heads": 4}
 MANY = {"linear_num_key_heads": 2, "linear_num_value_heads": 8, "linear_value_head_dim": 32}
@@ -169,6 +172,11 @@ MODELS: dict[str, Callable[[], Any]] = {
     "minimax_m2": lambda: t.MiniMaxM2Config(
         **FEW, **HEAD, num_local_experts=4, num_experts_per_tok=2
     ),
+    "mimo_v2_flash": lambda: t.MiMoV2FlashConfig(
+        **COMMON | {"num_hidden_layers": 3},
+        **{k: v for k, v in ROUTED.items() if k[:2] in ("n_", "mo") and "shared" not in k},
+        **{"num_experts_per_tok": 2, "head_dim": 32, "v_head_dim": 16, "sliding_window": 8},
+    ),
     "lfm2": lambda: t.Lfm2Config(**FEW, layer_types=HYBRID),
     "lfm2_moe": lambda: t.Lfm2MoeConfig(**FEW, **MOE, num_dense_layers=1, layer_types=HYBRID),
     "mamba": lambda: t.MambaConfig(**SSM, time_step_rank=4),
@@ -192,9 +200,12 @@ MODELS: dict[str, Callable[[], Any]] = {
         **SSM | {"state_size": 16}, num_heads=8, head_dim=16, n_groups=2
     ),
     "nemotron_h": lambda: t.NemotronHConfig(
-        **{k: v for k, v in FEW.items() if k != "num_hidden_layers"},
-        **{"mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 2},
-        **{"head_dim": 16, "layers_block_type": ["mamba", "attention", "mlp"]},
+        **NEMOTRON, layers_block_type=["mamba", "attention", "mlp"]
+    ),
+    "nemotron_h with experts": lambda: t.NemotronHConfig(
+        **NEMOTRON | ROUTED | {"num_key_value_heads": 2},
+        **{"layers_block_type": ["mamba", "attention", "moe"]},
+        moe_shared_expert_intermediate_size=64,
     ),
     "jamba": lambda: t.JambaConfig(
         **FEW,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.network import Network
+from layerwise.core.stack import Layer
 from layerwise.export._gguf_models import SINGLE, Known, Names, known, text_config
 
 #: key of GGUF -> fields of a configuration, of which the first that is there counts
@@ -58,6 +59,7 @@ _REAL = {
     "attn_logit_softcapping": ("attn_logit_softcapping",),
     "final_logit_softcapping": ("final_logit_softcapping",),
     "attention.scale": ("attention_multiplier",),
+    "attention.value_scale": ("attention_value_scale",),
     "embedding_scale": ("embedding_multiplier",),
     "residual_scale": ("residual_multiplier",),
     "logit_scale": ("logits_scaling", "logit_scale"),
@@ -147,16 +149,21 @@ def hyper_parameters(network: Network) -> dict[str, Any]:
         whole = said["qk_nope_head_dim"] + said["qk_rope_head_dim"]
         found |= {"attention.key_length": whole, "attention.value_length": said["v_head_dim"]}
         size = said["qk_rope_head_dim"]
+    elif "v_head_dim" in said:
+        found["attention.value_length"] = said["v_head_dim"]
     found |= constants(network)
     if "position_embedding_type" in said:
         found["rope.scaling.finetuned"] = said["position_embedding_type"] == "rope"
-    attends = [any("k_proj." in name for name in layer.shapes) for layer in network.layers()]
-    alike = all(attends) or "linear_num_key_heads" in said
-    if any(attends) and not alike:  # convolutions and recurrences have no key heads
-        keys = found["attention.head_count_kv"]
-        found["attention.head_count_kv"] = [keys * one for one in attends]
+    keys = [_rows(layer, ".k_proj.weight") // max(size, 1) for layer in network.layers()]
+    if len(set(keys)) > 1 and "linear_num_key_heads" not in said:
+        found["attention.head_count_kv"] = keys  # convolutions and recurrences have none
     found |= dict(_rotary(config, size)) | dict(_windows(config, entry))
     return found | (_by_kind(network) if entry.sized else {})
+
+
+def _rows(layer: Layer, end: str) -> int:
+    """Rows of a layer's matrix whose name ends so, 0 where there is none."""
+    return next((shape[0] for name, shape in layer.shapes.items() if name.endswith(end)), 0)
 
 
 def numbers(network: Network) -> Iterator[tuple[str, list[float]]]:

@@ -36,6 +36,8 @@ class Known(NamedTuple):
     like: str = ""
     #: a tensor without a suffix
     bare: str = ""
+    #: its name where it has experts
+    routed: str = ""
     #: rows of gate and up take turns
     paired: bool = False
     #: recurrences have a number per head, as a column, and a norm per group
@@ -110,6 +112,7 @@ KNOWN = {
     "hunyuan_v1_moe": Known("hunyuan-moe"),
     "hy_v3": Known("hy_v3", like="dots1", bare="exp_probs_b"),
     "llama4_text": Known("llama4"),
+    "mimo_v2_flash": Known("mimo2", listed=True),
     "mellum": Known("mellum", listed=True, like="qwen3moe"),
     "minimax_m2": Known("minimax-m2"),
     "mixtral": Known("llama", halves=True),
@@ -127,7 +130,7 @@ KNOWN = {
     "lfm2_moe": Known("lfm2moe"),
     "mamba": Known("mamba"),
     "mamba2": Known("mamba2", columns=True),
-    "nemotron_h": Known("nemotron_h", columns=True),
+    "nemotron_h": Known("nemotron_h", columns=True, routed="nemotron_h_moe"),
     "qwen3_5_moe_text": Known("qwen35moe", shift=1.0, tiled=True),
     "qwen3_5_text": Known("qwen35", shift=1.0, tiled=True),
     "qwen3_next": Known("qwen3next", shift=1.0),
@@ -146,6 +149,7 @@ _ALSO = {
     "_bias": ".bias",
     ".block_sparse_moe.": ".mlp.",
     ".language_model.": ".",
+    ".mixer.experts.": ".mlp.experts.",
     ".router.scale": ".router.proj.scale",
     ".router.per_expert_scale": ".experts.down_proj.scale",
     ".gate.moe_statics.": ".moe_statics.",
@@ -173,6 +177,8 @@ def known(network: Network) -> Known:
             found=f"{kind}, {type(network.module).__name__}",
             fix=nearest(kind, KNOWN, "use --target hf or compressed-tensors"),
         )
+    if found.routed and any(".experts." in n for layer in network.layers() for n in layer.shapes):
+        return found._replace(name=found.routed)
     return found
 
 

@@ -176,8 +176,10 @@ def _measured(network: Network, places: Sequence[Place]) -> dict[str, Any]:
     fused = [p.shape[0] for p in places if ".attn_qkv.weight" in p.name and not apart]
     measured: dict[str, Any] = {key: _width(places, part) for key, part in _WIDTHS.items()}
     held = {p.name: p.shape[-1] for p in places if ".ffn_down" in p.name}
-    each = [held.get(f"blk.{i}.ffn_down.weight", 0) for i in range(len(network.layers()))]
-    without = [i for i in range(len(each)) if not any(n.startswith(f"blk.{i}.") for n in held)]
+    count = len(network.layers())
+    without = [i for i in range(count) if not any(n.startswith(f"blk.{i}.") for n in held)]
+    kinds = ("ffn_down", "ffn_down_exps") if without else ("ffn_down",)
+    each = [max(held.get(f"blk.{i}.{k}.weight", 0) for k in kinds) for i in range(count)]
     same = len({*filter(None, each)}) < 2 and not (without and any(each))
     first = _width(places, ".ffn_down.weight") or _width(places, ".ffn_down_exps.weight")
     measured["feed_forward_length"] = first if same else each
