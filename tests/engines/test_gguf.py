@@ -44,6 +44,7 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_fac
 LLAMA3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
 YARN |= {"original_max_position_embeddings": 128}
+MSCALE = {"mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 8}
 GRANITE = {"embedding_multiplier": 2.0, "logits_scaling": 1.5, "residual_multiplier": 0.7}
 WINDOWS = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -131,6 +132,12 @@ MODELS: dict[str, Callable[[], Any]] = {
         **COMMON | {"num_hidden_layers": 64, "hidden_size": 32}, sliding_window=8
     ),
     "olmo3": lambda: t.Olmo3Config(**COMMON, sliding_window=8),
+    "granite_swa": lambda: t.GraniteSWAConfig(
+        **COMMON, **GRANITE, sliding_window=8, layer_rope_theta=[0, 1e5, 1e5, 1e5, 0, 1e5]
+    ),
+    "granitemoe_swa": lambda: t.GraniteMoeSWAConfig(
+        **COMMON, **GRANITE, sliding_window=8, num_local_experts=4, num_experts_per_tok=2
+    ),
     "granitemoe": lambda: t.GraniteMoeConfig(**FEW, num_local_experts=4),
     "hunyuan_v1_moe": lambda: t.HunYuanMoEV1Config(**FEW, **HEAD, num_experts=4, moe_topk=2),
     "dots1": lambda: t.Dots1Config(**FEW | ROUTED),
@@ -232,6 +239,14 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
     "deepseek_v2": lambda: t.DeepseekV2Config(**FEW | ROUTED | RANKS),
     "deepseek_v3": lambda: t.DeepseekV3Config(**FEW | ROUTED | RANKS, n_group=2, topk_group=1),
+    "deepseek_v3 with yarn": lambda: t.DeepseekV3Config(
+        **FEW | ROUTED | RANKS,
+        **{"n_group": 2, "topk_group": 1, "rope_parameters": YARN | MSCALE},
+    ),
+    "mistral4": lambda: t.Mistral4Config(
+        **FEW | ROUTED | RANKS,
+        rope_parameters=YARN | MSCALE | {"llama_4_scaling_beta": 0.1},
+    ),
     "glm4_moe_lite": lambda: t.Glm4MoeLiteConfig(**FEW | ROUTED | RANKS),
     "minicpm3": lambda: t.MiniCPM3Config(**FEW | RANKS | {"num_key_value_heads": 4}),
     "youtu": lambda: t.YoutuConfig(**FEW | RANKS | {"num_key_value_heads": 4}),
@@ -255,6 +270,9 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
 }
 
+#: of types that the automatic class does not know
+CLASSES = {"mistral4": t.Mistral4ForCausalLM}
+
 
 @pytest.fixture(scope="module")
 def folder_of(
@@ -268,7 +286,8 @@ def folder_of(
             folder = tmp_path_factory.mktemp("model")
             with torch.random.fork_rng():
                 torch.manual_seed(0)
-                model = t.AutoModelForCausalLM.from_config(MODELS[name]())
+                build = CLASSES.get(name, t.AutoModelForCausalLM.from_config)
+                model = build(MODELS[name]())
                 for key, parameter in model.named_parameters():
                     if any(part in key for part in ("norm", "bias", "ln_", "sinks", "A_log")):
                         wide = 2.0 if "router" in key else 0.2  # choices that rounding leaves alone
@@ -304,7 +323,8 @@ def test_llama_cpp_gives_our_logits(
     file = GgufFile(tmp_path / "out" / FILE)
     assert applied.nbytes == file.nbytes
     ids = (torch.arange(32) * 7 % 128)[None]
-    found = t.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    kind = CLASSES.get(name, t.AutoModelForCausalLM)
+    found = kind.from_pretrained(model, dtype=torch.float32).eval()
     with torch.no_grad():
         wanted = found(ids).logits[0]
     network = open_network(model)

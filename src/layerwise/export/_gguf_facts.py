@@ -99,6 +99,7 @@ _CONSTANT = {
     "hy_v3": _SIGMOID | {"expert_weights_norm": True},
     "lfm2_moe": _SIGMOID,
     "minimax_m2": _SIGMOID,
+    "mistral4": {"expert_gating_func": _SCORES["softmax"]},
     "mpt": {"attention.layer_norm_epsilon": 1e-5},
     "olmo": {"attention.layer_norm_epsilon": 1e-5},
     "qwen3_5_moe_text": {"rope.dimension_sections": [11, 11, 10, 0]},
@@ -158,6 +159,8 @@ def hyper_parameters(network: Network) -> dict[str, Any]:
     if len(set(keys)) > 1 and "linear_num_key_heads" not in said:
         found["attention.head_count_kv"] = keys  # convolutions and recurrences have none
     found |= dict(_rotary(config, size)) | dict(_windows(config, entry))
+    if entry.tenth and _YARN["mscale_all_dim"] in found:
+        found[_YARN["mscale_all_dim"]] /= 10
     return found | (_by_kind(network) if entry.sized else {})
 
 
@@ -206,6 +209,8 @@ def rope_of(config: Any) -> Mapping[str, Any]:
 
 def turned(config: Any, size: int) -> int:
     """How many numbers of a head of that size are rotated."""
+    if "qk_rope_head_dim" in vars(config):
+        return size
     said = (fields.get("partial_rotary_factor") for fields in (rope_of(config), vars(config)))
     return int(size * (next(filter(None, said), None) or 1.0))
 
@@ -222,7 +227,10 @@ def _rotary(config: Any, size: int) -> Iterator[tuple[str, Any]]:
             found=kind,
             fix="use --target hf",
         )
-    yield "rope.freq_base", float(rope["rope_theta"])
+    each = vars(config).get("layer_rope_theta") or [rope["rope_theta"]]
+    yield "rope.freq_base", float(max(each))
+    if min(each) == 0:
+        yield "attention.rope_pattern", [theta > 0 for theta in each]
     yield "rope.dimension_count", turned(config, size)
     whole = vars(config).get("rope_parameters", {})
     if "sliding_attention" in whole:
@@ -235,6 +243,8 @@ def _rotary(config: Any, size: int) -> Iterator[tuple[str, Any]]:
     for field, key in _YARN.items():
         if kind == "yarn" and rope.get(field) is not None:
             yield key, float(rope[field])
+    if "llama_4_scaling_beta" in rope:
+        yield "attention.temperature_length", int(old)
     if kind in ("yarn", "longrope") and old:
         yield "rope.scaling.original_context_length", int(old)
     if kind == "longrope":

@@ -34,6 +34,8 @@ class Known(NamedTuple):
     asked: bool = False
     #: whose names its tensors have, where the `gguf` package does not know it
     like: str = ""
+    #: of the multiplier of yarn's logarithm, a tenth is written
+    tenth: bool = False
     #: a tensor without a suffix
     bare: str = ""
     #: its name where it has experts
@@ -93,21 +95,23 @@ KNOWN = {
     "nemotron": Known("nemotron", shift=1.0),
     # windows, and layers that see everything
     "cohere2": Known("cohere2", period=4),
+    "granite_swa": Known("granite_swa", halves=True, listed=True, like="mimo2"),
     "exaone4": Known("exaone4", period=4, depth=64),
     "gemma4_text": Known("gemma4", listed=True, sized=True),
     "olmo3": Known("olmo2", period=4),
     # experts
     "afmoe": Known("afmoe", period=4),
     "cohere2_moe": Known("cohere2moe", listed=True, like="dots1"),
-    "deepseek_v2": Known("deepseek2"),
-    "deepseek_v3": Known("deepseek2"),
+    "deepseek_v2": Known("deepseek2", tenth=True),
+    "deepseek_v3": Known("deepseek2", tenth=True),
     "dots1": Known("dots1"),
     "ernie4_5_moe": Known("ernie4_5-moe"),
     "exaone_moe": Known("exaone-moe", period=4),
     "glm4_moe": Known("glm4moe"),
-    "glm4_moe_lite": Known("deepseek2"),
+    "glm4_moe_lite": Known("deepseek2", tenth=True),
     "gpt_oss": Known("gpt-oss", period=2, paired=True),
     "granitemoe": Known("granitemoe", halves=True),
+    "granitemoe_swa": Known("granite_swa", halves=True, listed=True, like="mimo2"),
     "granitemoeshared": Known("granitemoe", halves=True),
     "hunyuan_v1_moe": Known("hunyuan-moe"),
     "hy_v3": Known("hy_v3", like="dots1", bare="exp_probs_b"),
@@ -115,12 +119,13 @@ KNOWN = {
     "mimo_v2_flash": Known("mimo2", listed=True),
     "mellum": Known("mellum", listed=True, like="qwen3moe"),
     "minimax_m2": Known("minimax-m2"),
+    "mistral4": Known("mistral4", tenth=True),
     "mixtral": Known("llama", halves=True),
     "olmoe": Known("olmoe"),
     "qwen2_moe": Known("qwen2moe"),
     "qwen3_moe": Known("qwen3moe"),
     "solar_open": Known("glm4moe"),
-    "youtu": Known("deepseek2"),
+    "youtu": Known("deepseek2", tenth=True),
     # convolutions and recurrences
     "bamba": Known("granitehybrid", halves=True, columns=True),
     "falcon_mamba": Known("mamba"),
