@@ -176,6 +176,15 @@ MODELS: dict[str, Callable[[], Any]] = {
     "llama4_text": lambda: t.Llama4TextConfig(
         **COMMON, **HEAD, num_local_experts=2, interleave_moe_layer_step=1
     ),
+    "laguna": lambda: t.LagunaConfig(
+        **COMMON | {"num_hidden_layers": 4},
+        **HEAD | MOE | {"shared_expert_intermediate_size": 64, "sliding_window": 8},
+        num_attention_heads_per_layer=[4, 8, 8, 8],
+        layer_types=["full_attention"] + ["sliding_attention"] * 3,
+    ),
+    "laguna without windows": lambda: t.LagunaConfig(
+        **FEW, **HEAD, **MOE, shared_expert_intermediate_size=64, gating="per-element"
+    ),
     "minimax_m2": lambda: t.MiniMaxM2Config(
         **FEW, **HEAD, num_local_experts=4, num_experts_per_tok=2
     ),

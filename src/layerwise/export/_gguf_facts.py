@@ -65,7 +65,12 @@ _REAL = {
     "logit_scale": ("logits_scaling", "logit_scale"),
     "attention.clamp_kqv": ("clip_qkv",),
     "attention.max_alibi_bias": ("alibi_bias_max",),
-    "expert_weights_scale": ("routed_scaling_factor", "route_scale", "router_scaling_factor"),
+    "expert_weights_scale": (
+        "routed_scaling_factor",
+        "route_scale",
+        "router_scaling_factor",
+        "moe_routed_scaling_factor",
+    ),
 }
 _TRUTH = {
     "use_parallel_residual": ("use_parallel_residual",),
@@ -97,6 +102,7 @@ _CONSTANT = {
     "glm4_moe": _SIGMOID,
     "glm4_moe_lite": _SIGMOID,
     "hy_v3": _SIGMOID | {"expert_weights_norm": True},
+    "laguna": _SIGMOID | {"expert_weights_norm": True},
     "lfm2_moe": _SIGMOID,
     "minimax_m2": _SIGMOID,
     "mistral4": {"expert_gating_func": _SCORES["softmax"]},
@@ -155,7 +161,12 @@ def hyper_parameters(network: Network) -> dict[str, Any]:
     found |= constants(network)
     if "position_embedding_type" in said:
         found["rope.scaling.finetuned"] = said["position_embedding_type"] == "rope"
-    keys = [_rows(layer, ".k_proj.weight") // max(size, 1) for layer in network.layers()]
+    queries, keys = (
+        [_rows(layer, f".{x}_proj.weight") // max(size, 1) for layer in network.layers()]
+        for x in "qk"
+    )
+    if len({*filter(None, queries)}) > 1 and not entry.sized:
+        found["attention.head_count"] = queries
     if len(set(keys)) > 1 and "linear_num_key_heads" not in said:
         found["attention.head_count_kv"] = keys  # convolutions and recurrences have none
     found |= dict(_rotary(config, size)) | dict(_windows(config, entry))
@@ -201,17 +212,17 @@ def _by_kind(network: Network) -> dict[str, Any]:
     return found
 
 
-def rope_of(config: Any) -> Mapping[str, Any]:
-    """The rotary parameters of layers that attend to all positions."""
+def rope_of(config: Any, kind: str = "full_attention") -> Mapping[str, Any]:
+    """The rotary parameters of layers of a kind; those that attend to all positions mostly."""
     found = vars(config).get("rope_parameters") or {}
-    return found.get("full_attention", found)
+    return found.get(kind, found)
 
 
-def turned(config: Any, size: int) -> int:
-    """How many numbers of a head of that size are rotated."""
+def turned(config: Any, size: int, kind: str = "full_attention") -> int:
+    """How many numbers of a head of that size are rotated, in layers of a kind."""
     if "qk_rope_head_dim" in vars(config):
         return size
-    said = (fields.get("partial_rotary_factor") for fields in (rope_of(config), vars(config)))
+    said = (fields.get("partial_rotary_factor") for fields in (rope_of(config, kind), vars(config)))
     return int(size * (next(filter(None, said), None) or 1.0))
 
 
@@ -235,6 +246,7 @@ def _rotary(config: Any, size: int) -> Iterator[tuple[str, Any]]:
     whole = vars(config).get("rope_parameters", {})
     if "sliding_attention" in whole:
         yield "rope.freq_base_swa", float(whole["sliding_attention"]["rope_theta"])
+        yield "rope.dimension_count_swa", turned(config, size, "sliding_attention")
     old = rope.get("original_max_position_embeddings")
     old = old or vars(config).get("original_max_position_embeddings")
     if kind in ("linear", "yarn"):
@@ -258,17 +270,18 @@ def _windows(config: Any, entry: Known) -> Iterator[tuple[str, Any]]:
     kinds = vars(config).get("layer_types") or []
     narrow = [kind == "sliding_attention" for kind in kinds]
     if entry.asked:
-        yield "attention.sliding_window", 0 if window is None else int(window)
+        yield "attention.sliding_window", int(window or 0) if any(narrow) or not kinds else 0
     if entry.listed:
         yield "attention.sliding_window", int(window or config.max_position_embeddings)
         yield "attention.sliding_window_pattern", narrow
         return
     if not window or not any(narrow) or window >= config.max_position_embeddings:
-        if entry.period:
+        if entry.period and not entry.asked:
             yield "attention.sliding_window", int(config.max_position_embeddings)
         return
-    fits = [p for p in range(2, len(narrow) + 2) if narrow == _rhythm(p, len(narrow))]
-    fits = fits if entry.depth in (0, len(narrow)) else []
+    count, at = len(narrow), 0 if entry.first else -1
+    fits = [p for p in range(2, count + 2) if narrow == [(i - at) % p > 0 for i in range(count)]]
+    fits = fits if entry.depth in (0, count) else []
     chosen = entry.period if entry.period in fits else next(iter(fits), 0)
     if not entry.period or not chosen:
         raise LayerwiseError(
@@ -281,10 +294,6 @@ def _windows(config: Any, entry: Known) -> Iterator[tuple[str, Any]]:
     yield "attention.sliding_window", int(window)
     if chosen != entry.period:
         yield "attention.sliding_window_pattern", chosen
-
-
-def _rhythm(period: int, count: int) -> list[bool]:
-    return [i % period < period - 1 for i in range(count)]
 
 
 def rope_factors(network: Network) -> dict[str, Tensor]:

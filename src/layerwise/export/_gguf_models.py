@@ -24,6 +24,8 @@ class Known(NamedTuple):
     shift: float = 0.0
     #: every n-th layer attends to all positions, the others to a window
     period: int = 0
+    #: it is the first of each n that attends to all positions
+    first: bool = False
     #: llama.cpp looks for windows at this depth only
     depth: int = 0
     #: which layers have a window is said for each
@@ -115,6 +117,7 @@ KNOWN = {
     "granitemoeshared": Known("granitemoe", halves=True),
     "hunyuan_v1_moe": Known("hunyuan-moe"),
     "hy_v3": Known("hy_v3", like="dots1", bare="exp_probs_b"),
+    "laguna": Known("laguna", period=4, first=True, asked=True, like="step35"),
     "llama4_text": Known("llama4"),
     "mimo_v2_flash": Known("mimo2", listed=True),
     "mellum": Known("mellum", listed=True, like="qwen3moe"),
