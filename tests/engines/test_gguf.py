@@ -64,6 +64,7 @@ MANY = {"linear_num_key_heads": 2, "linear_num_value_heads": 8, "linear_value_he
 MANY |= {"linear_key_head_dim": 32}
 RANKS = {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
 RANKS |= {"q_lora_rank": 32, "kv_lora_rank": 32}
+INDEX = {"index_topk": 64, "index_head_dim": 64, "index_n_heads": 4}
 GEMMA4 = {"head_dim": 16, "sliding_window": 8, "vocab_size_per_layer_input": 128}
 GEMMA4 |= {"hidden_size_per_layer_input": 32}
 EXPERTS = {"hidden_size_per_layer_input": 0, "enable_moe_block": True, "num_experts": 4}
@@ -251,6 +252,20 @@ MODELS: dict[str, Callable[[], Any]] = {
     "deepseek_v3 with yarn": lambda: t.DeepseekV3Config(
         **FEW | ROUTED | RANKS,
         **{"n_group": 2, "topk_group": 1, "rope_parameters": YARN | MSCALE},
+    ),
+    "deepseek_v32": lambda: t.DeepseekV32Config(
+        **FEW | ROUTED | RANKS | INDEX, n_group=2, topk_group=1
+    ),
+    "glm_moe_dsa": lambda: t.GlmMoeDsaConfig(
+        **COMMON | ROUTED | RANKS | INDEX | {"num_hidden_layers": 3},
+        indexer_types=["full", "shared", "full"],
+    ),
+    "kimi_linear": lambda: t.KimiLinearConfig(
+        **COMMON | {"num_hidden_layers": 3, "num_key_value_heads": 4},
+        **{**RANKS, "q_lora_rank": None, "qk_rope_head_dim": 16, "moe_intermediate_size": 32},
+        **{"num_local_experts": 4, "num_experts_per_tok": 2},
+        **{"linear_head_dim": 16, "linear_num_heads": 4},
+        layer_types=["linear_attention", "linear_attention", "full_attention"],
     ),
     "mistral4": lambda: t.Mistral4Config(
         **FEW | ROUTED | RANKS,

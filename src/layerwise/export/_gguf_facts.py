@@ -33,6 +33,9 @@ _WHOLE = {
     "attention.q_lora_rank": ("q_lora_rank",),
     "attention.kv_lora_rank": ("kv_lora_rank",),
     "attention.shared_kv_layers": ("num_kv_shared_layers",),
+    "attention.indexer.head_count": ("index_n_heads",),
+    "attention.indexer.key_length": ("index_head_dim",),
+    "attention.indexer.top_k": ("index_topk",),
     "embedding_length_per_layer_input": ("hidden_size_per_layer_input",),
     "shortconv.l_cache": ("conv_L_cache",),
     "ssm.conv_kernel": ("conv_kernel", "linear_conv_kernel_dim", "mamba_d_conv"),
@@ -46,6 +49,13 @@ _WHOLE = {
         "time_step_rank",
     ),
     "ssm.group_count": ("n_groups", "linear_num_key_heads", "mamba_n_groups"),
+}
+#: of one type only
+_OWN = {
+    "kimi_linear": {
+        "kda.head_dim": ("linear_head_dim",),
+        "rope.dimension_count": ("qk_rope_head_dim",),
+    },
 }
 _REAL = {
     "attention.layer_norm_rms_epsilon": ("rms_norm_eps", "norm_eps", "layer_norm_epsilon"),
@@ -96,12 +106,15 @@ _CONSTANT = {
     "afmoe": _SIGMOID,
     "deepseek_v2": {"expert_gating_func": _SCORES["softmax"]},
     "deepseek_v3": _SIGMOID,
+    "deepseek_v32": _SIGMOID,
     "dots1": _SIGMOID,
     "exaone_moe": _SIGMOID,
     "falcon_mamba": {"ssm.dt_b_c_rms": True},
     "glm4_moe": _SIGMOID,
     "glm4_moe_lite": _SIGMOID,
     "hy_v3": _SIGMOID | {"expert_weights_norm": True},
+    "glm_moe_dsa": _SIGMOID,
+    "kimi_linear": _SIGMOID,
     "laguna": _SIGMOID | {"expert_weights_norm": True},
     "lfm2_moe": _SIGMOID,
     "minimax_m2": _SIGMOID,
@@ -140,7 +153,8 @@ def hyper_parameters(network: Network) -> dict[str, Any]:
     config, entry = text_config(network), known(network)
     found: dict[str, Any] = {"block_count": len(network.layers())}
     said = config.to_dict() | (config.to_dict().get("attn_config") or {})
-    for kinds, to in ((_WHOLE, int), (_REAL, float), (_TRUTH, bool), (_NAMED, _SCORES.get)):
+    whole = _WHOLE | _OWN.get(config.model_type, {})
+    for kinds, to in ((whole, int), (_REAL, float), (_TRUTH, bool), (_NAMED, _SCORES.get)):
         for key, fields in kinds.items():
             values = [said.get(f, said.get(config.attribute_map.get(f, f))) for f in fields]
             value = next((v for v in values if v is not None), None)
@@ -153,21 +167,32 @@ def hyper_parameters(network: Network) -> dict[str, Any]:
     if heads:
         found |= {"attention.key_length": size, "attention.value_length": size}
     if "qk_rope_head_dim" in said:  # keys are partly the same for all heads
-        whole = said["qk_nope_head_dim"] + said["qk_rope_head_dim"]
-        found |= {"attention.key_length": whole, "attention.value_length": said["v_head_dim"]}
+        made = {
+            "key_length": said["qk_nope_head_dim"] + said["qk_rope_head_dim"],
+            "value_length": said["v_head_dim"],
+        }
+        end = "_mla" if entry.absorbed else ""
+        found |= {f"attention.{key}{end}": value for key, value in made.items()}
         size = said["qk_rope_head_dim"]
     elif "v_head_dim" in said:
         found["attention.value_length"] = said["v_head_dim"]
     found |= constants(network)
     if "position_embedding_type" in said:
         found["rope.scaling.finetuned"] = said["position_embedding_type"] == "rope"
+    if said.get("indexer_types"):
+        found["attention.indexer.types"] = [int(kind == "full") for kind in said["indexer_types"]]
+    if entry.absorbed:
+        rank = said["kv_lora_rank"]
+        found |= {"attention.key_length": rank + size, "attention.value_length": rank}
+        made_of = [_rows(layer, ".kv_b_proj.weight") for layer in network.layers()]
+        found["attention.head_count_kv"] = [min(rows, 1) for rows in made_of]
     queries, keys = (
         [_rows(layer, f".{x}_proj.weight") // max(size, 1) for layer in network.layers()]
         for x in "qk"
     )
-    if len({*filter(None, queries)}) > 1 and not entry.sized:
+    if len({*filter(None, queries)}) > 1 and not (entry.sized or entry.absorbed):
         found["attention.head_count"] = queries
-    if len(set(keys)) > 1 and "linear_num_key_heads" not in said:
+    if len(set(keys)) > 1 and not entry.absorbed and "linear_num_key_heads" not in said:
         found["attention.head_count_kv"] = keys  # convolutions and recurrences have none
     found |= dict(_rotary(config, size)) | dict(_windows(config, entry))
     if entry.tenth and _YARN["mscale_all_dim"] in found:

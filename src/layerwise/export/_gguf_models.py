@@ -36,6 +36,9 @@ class Known(NamedTuple):
     asked: bool = False
     #: whose names its tensors have, where the `gguf` package does not know it
     like: str = ""
+    #: what is compressed for keys and values is read as it is: a tensor makes queries fit it, which
+    #: is that of keys transposed, another one makes values of it
+    absorbed: bool = False
     #: of the multiplier of yarn's logarithm, a tenth is written
     tenth: bool = False
     #: a tensor without a suffix
@@ -105,10 +108,12 @@ KNOWN = {
     "afmoe": Known("afmoe", period=4),
     "cohere2_moe": Known("cohere2moe", listed=True, like="dots1"),
     "deepseek_v2": Known("deepseek2", tenth=True),
+    "deepseek_v32": Known("deepseek32", tenth=True, absorbed=True, like="glm-dsa"),
     "deepseek_v3": Known("deepseek2", tenth=True),
     "dots1": Known("dots1"),
     "ernie4_5_moe": Known("ernie4_5-moe"),
     "exaone_moe": Known("exaone-moe", period=4),
+    "glm_moe_dsa": Known("glm-dsa", tenth=True, absorbed=True),
     "glm4_moe": Known("glm4moe"),
     "glm4_moe_lite": Known("deepseek2", tenth=True),
     "gpt_oss": Known("gpt-oss", period=2, paired=True),
@@ -134,6 +139,7 @@ KNOWN = {
     "falcon_mamba": Known("mamba"),
     "granitemoehybrid": Known("granitehybrid", halves=True, columns=True),
     "jamba": Known("jamba"),
+    "kimi_linear": Known("kimi-linear", columns=True, absorbed=True),
     "lfm2": Known("lfm2"),
     "lfm2_moe": Known("lfm2moe"),
     "mamba": Known("mamba"),
@@ -146,6 +152,9 @@ KNOWN = {
 
 #: a parameter that transformers fuses -> the names of what its rows hold, one after the other
 FUSED = dict.fromkeys(("gate_up_proj", "input_linear"), ("gate_proj", "up_proj"))
+FUSED |= {"conv1d": ("q_conv1d", "k_conv1d", "v_conv1d"), "kv_b_proj": ("k_b_proj", "v_b_proj")}
+#: what keys are made by, where it is a tensor of its own
+MAKES_KEYS = ".attn_k_b."
 SUFFIXES = (".weight", ".bias", ".scale")
 #: parameters of recurrences, which have a name of their own in GGUF
 NUMBERS = (".A_log", ".D")
@@ -156,6 +165,7 @@ _ALSO = {
     ".dt_bias": ".dt_proj.bias",
     "_bias": ".bias",
     ".block_sparse_moe.": ".mlp.",
+    ".forget_gate.": ".",
     ".language_model.": ".",
     ".mixer.experts.": ".mlp.experts.",
     ".router.scale": ".router.proj.scale",
@@ -202,6 +212,9 @@ class Names:
             numbers[self.known.like or self.known.name], len(network.layers())
         )
         said = text_config(network).to_dict()
+        parts = ("num_attention_heads", "qk_nope_head_dim", "v_head_dim", "kv_lora_rank")
+        #: heads, numbers of a key and of a value that are made of what is compressed, and of that
+        self.compressed = tuple(said.get(part, 0) for part in parts)
         self._groups = said.get("n_groups") or said.get("mamba_n_groups") or 1
         alone = not said.get("num_local_experts")
         shared = {".shared_mlp.": ".mlp." if alone else ".mlp.shared_mlp."}
@@ -225,7 +238,8 @@ class Names:
         if name.endswith(tuple(SINGLE)):
             return ()
         fused, parts = next((f for f in FUSED.items() if f".{f[0]}" in name), ("", ()))
-        for names in ([name], [name.replace(fused, part) for part in parts]):
+        ways = ([name], [name.replace(fused, part) for part in parts])
+        for names in ways[::-1] if self.known.absorbed else ways:
             found = [self._find(n) for n in names]
             if found and all(found):
                 return tuple(filter(None, found))
@@ -239,9 +253,14 @@ class Names:
     def shape_of(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape under which a tensor is written, by its name in GGUF."""
         if self.known.columns and name.endswith((".ssm_a", ".ssm_d")):
-            return (*shape, 1)
+            return (math.prod(shape), 1)
         if self.known.columns and name.endswith(".ssm_norm.weight"):
             return (self._groups, math.prod(shape) // self._groups)
+        if ".ssm_conv1d_" in name:
+            return (shape[0], 1, shape[-1])
+        if self.known.absorbed and name.endswith((f"{MAKES_KEYS}weight", ".attn_v_b.weight")):
+            heads, keys, values, rank = self.compressed
+            return (heads, rank, keys) if MAKES_KEYS in name else (heads, values, rank)
         return shape
 
     def _find(self, name: str) -> str | None:

@@ -11,7 +11,7 @@ from layerwise.core.network import Network
 from layerwise.core.stack import Layer, Matrix
 from layerwise.core.weight import Packed, Weight
 from layerwise.export._gguf_facts import head_size, heads_of, turned
-from layerwise.export._gguf_models import Names, known, text_config
+from layerwise.export._gguf_models import MAKES_KEYS, Names, known, text_config
 
 #: weights of the smallest block of a packed type
 BLOCK = 32
@@ -43,7 +43,7 @@ def blocks_of(
         return
     own = [m for m in layer.matrices if m.parameter == name]
     if not own:
-        for piece, part in zip(pieces, apart(tensors[name], len(pieces), names, -1), strict=True):
+        for piece, part in zip(pieces, apart(tensors[name], pieces, names, -1), strict=True):
             value = -part.float().exp() if name.endswith(".A_log") else part
             rows = plain(value, piece, names).reshape(len(part), -1)
             yield reordered(rows, piece, network)
@@ -57,19 +57,29 @@ def blocks_of(
             dense = matrix.view(tensors[name]) if record is None else record.dense()
             parts.append(encode(dense, kept_type(matrix, network.stored.dtype)))
     rows = torch.cat(parts).unflatten(0, (len(own), -1))  # [experts, out, bytes]
-    for piece, part in zip(pieces, apart(rows, len(pieces), names, 1), strict=True):
+    for piece, part in zip(pieces, apart(rows, pieces, names, 1), strict=True):
         yield reordered(part.flatten(0, 1), piece, network)
 
 
-def apart(tensor: Tensor, count: int, names: Names, dim: int) -> tuple[Tensor, ...]:
-    """So many tensors that a fused one is made of, block after block or taking turns."""
-    split = (-1, count) if names.known.paired else (count, -1)
+def apart(tensor: Tensor, pieces: Sequence[str], names: Names, dim: int) -> tuple[Tensor, ...]:
+    """The tensors that a fused one is made of, block after block or taking turns."""
+    if MAKES_KEYS in pieces[0]:
+        heads, keys, values, rank = names.compressed
+        each = tensor.reshape(heads, keys + values, rank, -1)  # [heads, out, rank, bytes]
+        first, second = each.split([keys, values], 1)
+        return tuple(t.flatten(0, 1).flatten(1)[None] for t in (first.transpose(1, 2), second))
+    split = (-1, len(pieces)) if names.known.paired else (len(pieces), -1)
     dim = dim % tensor.dim()
     return tensor.unflatten(dim, split).unbind(dim + names.known.paired)
 
 
-def together(parts: Sequence[Tensor], names: Names, dim: int) -> Tensor:
+def together(parts: Sequence[Tensor], pieces: Sequence[str], names: Names, dim: int) -> Tensor:
     """The tensor that these are parts of, as `apart` cut it."""
+    if MAKES_KEYS in pieces[0]:
+        heads, keys, values, rank = names.compressed
+        first = parts[0].reshape(heads, rank, keys, -1).transpose(1, 2)
+        each = torch.cat([first, parts[1].reshape(heads, values, rank, -1)], 1)
+        return each.flatten(0, 1).flatten(1)[None]  # [1, out, bytes]
     at = dim + names.known.paired
     return torch.stack(tuple(parts), at).flatten(dim, dim + 1)
 

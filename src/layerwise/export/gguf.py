@@ -294,6 +294,8 @@ def _refuses(matrix: Matrix, module: nn.Module, chain: Sequence[Step]) -> str | 
 
 
 def _limits(network: Network, matrix: Matrix, chain: Sequence[Step]) -> str | None:
+    if chain and known(network).absorbed and matrix.parameter.endswith(".kv_b_proj.weight"):
+        return "what llama.cpp wants half of transposed, across the blocks of a type; keep it"
     size, kind = moved_columns(network, matrix), _type(matrix, chain, 4)
     if size % format_of(kind).weights == 0:
         return None
