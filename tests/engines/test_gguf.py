@@ -588,6 +588,15 @@ def test_heads_that_are_moved_are_whole_blocks(
         apply_plan(model, plan_of(model, "Q4_K", select=select), tmp_path / "wide")
 
 
+def test_what_is_written_transposed_is_kept(
+    folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = folder_of("kimi_linear")
+    plan = plan_of(model, select="*/2/attention.kv_b*")
+    with pytest.raises(LayerwiseError, match=r"kv_b.*half of transposed.*keep it"):
+        apply_plan(model, plan, tmp_path / "out")
+
+
 def test_other_methods_and_types_are_refused(tmp_path: Path) -> None:
     plan = plan_of("demo")
     chain = (Step("gptq", {"bits": 4, "group": 32}),)

@@ -10,122 +10,18 @@ from torch import Tensor
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.network import Network
 from layerwise.core.stack import Layer
+from layerwise.export._gguf_fields import (
+    CHOSEN,
+    CONSTANT,
+    OWN,
+    REAL,
+    SCORES,
+    TRUTH,
+    WHOLE,
+    YARN,
+)
 from layerwise.export._gguf_models import SINGLE, Known, Names, known, text_config
 
-#: key of GGUF -> fields of a configuration, of which the first that is there counts
-_WHOLE = {
-    "context_length": ("max_position_embeddings",),
-    "embedding_length": ("hidden_size",),
-    "attention.head_count": ("num_attention_heads",),
-    "attention.head_count_kv": ("num_key_value_heads",),
-    "vocab_size": ("vocab_size",),
-    "expert_count": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
-    "expert_used_count": ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"),
-    "expert_shared_count": ("n_shared_experts", "moe_num_shared_experts", "num_shared_experts"),
-    "leading_dense_block_count": (
-        "first_k_dense_replace",
-        "moe_layer_start_index",
-        "num_dense_layers",
-    ),
-    "interleave_moe_layer_step": ("moe_layer_interval", "interleave_moe_layer_step"),
-    "expert_group_count": ("n_group",),
-    "expert_group_used_count": ("topk_group",),
-    "attention.q_lora_rank": ("q_lora_rank",),
-    "attention.kv_lora_rank": ("kv_lora_rank",),
-    "attention.shared_kv_layers": ("num_kv_shared_layers",),
-    "attention.indexer.head_count": ("index_n_heads",),
-    "attention.indexer.key_length": ("index_head_dim",),
-    "attention.indexer.top_k": ("index_topk",),
-    "embedding_length_per_layer_input": ("hidden_size_per_layer_input",),
-    "shortconv.l_cache": ("conv_L_cache",),
-    "ssm.conv_kernel": ("conv_kernel", "linear_conv_kernel_dim", "mamba_d_conv"),
-    "ssm.state_size": ("state_size", "linear_key_head_dim", "mamba_d_state", "ssm_state_size"),
-    "ssm.time_step_rank": (
-        "num_heads",
-        "mamba_num_heads",
-        "mamba_n_heads",
-        "linear_num_value_heads",
-        "mamba_dt_rank",
-        "time_step_rank",
-    ),
-    "ssm.group_count": ("n_groups", "linear_num_key_heads", "mamba_n_groups"),
-}
-#: of one type only
-_OWN = {
-    "kimi_linear": {
-        "kda.head_dim": ("linear_head_dim",),
-        "rope.dimension_count": ("qk_rope_head_dim",),
-    },
-}
-_REAL = {
-    "attention.layer_norm_rms_epsilon": ("rms_norm_eps", "norm_eps", "layer_norm_epsilon"),
-    "attention.layer_norm_epsilon": (
-        "layer_norm_epsilon",
-        "layer_norm_eps",
-        "norm_epsilon",
-        "norm_eps",
-        "layer_norm_rms_eps",
-    ),
-    "attn_logit_softcapping": ("attn_logit_softcapping",),
-    "final_logit_softcapping": ("final_logit_softcapping",),
-    "attention.scale": ("attention_multiplier",),
-    "attention.value_scale": ("attention_value_scale",),
-    "embedding_scale": ("embedding_multiplier",),
-    "residual_scale": ("residual_multiplier",),
-    "logit_scale": ("logits_scaling", "logit_scale"),
-    "attention.clamp_kqv": ("clip_qkv",),
-    "attention.max_alibi_bias": ("alibi_bias_max",),
-    "expert_weights_scale": (
-        "routed_scaling_factor",
-        "route_scale",
-        "router_scaling_factor",
-        "moe_routed_scaling_factor",
-    ),
-}
-_TRUTH = {
-    "use_parallel_residual": ("use_parallel_residual",),
-    "expert_weights_norm": ("norm_topk_prob", "route_norm"),
-}
-#: how experts are weighed, by number
-_SCORES = {"softmax": 1, "sigmoid": 2}
-_NAMED = {"expert_gating_func": ("expert_selection_fn",)}
-#: of rotary parameters
-_YARN = {
-    "beta_fast": "rope.scaling.yarn_beta_fast",
-    "beta_slow": "rope.scaling.yarn_beta_slow",
-    "mscale_all_dim": "rope.scaling.yarn_log_multiplier",
-    "llama_4_scaling_beta": "attention.temperature_scale",
-}
-#: experts are weighed by a sigmoid of what the router says
-_SIGMOID = {"expert_gating_func": _SCORES["sigmoid"]}
-#: there are no experts where llama.cpp looks for them
-_DENSE = {"expert_feed_forward_length": 0, "expert_shared_count": 0}
-_DENSE |= {"leading_dense_block_count": 2**16}
-#: what is a constant of a model's code
-_CONSTANT = {
-    "afmoe": _SIGMOID,
-    "deepseek_v2": {"expert_gating_func": _SCORES["softmax"]},
-    "deepseek_v3": _SIGMOID,
-    "deepseek_v32": _SIGMOID,
-    "dots1": _SIGMOID,
-    "exaone_moe": _SIGMOID,
-    "falcon_mamba": {"ssm.dt_b_c_rms": True},
-    "glm4_moe": _SIGMOID,
-    "glm4_moe_lite": _SIGMOID,
-    "hy_v3": _SIGMOID | {"expert_weights_norm": True},
-    "glm_moe_dsa": _SIGMOID,
-    "kimi_linear": _SIGMOID,
-    "laguna": _SIGMOID | {"expert_weights_norm": True},
-    "lfm2_moe": _SIGMOID,
-    "minimax_m2": _SIGMOID,
-    "mistral4": {"expert_gating_func": _SCORES["softmax"]},
-    "mpt": {"attention.layer_norm_epsilon": 1e-5},
-    "olmo": {"attention.layer_norm_epsilon": 1e-5},
-    "qwen3_5_moe_text": {"rope.dimension_sections": [11, 11, 10, 0]},
-    "qwen3_5_text": {"rope.dimension_sections": [11, 11, 10, 0]},
-    "solar_open": _SIGMOID,
-    "youtu": _DENSE,
-}
 #: positions where a model does not limit them
 UNBOUND = 2048
 #: llama.cpp looks for a token where the model is called so, and stops if it is missing
@@ -153,8 +49,8 @@ def hyper_parameters(network: Network) -> dict[str, Any]:
     config, entry = text_config(network), known(network)
     found: dict[str, Any] = {"block_count": len(network.layers())}
     said = config.to_dict() | (config.to_dict().get("attn_config") or {})
-    whole = _WHOLE | _OWN.get(config.model_type, {})
-    for kinds, to in ((whole, int), (_REAL, float), (_TRUTH, bool), (_NAMED, _SCORES.get)):
+    whole = WHOLE | OWN.get(config.model_type, {})
+    for kinds, to in ((whole, int), (REAL, float), (TRUTH, bool), (CHOSEN, SCORES.get)):
         for key, fields in kinds.items():
             values = [said.get(f, said.get(config.attribute_map.get(f, f))) for f in fields]
             value = next((v for v in values if v is not None), None)
@@ -195,8 +91,8 @@ def hyper_parameters(network: Network) -> dict[str, Any]:
     if len(set(keys)) > 1 and not entry.absorbed and "linear_num_key_heads" not in said:
         found["attention.head_count_kv"] = keys  # convolutions and recurrences have none
     found |= dict(_rotary(config, size)) | dict(_windows(config, entry))
-    if entry.tenth and _YARN["mscale_all_dim"] in found:
-        found[_YARN["mscale_all_dim"]] /= 10
+    if entry.tenth and YARN["mscale_all_dim"] in found:
+        found[YARN["mscale_all_dim"]] /= 10
     return found | (_by_kind(network) if entry.sized else {})
 
 
@@ -216,7 +112,7 @@ def numbers(network: Network) -> Iterator[tuple[str, list[float]]]:
 
 def constants(network: Network) -> Mapping[str, Any]:
     """Hyper-parameters that are a constant of the model's code."""
-    return _CONSTANT.get(text_config(network).model_type, {})
+    return CONSTANT.get(text_config(network).model_type, {})
 
 
 def _by_kind(network: Network) -> dict[str, Any]:
@@ -277,7 +173,7 @@ def _rotary(config: Any, size: int) -> Iterator[tuple[str, Any]]:
     if kind in ("linear", "yarn"):
         yield "rope.scaling.type", kind
         yield "rope.scaling.factor", float(rope["factor"])
-    for field, key in _YARN.items():
+    for field, key in YARN.items():
         if kind == "yarn" and rope.get(field) is not None:
             yield key, float(rope[field])
     if "llama_4_scaling_beta" in rope:

@@ -36,8 +36,7 @@ class Known(NamedTuple):
     asked: bool = False
     #: whose names its tensors have, where the `gguf` package does not know it
     like: str = ""
-    #: what is compressed for keys and values is read as it is: a tensor makes queries fit it, which
-    #: is that of keys transposed, another one makes values of it
+    #: two tensors make keys and values of what is compressed, that of keys transposed
     absorbed: bool = False
     #: of the multiplier of yarn's logarithm, a tenth is written
     tenth: bool = False
@@ -108,14 +107,14 @@ KNOWN = {
     "afmoe": Known("afmoe", period=4),
     "cohere2_moe": Known("cohere2moe", listed=True, like="dots1"),
     "deepseek_v2": Known("deepseek2", tenth=True),
-    "deepseek_v32": Known("deepseek32", tenth=True, absorbed=True, like="glm-dsa"),
     "deepseek_v3": Known("deepseek2", tenth=True),
+    "deepseek_v32": Known("deepseek32", tenth=True, absorbed=True, like="glm-dsa"),
     "dots1": Known("dots1"),
     "ernie4_5_moe": Known("ernie4_5-moe"),
     "exaone_moe": Known("exaone-moe", period=4),
-    "glm_moe_dsa": Known("glm-dsa", tenth=True, absorbed=True),
     "glm4_moe": Known("glm4moe"),
     "glm4_moe_lite": Known("deepseek2", tenth=True),
+    "glm_moe_dsa": Known("glm-dsa", tenth=True, absorbed=True),
     "gpt_oss": Known("gpt-oss", period=2, paired=True),
     "granitemoe": Known("granitemoe", halves=True),
     "granitemoe_swa": Known("granite_swa", halves=True, listed=True, like="mimo2"),
@@ -124,8 +123,8 @@ KNOWN = {
     "hy_v3": Known("hy_v3", like="dots1", bare="exp_probs_b"),
     "laguna": Known("laguna", period=4, first=True, asked=True, like="step35"),
     "llama4_text": Known("llama4"),
-    "mimo_v2_flash": Known("mimo2", listed=True),
     "mellum": Known("mellum", listed=True, like="qwen3moe"),
+    "mimo_v2_flash": Known("mimo2", listed=True),
     "minimax_m2": Known("minimax-m2"),
     "mistral4": Known("mistral4", tenth=True),
     "mixtral": Known("llama", halves=True),
