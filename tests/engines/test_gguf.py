@@ -44,6 +44,7 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_fac
 LLAMA3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
 YARN |= {"original_max_position_embeddings": 128}
+MSCALE = {"mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 8}
 GRANITE = {"embedding_multiplier": 2.0, "logits_scaling": 1.5, "residual_multiplier": 0.7}
 WINDOWS = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -54,10 +55,16 @@ SSM = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "state_size
 HYBRID = ["conv", "full_attention"]
 HYBRIDS: dict[str, Any] = {"layer_types": ["mamba", "attention"], "shared_intermediate_size": 64}
 HYBRIDS |= {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1}
+NEMOTRON: dict[str, Any] = {k: v for k, v in FEW.items() if k != "num_hidden_layers"}
+NEMOTRON |= {"mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 2}
+NEMOTRON |= {"head_dim": 16}
 LINEAR = {f"linear_{x}_head_dim": 16 for x in ("key", "value")}
 LINEAR |= {"linear_num_key_heads": 4, "linear_num_value_heads": 4}
+MANY = {"linear_num_key_heads": 2, "linear_num_value_heads": 8, "linear_value_head_dim": 32}
+MANY |= {"linear_key_head_dim": 32}
 RANKS = {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
 RANKS |= {"q_lora_rank": 32, "kv_lora_rank": 32}
+INDEX = {"index_topk": 64, "index_head_dim": 64, "index_n_heads": 4}
 GEMMA4 = {"head_dim": 16, "sliding_window": 8, "vocab_size_per_layer_input": 128}
 GEMMA4 |= {"hidden_size_per_layer_input": 32}
 EXPERTS = {"hidden_size_per_layer_input": 0, "enable_moe_block": True, "num_experts": 4}
@@ -104,6 +111,9 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
     "arcee": lambda: t.ArceeConfig(**FEW),
     "cwm": lambda: t.CwmConfig(**FEW),
+    "internlm3": lambda: t.InternLM3Config(**FEW, **HEAD),
+    "iquestcoder": lambda: t.IQuestCoderConfig(**FEW, **HEAD),
+    "apertus": lambda: t.ApertusConfig(**FEW),
     "ernie4_5": lambda: t.Ernie4_5Config(**FEW, **HEAD),
     "glm": lambda: t.GlmConfig(**FEW, **HEAD),
     "glm4": lambda: t.Glm4Config(**FEW, **HEAD),
@@ -111,6 +121,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "hunyuan_v1_dense": lambda: t.HunYuanDenseV1Config(**FEW, **HEAD),
     "jais2": lambda: t.Jais2Config(**FEW),
     "ministral3": lambda: t.Ministral3Config(**FEW, **HEAD),
+    "ministral": lambda: t.MinistralConfig(**FEW, **HEAD, sliding_window=512),
     "mpt": lambda: t.MptConfig(d_model=64, n_heads=4, n_layers=2, vocab_size=128, max_seq_len=512),
     "nemotron": lambda: t.NemotronConfig(**FEW),
     "seed_oss": lambda: t.SeedOssConfig(**FEW, **HEAD),
@@ -122,6 +133,12 @@ MODELS: dict[str, Callable[[], Any]] = {
         **COMMON | {"num_hidden_layers": 64, "hidden_size": 32}, sliding_window=8
     ),
     "olmo3": lambda: t.Olmo3Config(**COMMON, sliding_window=8),
+    "granite_swa": lambda: t.GraniteSWAConfig(
+        **COMMON, **GRANITE, sliding_window=8, layer_rope_theta=[0, 1e5, 1e5, 1e5, 0, 1e5]
+    ),
+    "granitemoe_swa": lambda: t.GraniteMoeSWAConfig(
+        **COMMON, **GRANITE, sliding_window=8, num_local_experts=4, num_experts_per_tok=2
+    ),
     "granitemoe": lambda: t.GraniteMoeConfig(**FEW, num_local_experts=4),
     "hunyuan_v1_moe": lambda: t.HunYuanMoEV1Config(**FEW, **HEAD, num_experts=4, moe_topk=2),
     "dots1": lambda: t.Dots1Config(**FEW | ROUTED),
@@ -134,20 +151,59 @@ MODELS: dict[str, Callable[[], Any]] = {
     "afmoe": lambda: t.AfmoeConfig(
         **COMMON, **HEAD, **MOE, num_shared_experts=1, sliding_window=8, mup_enabled=True
     ),
+    "cohere2_moe": lambda: t.Cohere2MoeConfig(
+        **COMMON, **HEAD, num_experts=4, num_shared_experts=1, sliding_window=8
+    ),
+    "cohere2_moe behind a dense layer": lambda: t.Cohere2MoeConfig(
+        **COMMON,
+        **HEAD,
+        **{"num_experts": 4, "expert_selection_fn": "sigmoid", "sliding_window": 8},
+        mlp_layer_types=["dense"] + ["sparse"] * 5,
+    ),
+    "hy_v3": lambda: t.HYV3Config(**FEW, **HEAD, **MOE),
+    "mellum": lambda: t.MellumConfig(
+        **FEW,
+        **HEAD,
+        **MOE,
+        **{"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]},
+        rope_parameters={
+            "full_attention": YARN,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
     "gpt_oss": lambda: t.GptOssConfig(
         **COMMON, **HEAD, num_local_experts=4, num_experts_per_tok=2, sliding_window=8
     ),
     "llama4_text": lambda: t.Llama4TextConfig(
         **COMMON, **HEAD, num_local_experts=2, interleave_moe_layer_step=1
     ),
+    "laguna": lambda: t.LagunaConfig(
+        **COMMON | {"num_hidden_layers": 4},
+        **HEAD | MOE | {"shared_expert_intermediate_size": 64, "sliding_window": 8},
+        num_attention_heads_per_layer=[4, 8, 8, 8],
+        layer_types=["full_attention"] + ["sliding_attention"] * 3,
+    ),
+    "laguna without windows": lambda: t.LagunaConfig(
+        **FEW, **HEAD, **MOE, shared_expert_intermediate_size=64, gating="per-element"
+    ),
     "minimax_m2": lambda: t.MiniMaxM2Config(
         **FEW, **HEAD, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "mimo_v2_flash": lambda: t.MiMoV2FlashConfig(
+        **COMMON | {"num_hidden_layers": 3},
+        **{k: v for k, v in ROUTED.items() if k[:2] in ("n_", "mo") and "shared" not in k},
+        **{"num_experts_per_tok": 2, "head_dim": 32, "v_head_dim": 16, "sliding_window": 8},
     ),
     "lfm2": lambda: t.Lfm2Config(**FEW, layer_types=HYBRID),
     "lfm2_moe": lambda: t.Lfm2MoeConfig(**FEW, **MOE, num_dense_layers=1, layer_types=HYBRID),
     "mamba": lambda: t.MambaConfig(**SSM, time_step_rank=4),
     "falcon_mamba": lambda: t.FalconMambaConfig(**SSM, time_step_rank=4),
     "granitemoehybrid": lambda: t.GraniteMoeHybridConfig(**FEW, **HYBRIDS, num_local_experts=0),
+    "bamba": lambda: t.BambaConfig(
+        **FEW,
+        **{k: v for k, v in HYBRIDS.items() if k.startswith("mamba")},
+        attn_layer_indices=[1],
+    ),
     "granitemoehybrid with rotation": lambda: t.GraniteMoeHybridConfig(
         **FEW, **HYBRIDS, num_local_experts=0, position_embedding_type="rope"
     ),
@@ -161,9 +217,12 @@ MODELS: dict[str, Callable[[], Any]] = {
         **SSM | {"state_size": 16}, num_heads=8, head_dim=16, n_groups=2
     ),
     "nemotron_h": lambda: t.NemotronHConfig(
-        **{k: v for k, v in FEW.items() if k != "num_hidden_layers"},
-        **{"mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 2},
-        **{"head_dim": 16, "layers_block_type": ["mamba", "attention", "mlp"]},
+        **NEMOTRON, layers_block_type=["mamba", "attention", "mlp"]
+    ),
+    "nemotron_h with experts": lambda: t.NemotronHConfig(
+        **NEMOTRON | ROUTED | {"num_key_value_heads": 2},
+        **{"layers_block_type": ["mamba", "attention", "moe"]},
+        moe_shared_expert_intermediate_size=64,
     ),
     "jamba": lambda: t.JambaConfig(
         **FEW,
@@ -185,10 +244,36 @@ MODELS: dict[str, Callable[[], Any]] = {
         **{k: v for k, v in COMMON.items() if k not in ("intermediate_size", "num_hidden_layers")},
         **{"num_hidden_layers": 4, "head_dim": 64, **MOE, **LINEAR},
     ),
+    "qwen3_5_text with more values": lambda: t.Qwen3_5TextConfig(
+        **COMMON | {"num_hidden_layers": 4}, head_dim=64, **LINEAR | MANY
+    ),
     "deepseek_v2": lambda: t.DeepseekV2Config(**FEW | ROUTED | RANKS),
     "deepseek_v3": lambda: t.DeepseekV3Config(**FEW | ROUTED | RANKS, n_group=2, topk_group=1),
+    "deepseek_v3 with yarn": lambda: t.DeepseekV3Config(
+        **FEW | ROUTED | RANKS,
+        **{"n_group": 2, "topk_group": 1, "rope_parameters": YARN | MSCALE},
+    ),
+    "deepseek_v32": lambda: t.DeepseekV32Config(
+        **FEW | ROUTED | RANKS | INDEX, n_group=2, topk_group=1
+    ),
+    "glm_moe_dsa": lambda: t.GlmMoeDsaConfig(
+        **COMMON | ROUTED | RANKS | INDEX | {"num_hidden_layers": 3},
+        indexer_types=["full", "shared", "full"],
+    ),
+    "kimi_linear": lambda: t.KimiLinearConfig(
+        **COMMON | {"num_hidden_layers": 3, "num_key_value_heads": 4},
+        **{**RANKS, "q_lora_rank": None, "qk_rope_head_dim": 16, "moe_intermediate_size": 32},
+        **{"num_local_experts": 4, "num_experts_per_tok": 2},
+        **{"linear_head_dim": 16, "linear_num_heads": 4},
+        layer_types=["linear_attention", "linear_attention", "full_attention"],
+    ),
+    "mistral4": lambda: t.Mistral4Config(
+        **FEW | ROUTED | RANKS,
+        rope_parameters=YARN | MSCALE | {"llama_4_scaling_beta": 0.1},
+    ),
     "glm4_moe_lite": lambda: t.Glm4MoeLiteConfig(**FEW | ROUTED | RANKS),
     "minicpm3": lambda: t.MiniCPM3Config(**FEW | RANKS | {"num_key_value_heads": 4}),
+    "youtu": lambda: t.YoutuConfig(**FEW | RANKS | {"num_key_value_heads": 4}),
     "gemma4_text": lambda: t.Gemma4TextConfig(**COMMON, **GEMMA4),
     "gemma4 with experts": lambda: t.Gemma4TextConfig(**COMMON, **GEMMA4 | EXPERTS),
     "gemma4 with shared keys": lambda: t.Gemma4TextConfig(
@@ -209,6 +294,9 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
 }
 
+#: of types that the automatic class does not know
+CLASSES = {"mistral4": t.Mistral4ForCausalLM}
+
 
 @pytest.fixture(scope="module")
 def folder_of(
@@ -222,7 +310,8 @@ def folder_of(
             folder = tmp_path_factory.mktemp("model")
             with torch.random.fork_rng():
                 torch.manual_seed(0)
-                model = t.AutoModelForCausalLM.from_config(MODELS[name]())
+                build = CLASSES.get(name, t.AutoModelForCausalLM.from_config)
+                model = build(MODELS[name]())
                 for key, parameter in model.named_parameters():
                     if any(part in key for part in ("norm", "bias", "ln_", "sinks", "A_log")):
                         wide = 2.0 if "router" in key else 0.2  # choices that rounding leaves alone
@@ -253,12 +342,13 @@ def test_llama_cpp_gives_our_logits(
 ) -> None:
     """`apply` runs the file, which holds packed and plain matrices, in llama.cpp, or refuses it."""
     model = folder_of(name)
-    select = "*/*/mixer.in_proj" if "mamba" in name or name == "nemotron_h" else "*/*/mlp"
+    select = "*/*/mixer.in_proj" if "mamba" in name or "nemotron_h" in name else "*/*/mlp"
     applied = apply_plan(model, plan_of(model, select=select), tmp_path / "out")
     file = GgufFile(tmp_path / "out" / FILE)
     assert applied.nbytes == file.nbytes
     ids = (torch.arange(32) * 7 % 128)[None]
-    found = t.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    kind = CLASSES.get(name, t.AutoModelForCausalLM)
+    found = kind.from_pretrained(model, dtype=torch.float32).eval()
     with torch.no_grad():
         wanted = found(ids).logits[0]
     network = open_network(model)
@@ -479,6 +569,32 @@ def test_a_broken_file_is_one_clear_error(
 def test_what_gguf_does_not_know_is_refused_at_planning(tiny: Callable[..., Path]) -> None:
     with pytest.raises(LayerwiseError, match=r"target gguf: allowed.*llama.*found opt"):
         make_plan(Request(tiny("opt"), Budget(bits=4.0), target="gguf", data=SMALL))
+
+
+def test_heads_that_are_moved_are_whole_blocks(
+    folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Columns go by heads of 32 weights: as a block of 32 does, not one of 256."""
+    model, select = folder_of("qwen3_5_text with more values"), "*/*/attention.o"
+    apply_plan(model, plan_of(model, "Q4_0", select=select), tmp_path / "out")
+    file, network = GgufFile(tmp_path / "out" / FILE), open_network(model)
+    assert file.tensors["blk.0.ssm_out.weight"].tensor_type.name == "Q4_0"
+    layer = network.layers()[0]
+    tensors, back = network.fetch(layer), file.records(network, layer)
+    for matrix in layer.matrices:
+        weight, found = matrix.view(tensors[matrix.parameter]), back[matrix.key].dense()
+        assert (found - weight).abs().max() <= 0.15 * weight.abs().max(), matrix.key
+    with pytest.raises(LayerwiseError, match=r"attention\.o.*Q4_K, .*wider than heads of 32"):
+        apply_plan(model, plan_of(model, "Q4_K", select=select), tmp_path / "wide")
+
+
+def test_what_is_written_transposed_is_kept(
+    folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = folder_of("kimi_linear")
+    plan = plan_of(model, select="*/2/attention.kv_b*")
+    with pytest.raises(LayerwiseError, match=r"kv_b.*half of transposed.*keep it"):
+        apply_plan(model, plan, tmp_path / "out")
 
 
 def test_other_methods_and_types_are_refused(tmp_path: Path) -> None:

@@ -126,7 +126,9 @@ def _remote(config: PretrainedConfig, remote: Mapping[str, str]) -> type[PreTrai
 
 def _fitting(kind: type[PreTrainedModel], config: PretrainedConfig) -> type[PreTrainedModel]:
     wanted: Any = kind.config_class
-    if wanted is not None and not isinstance(config, wanted):
+    mappings: Any = [auto._model_mapping for auto in _AUTO]
+    shared = any(mapping.get(type(config), None) is kind for mapping in mappings)
+    if wanted is not None and not isinstance(config, wanted) and not shared:
         raise LayerwiseError(
             "config.json, architectures",
             allowed=f"a class for model_type {config.model_type!r}",

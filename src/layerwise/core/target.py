@@ -26,9 +26,10 @@ class Target(NamedTuple):
     matrices where nobody names another one; without it a plan leaves layers out instead. `types`
     are what a menu offers in place of bits and groups. `outside` gives, of a network and the plan's
     options of the export, what is written of tensors that belong to no layer, by their name in
-    memory, and `rest` the bytes of all that is no matrix of a layer; `accepts` refuses networks
-    that the format does not know, and machines that lack what writes it. `engine` runs what was
-    written: transformers, llama.cpp, or layerwise itself.
+    memory, and `rest` the bytes of all that is no matrix of a layer; `limits` says why the network
+    does not let a matrix take a chain that its own shape takes; `accepts` refuses networks that the
+    format does not know, and machines that lack what writes it. `engine` runs what was written:
+    transformers, llama.cpp, or layerwise itself.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Target(NamedTuple):
     method: str = "gptq"
     types: tuple[str, ...] = ()
     engine: Literal["transformers", "llama.cpp", "layerwise"] = "transformers"
+    limits: Callable[[Network, Matrix, Sequence[Step]], str | None] = lambda *_: None
     accepts: Callable[[Network], None] = lambda network: None
     rest: Callable[[Network, Mapping[str, Any]], int] | None = None
     outside: Callable[[Network, Mapping[str, Any]], dict[str, Weight]] = lambda network, options: {}
@@ -67,7 +69,8 @@ def refusals(target: Target, network: Network) -> Refuses:
             return "stock `generate` calls the encoder before its weights are unpacked"
         if chain and f"{layer.path}.{path}" in read:
             return f"stock {type(network.module).__name__} looks for its dense weight"
-        return target.refuses(matrix, network.stored.model.get_submodule(origin), chain)
+        module = network.stored.model.get_submodule(origin)
+        return target.refuses(matrix, module, chain) or target.limits(network, matrix, chain)
 
     return refuses
 

@@ -9,93 +9,19 @@ from torch import Tensor
 
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.network import Network
-from layerwise.export._gguf_models import Known, Names, known, text_config
+from layerwise.core.stack import Layer
+from layerwise.export._gguf_fields import (
+    CHOSEN,
+    CONSTANT,
+    OWN,
+    REAL,
+    SCORES,
+    TRUTH,
+    WHOLE,
+    YARN,
+)
+from layerwise.export._gguf_models import SINGLE, Known, Names, known, text_config
 
-#: key of GGUF -> fields of a configuration, of which the first that is there counts
-_WHOLE = {
-    "context_length": ("max_position_embeddings",),
-    "embedding_length": ("hidden_size",),
-    "attention.head_count": ("num_attention_heads",),
-    "attention.head_count_kv": ("num_key_value_heads",),
-    "vocab_size": ("vocab_size",),
-    "expert_count": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
-    "expert_used_count": ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"),
-    "expert_shared_count": ("n_shared_experts", "moe_num_shared_experts", "num_shared_experts"),
-    "leading_dense_block_count": (
-        "first_k_dense_replace",
-        "moe_layer_start_index",
-        "num_dense_layers",
-    ),
-    "interleave_moe_layer_step": ("moe_layer_interval", "interleave_moe_layer_step"),
-    "expert_group_count": ("n_group",),
-    "expert_group_used_count": ("topk_group",),
-    "attention.q_lora_rank": ("q_lora_rank",),
-    "attention.kv_lora_rank": ("kv_lora_rank",),
-    "attention.shared_kv_layers": ("num_kv_shared_layers",),
-    "embedding_length_per_layer_input": ("hidden_size_per_layer_input",),
-    "shortconv.l_cache": ("conv_L_cache",),
-    "ssm.conv_kernel": ("conv_kernel", "linear_conv_kernel_dim", "mamba_d_conv"),
-    "ssm.state_size": ("state_size", "linear_key_head_dim", "mamba_d_state", "ssm_state_size"),
-    "ssm.time_step_rank": (
-        "num_heads",
-        "mamba_num_heads",
-        "mamba_n_heads",
-        "linear_num_value_heads",
-        "mamba_dt_rank",
-        "time_step_rank",
-    ),
-    "ssm.group_count": ("n_groups", "linear_num_key_heads", "mamba_n_groups"),
-}
-_REAL = {
-    "attention.layer_norm_rms_epsilon": ("rms_norm_eps", "norm_eps", "layer_norm_epsilon"),
-    "attention.layer_norm_epsilon": (
-        "layer_norm_epsilon",
-        "layer_norm_eps",
-        "norm_epsilon",
-        "norm_eps",
-        "layer_norm_rms_eps",
-    ),
-    "attn_logit_softcapping": ("attn_logit_softcapping",),
-    "final_logit_softcapping": ("final_logit_softcapping",),
-    "attention.scale": ("attention_multiplier",),
-    "embedding_scale": ("embedding_multiplier",),
-    "residual_scale": ("residual_multiplier",),
-    "logit_scale": ("logits_scaling", "logit_scale"),
-    "attention.clamp_kqv": ("clip_qkv",),
-    "attention.max_alibi_bias": ("alibi_bias_max",),
-    "expert_weights_scale": ("routed_scaling_factor", "route_scale"),
-}
-_TRUTH = {
-    "use_parallel_residual": ("use_parallel_residual",),
-    "expert_weights_norm": ("norm_topk_prob", "route_norm"),
-}
-#: of rotary parameters
-_YARN = {
-    "beta_fast": "rope.scaling.yarn_beta_fast",
-    "beta_slow": "rope.scaling.yarn_beta_slow",
-    "mscale_all_dim": "rope.scaling.yarn_log_multiplier",
-    "llama_4_scaling_beta": "attention.temperature_scale",
-}
-#: experts are weighed by a sigmoid of what the router says
-_SIGMOID = {"expert_gating_func": 2}
-#: what is a constant of a model's code
-_CONSTANT = {
-    "afmoe": _SIGMOID,
-    "deepseek_v2": {"expert_gating_func": 1},
-    "deepseek_v3": _SIGMOID,
-    "dots1": _SIGMOID,
-    "exaone_moe": _SIGMOID,
-    "falcon_mamba": {"ssm.dt_b_c_rms": True},
-    "glm4_moe": _SIGMOID,
-    "glm4_moe_lite": _SIGMOID,
-    "lfm2_moe": _SIGMOID,
-    "minimax_m2": _SIGMOID,
-    "mpt": {"attention.layer_norm_epsilon": 1e-5},
-    "olmo": {"attention.layer_norm_epsilon": 1e-5},
-    "qwen3_5_moe_text": {"rope.dimension_sections": [11, 11, 10, 0]},
-    "qwen3_5_text": {"rope.dimension_sections": [11, 11, 10, 0]},
-    "solar_open": _SIGMOID,
-}
 #: positions where a model does not limit them
 UNBOUND = 2048
 #: llama.cpp looks for a token where the model is called so, and stops if it is missing
@@ -123,7 +49,8 @@ def hyper_parameters(network: Network) -> dict[str, Any]:
     config, entry = text_config(network), known(network)
     found: dict[str, Any] = {"block_count": len(network.layers())}
     said = config.to_dict() | (config.to_dict().get("attn_config") or {})
-    for kinds, to in ((_WHOLE, int), (_REAL, float), (_TRUTH, bool)):
+    whole = WHOLE | OWN.get(config.model_type, {})
+    for kinds, to in ((whole, int), (REAL, float), (TRUTH, bool), (CHOSEN, SCORES.get)):
         for key, fields in kinds.items():
             values = [said.get(f, said.get(config.attribute_map.get(f, f))) for f in fields]
             value = next((v for v in values if v is not None), None)
@@ -136,27 +63,56 @@ def hyper_parameters(network: Network) -> dict[str, Any]:
     if heads:
         found |= {"attention.key_length": size, "attention.value_length": size}
     if "qk_rope_head_dim" in said:  # keys are partly the same for all heads
-        whole = said["qk_nope_head_dim"] + said["qk_rope_head_dim"]
-        found |= {"attention.key_length": whole, "attention.value_length": said["v_head_dim"]}
+        made = {
+            "key_length": said["qk_nope_head_dim"] + said["qk_rope_head_dim"],
+            "value_length": said["v_head_dim"],
+        }
+        end = "_mla" if entry.absorbed else ""
+        found |= {f"attention.{key}{end}": value for key, value in made.items()}
         size = said["qk_rope_head_dim"]
-    found |= _CONSTANT.get(config.model_type, {})
+    elif "v_head_dim" in said:
+        found["attention.value_length"] = said["v_head_dim"]
+    found |= constants(network)
     if "position_embedding_type" in said:
         found["rope.scaling.finetuned"] = said["position_embedding_type"] == "rope"
-    attends = [any("k_proj." in name for name in layer.shapes) for layer in network.layers()]
-    alike = all(attends) or "linear_num_key_heads" in said
-    if any(attends) and not alike:  # convolutions and recurrences have no key heads
-        keys = found["attention.head_count_kv"]
-        found["attention.head_count_kv"] = [keys * one for one in attends]
-    heads_of_values = found.get("ssm.time_step_rank")
-    if entry.even and heads_of_values != found["ssm.group_count"]:
-        raise LayerwiseError(
-            f"target gguf, architecture {entry.name}",
-            allowed=f"as many heads of values as of keys, {found['ssm.group_count']}",
-            found=heads_of_values,
-            fix="use --target hf",
-        )
+    if said.get("indexer_types"):
+        found["attention.indexer.types"] = [int(kind == "full") for kind in said["indexer_types"]]
+    if entry.absorbed:
+        rank = said["kv_lora_rank"]
+        found |= {"attention.key_length": rank + size, "attention.value_length": rank}
+        made_of = [_rows(layer, ".kv_b_proj.weight") for layer in network.layers()]
+        found["attention.head_count_kv"] = [min(rows, 1) for rows in made_of]
+    queries, keys = (
+        [_rows(layer, f".{x}_proj.weight") // max(size, 1) for layer in network.layers()]
+        for x in "qk"
+    )
+    if len({*filter(None, queries)}) > 1 and not (entry.sized or entry.absorbed):
+        found["attention.head_count"] = queries
+    if len(set(keys)) > 1 and not entry.absorbed and "linear_num_key_heads" not in said:
+        found["attention.head_count_kv"] = keys  # convolutions and recurrences have none
     found |= dict(_rotary(config, size)) | dict(_windows(config, entry))
-    return found | (_by_kind(network) if entry.listed else {})
+    if entry.tenth and YARN["mscale_all_dim"] in found:
+        found[YARN["mscale_all_dim"]] /= 10
+    return found | (_by_kind(network) if entry.sized else {})
+
+
+def _rows(layer: Layer, end: str) -> int:
+    """Rows of a layer's matrix whose name ends so, 0 where there is none."""
+    return next((shape[0] for name, shape in layer.shapes.items() if name.endswith(end)), 0)
+
+
+def numbers(network: Network) -> Iterator[tuple[str, list[float]]]:
+    """Hyper-parameters that are parameters with one number; their keys have no prefix."""
+    layers = network.layers()
+    for name, key in SINGLE.items():
+        if name in layers[0].module.state_dict():
+            paths = [f"{network.origins.get(layer.path, layer.path)}.{name}" for layer in layers]
+            yield key, [float(network.stored.load(path)[path]) for path in paths]
+
+
+def constants(network: Network) -> Mapping[str, Any]:
+    """Hyper-parameters that are a constant of the model's code."""
+    return CONSTANT.get(text_config(network).model_type, {})
 
 
 def _by_kind(network: Network) -> dict[str, Any]:
@@ -177,10 +133,18 @@ def _by_kind(network: Network) -> dict[str, Any]:
     return found
 
 
-def rope_of(config: Any) -> Mapping[str, Any]:
-    """The rotary parameters of layers that attend to all positions."""
+def rope_of(config: Any, kind: str = "full_attention") -> Mapping[str, Any]:
+    """The rotary parameters of layers of a kind; those that attend to all positions mostly."""
     found = vars(config).get("rope_parameters") or {}
-    return found.get("full_attention", found)
+    return found.get(kind, found)
+
+
+def turned(config: Any, size: int, kind: str = "full_attention") -> int:
+    """How many numbers of a head of that size are rotated, in layers of a kind."""
+    if "qk_rope_head_dim" in vars(config):
+        return size
+    said = (fields.get("partial_rotary_factor") for fields in (rope_of(config, kind), vars(config)))
+    return int(size * (next(filter(None, said), None) or 1.0))
 
 
 def _rotary(config: Any, size: int) -> Iterator[tuple[str, Any]]:
@@ -195,20 +159,25 @@ def _rotary(config: Any, size: int) -> Iterator[tuple[str, Any]]:
             found=kind,
             fix="use --target hf",
         )
-    yield "rope.freq_base", float(rope["rope_theta"])
-    share = rope.get("partial_rotary_factor", vars(config).get("partial_rotary_factor")) or 1.0
-    yield "rope.dimension_count", int(size * share)
+    each = vars(config).get("layer_rope_theta") or [rope["rope_theta"]]
+    yield "rope.freq_base", float(max(each))
+    if min(each) == 0:
+        yield "attention.rope_pattern", [theta > 0 for theta in each]
+    yield "rope.dimension_count", turned(config, size)
     whole = vars(config).get("rope_parameters", {})
     if "sliding_attention" in whole:
         yield "rope.freq_base_swa", float(whole["sliding_attention"]["rope_theta"])
+        yield "rope.dimension_count_swa", turned(config, size, "sliding_attention")
     old = rope.get("original_max_position_embeddings")
     old = old or vars(config).get("original_max_position_embeddings")
     if kind in ("linear", "yarn"):
         yield "rope.scaling.type", kind
         yield "rope.scaling.factor", float(rope["factor"])
-    for field, key in _YARN.items():
+    for field, key in YARN.items():
         if kind == "yarn" and rope.get(field) is not None:
             yield key, float(rope[field])
+    if "llama_4_scaling_beta" in rope:
+        yield "attention.temperature_length", int(old)
     if kind in ("yarn", "longrope") and old:
         yield "rope.scaling.original_context_length", int(old)
     if kind == "longrope":
@@ -221,18 +190,19 @@ def _windows(config: Any, entry: Known) -> Iterator[tuple[str, Any]]:
     window = vars(config).get("sliding_window")
     kinds = vars(config).get("layer_types") or []
     narrow = [kind == "sliding_attention" for kind in kinds]
-    if entry.name == "phi3":
-        yield "attention.sliding_window", 0 if window is None else int(window)
+    if entry.asked:
+        yield "attention.sliding_window", int(window or 0) if any(narrow) or not kinds else 0
     if entry.listed:
         yield "attention.sliding_window", int(window or config.max_position_embeddings)
         yield "attention.sliding_window_pattern", narrow
         return
     if not window or not any(narrow) or window >= config.max_position_embeddings:
-        if entry.period:
+        if entry.period and not entry.asked:
             yield "attention.sliding_window", int(config.max_position_embeddings)
         return
-    fits = [p for p in range(2, len(narrow) + 2) if narrow == _rhythm(p, len(narrow))]
-    fits = fits if entry.depth in (0, len(narrow)) else []
+    count, at = len(narrow), 0 if entry.first else -1
+    fits = [p for p in range(2, count + 2) if narrow == [(i - at) % p > 0 for i in range(count)]]
+    fits = fits if entry.depth in (0, count) else []
     chosen = entry.period if entry.period in fits else next(iter(fits), 0)
     if not entry.period or not chosen:
         raise LayerwiseError(
@@ -245,10 +215,6 @@ def _windows(config: Any, entry: Known) -> Iterator[tuple[str, Any]]:
     yield "attention.sliding_window", int(window)
     if chosen != entry.period:
         yield "attention.sliding_window_pattern", chosen
-
-
-def _rhythm(period: int, count: int) -> list[bool]:
-    return [i % period < period - 1 for i in range(count)]
 
 
 def rope_factors(network: Network) -> dict[str, Tensor]:

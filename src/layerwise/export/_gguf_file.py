@@ -68,9 +68,10 @@ class GgufFile:
         names, found = Names(network), {}
         for name in dict.fromkeys(m.parameter for m in layer.matrices):
             own = [m for m in layer.matrices if m.parameter == name]
-            pieces = [self.rows(n, network) for n in names.pieces(f"{layer.path}.{name}")]
+            parts = names.pieces(f"{layer.path}.{name}")
+            pieces = [self.rows(part, network) for part in parts]
             blocks = [piece.data.unflatten(0, (len(own), -1)) for piece in pieces]
-            for matrix, data in zip(own, together(blocks, names, 1), strict=True):
+            for matrix, data in zip(own, together(blocks, parts, names, 1), strict=True):
                 found[matrix.key] = _record(replace(pieces[0], data=data))
         return found
 

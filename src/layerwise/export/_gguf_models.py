@@ -24,22 +24,39 @@ class Known(NamedTuple):
     shift: float = 0.0
     #: every n-th layer attends to all positions, the others to a window
     period: int = 0
+    #: it is the first of each n that attends to all positions
+    first: bool = False
     #: llama.cpp looks for windows at this depth only
     depth: int = 0
-    #: which layers have a window is said for each, and their heads have a size of their own
+    #: which layers have a window is said for each
     listed: bool = False
+    #: heads of layers with a window have a size of their own
+    sized: bool = False
+    #: a window is asked for: 0 where there is none
+    asked: bool = False
+    #: whose names its tensors have, where the `gguf` package does not know it
+    like: str = ""
+    #: two tensors make keys and values of what is compressed, that of keys transposed
+    absorbed: bool = False
+    #: of the multiplier of yarn's logarithm, a tenth is written
+    tenth: bool = False
+    #: a tensor without a suffix
+    bare: str = ""
+    #: its name where it has experts
+    routed: str = ""
     #: rows of gate and up take turns
     paired: bool = False
     #: recurrences have a number per head, as a column, and a norm per group
     columns: bool = False
-    #: linear attention has as many heads of values as of keys: llama.cpp wants more of them in an
-    #: order that would cut through blocks of columns
-    even: bool = False
+    #: of linear attention, the first heads of values of all heads of keys come first, then the
+    #: second ones; transformers puts those of one head of keys together
+    tiled: bool = False
 
 
 #: model_type of a configuration -> what GGUF calls it, and what llama.cpp expects of its weights
 KNOWN = {
     # queries and keys are rotated as they are, or not at all
+    "apertus": Known("apertus"),
     "cohere": Known("command-r"),
     "ernie4_5": Known("ernie4_5"),
     "glm": Known("chatglm"),
@@ -52,7 +69,7 @@ KNOWN = {
     "mpt": Known("mpt"),
     "olmo2": Known("olmo2"),
     "phi": Known("phi2"),
-    "phi3": Known("phi3"),
+    "phi3": Known("phi3", asked=True),
     "qwen2": Known("qwen2"),
     "qwen3": Known("qwen3"),
     "seed_oss": Known("seed_oss"),
@@ -62,7 +79,10 @@ KNOWN = {
     "arcee": Known("arcee", halves=True),
     "cwm": Known("llama", halves=True),
     "granite": Known("granite", halves=True),
+    "internlm3": Known("llama", halves=True),
+    "iquestcoder": Known("llama", halves=True),
     "llama": Known("llama", halves=True),
+    "ministral": Known("llama", halves=True),
     "ministral3": Known("mistral3", halves=True),
     "mistral": Known("llama", halves=True),
     "olmo": Known("olmo", halves=True),
@@ -79,54 +99,74 @@ KNOWN = {
     "nemotron": Known("nemotron", shift=1.0),
     # windows, and layers that see everything
     "cohere2": Known("cohere2", period=4),
+    "granite_swa": Known("granite_swa", halves=True, listed=True, like="mimo2"),
     "exaone4": Known("exaone4", period=4, depth=64),
-    "gemma4_text": Known("gemma4", listed=True),
+    "gemma4_text": Known("gemma4", listed=True, sized=True),
     "olmo3": Known("olmo2", period=4),
     # experts
     "afmoe": Known("afmoe", period=4),
-    "deepseek_v2": Known("deepseek2"),
-    "deepseek_v3": Known("deepseek2"),
+    "cohere2_moe": Known("cohere2moe", listed=True, like="dots1"),
+    "deepseek_v2": Known("deepseek2", tenth=True),
+    "deepseek_v3": Known("deepseek2", tenth=True),
+    "deepseek_v32": Known("deepseek32", tenth=True, absorbed=True, like="glm-dsa"),
     "dots1": Known("dots1"),
     "ernie4_5_moe": Known("ernie4_5-moe"),
     "exaone_moe": Known("exaone-moe", period=4),
     "glm4_moe": Known("glm4moe"),
-    "glm4_moe_lite": Known("deepseek2"),
+    "glm4_moe_lite": Known("deepseek2", tenth=True),
+    "glm_moe_dsa": Known("glm-dsa", tenth=True, absorbed=True),
     "gpt_oss": Known("gpt-oss", period=2, paired=True),
     "granitemoe": Known("granitemoe", halves=True),
+    "granitemoe_swa": Known("granite_swa", halves=True, listed=True, like="mimo2"),
     "granitemoeshared": Known("granitemoe", halves=True),
     "hunyuan_v1_moe": Known("hunyuan-moe"),
+    "hy_v3": Known("hy_v3", like="dots1", bare="exp_probs_b"),
+    "laguna": Known("laguna", period=4, first=True, asked=True, like="step35"),
     "llama4_text": Known("llama4"),
+    "mellum": Known("mellum", listed=True, like="qwen3moe"),
+    "mimo_v2_flash": Known("mimo2", listed=True),
     "minimax_m2": Known("minimax-m2"),
+    "mistral4": Known("mistral4", tenth=True),
     "mixtral": Known("llama", halves=True),
     "olmoe": Known("olmoe"),
     "qwen2_moe": Known("qwen2moe"),
     "qwen3_moe": Known("qwen3moe"),
     "solar_open": Known("glm4moe"),
+    "youtu": Known("deepseek2", tenth=True),
     # convolutions and recurrences
+    "bamba": Known("granitehybrid", halves=True, columns=True),
     "falcon_mamba": Known("mamba"),
     "granitemoehybrid": Known("granitehybrid", halves=True, columns=True),
     "jamba": Known("jamba"),
+    "kimi_linear": Known("kimi-linear", columns=True, absorbed=True),
     "lfm2": Known("lfm2"),
     "lfm2_moe": Known("lfm2moe"),
     "mamba": Known("mamba"),
     "mamba2": Known("mamba2", columns=True),
-    "nemotron_h": Known("nemotron_h", columns=True),
-    "qwen3_5_moe_text": Known("qwen35moe", shift=1.0, even=True),
-    "qwen3_5_text": Known("qwen35", shift=1.0, even=True),
+    "nemotron_h": Known("nemotron_h", columns=True, routed="nemotron_h_moe"),
+    "qwen3_5_moe_text": Known("qwen35moe", shift=1.0, tiled=True),
+    "qwen3_5_text": Known("qwen35", shift=1.0, tiled=True),
     "qwen3_next": Known("qwen3next", shift=1.0),
 }
 
 #: a parameter that transformers fuses -> the names of what its rows hold, one after the other
 FUSED = dict.fromkeys(("gate_up_proj", "input_linear"), ("gate_proj", "up_proj"))
+FUSED |= {"conv1d": ("q_conv1d", "k_conv1d", "v_conv1d"), "kv_b_proj": ("k_b_proj", "v_b_proj")}
+#: what keys are made by, where it is a tensor of its own
+MAKES_KEYS = ".attn_k_b."
 SUFFIXES = (".weight", ".bias", ".scale")
 #: parameters of recurrences, which have a name of their own in GGUF
 NUMBERS = (".A_log", ".D")
+#: a parameter with one number -> the hyper-parameter that holds those of all layers
+SINGLE = {f"mlp.act_fn.{name}": f"xielu.{name}" for name in ("alpha_p", "alpha_n", "beta", "eps")}
 #: what transformers calls a part or a bias -> what the `gguf` package knows it as
 _ALSO = {
     ".dt_bias": ".dt_proj.bias",
     "_bias": ".bias",
     ".block_sparse_moe.": ".mlp.",
+    ".forget_gate.": ".",
     ".language_model.": ".",
+    ".mixer.experts.": ".mlp.experts.",
     ".router.scale": ".router.proj.scale",
     ".router.per_expert_scale": ".experts.down_proj.scale",
     ".gate.moe_statics.": ".moe_statics.",
@@ -154,6 +194,8 @@ def known(network: Network) -> Known:
             found=f"{kind}, {type(network.module).__name__}",
             fix=nearest(kind, KNOWN, "use --target hf or compressed-tensors"),
         )
+    if found.routed and any(".experts." in n for layer in network.layers() for n in layer.shapes):
+        return found._replace(name=found.routed)
     return found
 
 
@@ -165,8 +207,13 @@ class Names:
             from gguf import MODEL_ARCH_NAMES, TensorNameMap
         self.known = known(network)
         numbers = {name: number for number, name in MODEL_ARCH_NAMES.items()}
-        self._map = TensorNameMap(numbers[self.known.name], len(network.layers()))
+        self._map = TensorNameMap(
+            numbers[self.known.like or self.known.name], len(network.layers())
+        )
         said = text_config(network).to_dict()
+        parts = ("num_attention_heads", "qk_nope_head_dim", "v_head_dim", "kv_lora_rank")
+        #: heads, numbers of a key and of a value that are made of what is compressed, and of that
+        self.compressed = tuple(said.get(part, 0) for part in parts)
         self._groups = said.get("n_groups") or said.get("mamba_n_groups") or 1
         alone = not said.get("num_local_experts")
         shared = {".shared_mlp.": ".mlp." if alone else ".mlp.shared_mlp."}
@@ -181,13 +228,17 @@ class Names:
         return self.pieces(name)[0]
 
     def pieces(self, name: str) -> tuple[str, ...]:
-        """Names in GGUF of the equal blocks of rows that a tensor is cut into; mostly one.
+        """Names in GGUF of the equal blocks of rows that a tensor is cut into; mostly one, none
+        for a number that is a hyper-parameter.
 
         Raises:
             LayerwiseError: the format has no place for it.
         """
+        if name.endswith(tuple(SINGLE)):
+            return ()
         fused, parts = next((f for f in FUSED.items() if f".{f[0]}" in name), ("", ()))
-        for names in ([name], [name.replace(fused, part) for part in parts]):
+        ways = ([name], [name.replace(fused, part) for part in parts])
+        for names in ways[::-1] if self.known.absorbed else ways:
             found = [self._find(n) for n in names]
             if found and all(found):
                 return tuple(filter(None, found))
@@ -201,9 +252,14 @@ class Names:
     def shape_of(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape under which a tensor is written, by its name in GGUF."""
         if self.known.columns and name.endswith((".ssm_a", ".ssm_d")):
-            return (*shape, 1)
+            return (math.prod(shape), 1)
         if self.known.columns and name.endswith(".ssm_norm.weight"):
             return (self._groups, math.prod(shape) // self._groups)
+        if ".ssm_conv1d_" in name:
+            return (shape[0], 1, shape[-1])
+        if self.known.absorbed and name.endswith((f"{MAKES_KEYS}weight", ".attn_v_b.weight")):
+            heads, keys, values, rank = self.compressed
+            return (heads, rank, keys) if MAKES_KEYS in name else (heads, values, rank)
         return shape
 
     def _find(self, name: str) -> str | None:
@@ -214,5 +270,7 @@ class Names:
             found = self._map.get_name(tried, try_suffixes=SUFFIXES)
             if found is not None:
                 bare = found.endswith(SUFFIXES) or name.endswith(NUMBERS)
-                return found if bare else f"{found}.{'bias' if name[-5:] == '_bias' else 'weight'}"
+                full = found if bare else f"{found}.{'bias' if name[-5:] == '_bias' else 'weight'}"
+                stem = full.rpartition(".")[0]
+                return stem if stem.endswith(f".{self.known.bare}") else full
         return None

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,16 @@ from layerwise.core.plan import Edit, Plan, Step, chain_for
 from layerwise.core.stack import Matrix, Stack
 from layerwise.core.target import Target
 from layerwise.core.weight import Packed, Weight
-from layerwise.export._gguf_facts import NAMED, hyper_parameters, rope_factors
+from layerwise.export._gguf_facts import NAMED, constants, hyper_parameters, numbers, rope_factors
+from layerwise.export._gguf_measured import Place, measured
 from layerwise.export._gguf_models import Names, known, text_config
-from layerwise.export._gguf_rows import blocks_of, is_filter, kept_type, key_heads, plain
+from layerwise.export._gguf_rows import (
+    blocks_of,
+    is_filter,
+    kept_type,
+    moved_columns,
+    plain,
+)
 from layerwise.export._gguf_tokenizer import TOKENS, tokenizer_entries
 from layerwise.export._writer import Finished
 
@@ -80,20 +87,6 @@ def gguf(
     return written
 
 
-class Place(NamedTuple):
-    """A tensor of the file: its name, its shape, and its type."""
-
-    name: str
-    shape: tuple[int, ...]
-    type: str
-
-    @property
-    def nbytes(self) -> int:
-        """Its bytes, without padding."""
-        rows = torch.Size(self.shape[:-1]).numel()
-        return rows * format_of(self.type).row_bytes(self.shape[-1])
-
-
 def _places(
     network: Network, edits: Sequence[Edit], names: Names, options: Mapping[str, str]
 ) -> Iterator[Place]:
@@ -144,13 +137,13 @@ def _opened(network: Network, path: Path, places: Sequence[Place], facts: Mappin
     entry, folder = known(network), network.checkpoint.folder
     writer = GGUFWriter(path, entry.name)
     writer.add_quantization_version(2)
-    routed = any(".ffn_gate_inp." in p.name for p in places)
-    for key, value in {**hyper_parameters(network), **_measured(network, places)}.items():
-        if routed or not key.startswith("expert_"):
+    routed, always = any(".ffn_gate_inp." in p.name for p in places), constants(network)
+    for key, value in {**hyper_parameters(network), **measured(network, places)}.items():
+        if routed or not key.startswith("expert_") or key in always:
             _add(writer, f"{entry.name}.{key}", value)
     rows = next(p.shape[0] for p in places if p.name == "token_embd.weight")
     words = tokenizer_entries(folder, rows)
-    for key, value in {**words, **facts}.items():
+    for key, value in {**words, **facts, **dict(numbers(network))}.items():
         _add(writer, key, value)
     if all(t in words.get(TOKENS, ()) for n, t in NAMED.items() if n in folder.name.lower()):
         writer.add_name(folder.name)
@@ -163,36 +156,8 @@ def _opened(network: Network, path: Path, places: Sequence[Place], facts: Mappin
     return writer
 
 
-def _measured(network: Network, places: Sequence[Place]) -> dict[str, Any]:
-    """Hyper-parameters that the shapes of tensors tell; a list where layers differ."""
-    apart = any(".attn_k." in p.name for p in places)
-    fused = [p.shape[0] for p in places if ".attn_qkv.weight" in p.name and not apart]
-    measured: dict[str, Any] = {key: _width(places, part) for key, part in _WIDTHS.items()}
-    held = {p.name: p.shape[-1] for p in places if ".ffn_down" in p.name}
-    each = [held.get(f"blk.{i}.ffn_down.weight", 0) for i in range(len(network.layers()))]
-    without = [i for i in range(len(each)) if not any(n.startswith(f"blk.{i}.") for n in held)]
-    same = len({*filter(None, each)}) < 2 and not (without and any(each))
-    first = _width(places, ".ffn_down.weight") or _width(places, ".ffn_down_exps.weight")
-    measured["feed_forward_length"] = first if same else each
-    measured["attention.head_count_kv"] = key_heads(fused[0], network) if fused else 0
-    return {key: size for key, size in measured.items() if size}
-
-
 #: tables of tokens, one for the network and one for all of its layers
 EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
-#: key of GGUF -> the tensors whose inputs are so many
-_WIDTHS = {
-    "expert_feed_forward_length": ".ffn_down_exps.weight",
-    "expert_shared_feed_forward_length": ".ffn_down_shexp.weight",
-    "ssm.inner_size": ".ssm_out.weight",
-}
-
-
-def _width(places: Sequence[Place], part: str) -> int:
-    """Inputs of the first tensor of that name, 0 where there is none."""
-    return next((p.shape[-1] for p in places if part in p.name), 0)
-
-
 #: any dtype of numpy but uint8: the shape is that of the weights, not of their bytes
 _RAW: Any = None
 
@@ -282,6 +247,18 @@ def _refuses(matrix: Matrix, module: nn.Module, chain: Sequence[Step]) -> str | 
     return None
 
 
+def _limits(network: Network, matrix: Matrix, chain: Sequence[Step]) -> str | None:
+    if chain and known(network).absorbed and matrix.parameter.endswith(".kv_b_proj.weight"):
+        return "what llama.cpp wants half of transposed, across the blocks of a type; keep it"
+    size, kind = moved_columns(network, matrix), _type(matrix, chain, 4)
+    if size % format_of(kind).weights == 0:
+        return None
+    return (
+        f"{kind}, whose blocks are wider than heads of {size} columns, which llama.cpp wants in "
+        "another order; types with blocks of 32 fit, such as Q8_0 or IQ4_NL"
+    )
+
+
 def _rest(network: Network, options: Mapping[str, Any]) -> int:
     """Bytes of all that is no matrix of a layer: embedding, head, norms, biases."""
     whole = sum(place.nbytes for place in _places(network, (), Names(network), options))
@@ -300,6 +277,7 @@ TARGET = Target(
     True,
     _refuses,
     _nbytes,
+    limits=_limits,
     fused=False,
     method="ggml",
     types=MENU,

@@ -1,0 +1,118 @@
+"""Which hyper-parameters of a GGUF file are which fields of a configuration."""
+
+from typing import Any
+
+#: key of GGUF -> fields of a configuration, of which the first that is there counts
+WHOLE = {
+    "context_length": ("max_position_embeddings",),
+    "embedding_length": ("hidden_size",),
+    "attention.head_count": ("num_attention_heads",),
+    "attention.head_count_kv": ("num_key_value_heads",),
+    "vocab_size": ("vocab_size",),
+    "expert_count": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
+    "expert_used_count": ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"),
+    "expert_shared_count": ("n_shared_experts", "moe_num_shared_experts", "num_shared_experts"),
+    "leading_dense_block_count": (
+        "first_k_dense_replace",
+        "moe_layer_start_index",
+        "num_dense_layers",
+    ),
+    "interleave_moe_layer_step": ("moe_layer_interval", "interleave_moe_layer_step"),
+    "expert_group_count": ("n_group",),
+    "expert_group_used_count": ("topk_group",),
+    "attention.q_lora_rank": ("q_lora_rank",),
+    "attention.kv_lora_rank": ("kv_lora_rank",),
+    "attention.shared_kv_layers": ("num_kv_shared_layers",),
+    "attention.indexer.head_count": ("index_n_heads",),
+    "attention.indexer.key_length": ("index_head_dim",),
+    "attention.indexer.top_k": ("index_topk",),
+    "embedding_length_per_layer_input": ("hidden_size_per_layer_input",),
+    "shortconv.l_cache": ("conv_L_cache",),
+    "ssm.conv_kernel": ("conv_kernel", "linear_conv_kernel_dim", "mamba_d_conv"),
+    "ssm.state_size": ("state_size", "linear_key_head_dim", "mamba_d_state", "ssm_state_size"),
+    "ssm.time_step_rank": (
+        "num_heads",
+        "mamba_num_heads",
+        "mamba_n_heads",
+        "linear_num_value_heads",
+        "mamba_dt_rank",
+        "time_step_rank",
+    ),
+    "ssm.group_count": ("n_groups", "linear_num_key_heads", "mamba_n_groups"),
+}
+#: the same, of one type only
+OWN = {
+    "kimi_linear": {
+        "kda.head_dim": ("linear_head_dim",),
+        "rope.dimension_count": ("qk_rope_head_dim",),
+    },
+}
+REAL = {
+    "attention.layer_norm_rms_epsilon": ("rms_norm_eps", "norm_eps", "layer_norm_epsilon"),
+    "attention.layer_norm_epsilon": (
+        "layer_norm_epsilon",
+        "layer_norm_eps",
+        "norm_epsilon",
+        "norm_eps",
+        "layer_norm_rms_eps",
+    ),
+    "attn_logit_softcapping": ("attn_logit_softcapping",),
+    "final_logit_softcapping": ("final_logit_softcapping",),
+    "attention.scale": ("attention_multiplier",),
+    "attention.value_scale": ("attention_value_scale",),
+    "embedding_scale": ("embedding_multiplier",),
+    "residual_scale": ("residual_multiplier",),
+    "logit_scale": ("logits_scaling", "logit_scale"),
+    "attention.clamp_kqv": ("clip_qkv",),
+    "attention.max_alibi_bias": ("alibi_bias_max",),
+    "expert_weights_scale": (
+        "routed_scaling_factor",
+        "route_scale",
+        "router_scaling_factor",
+        "moe_routed_scaling_factor",
+    ),
+}
+TRUTH = {
+    "use_parallel_residual": ("use_parallel_residual",),
+    "expert_weights_norm": ("norm_topk_prob", "route_norm"),
+}
+#: how experts are weighed, by number
+SCORES = {"softmax": 1, "sigmoid": 2}
+CHOSEN = {"expert_gating_func": ("expert_selection_fn",)}
+#: field of rotary parameters -> key of GGUF
+YARN = {
+    "beta_fast": "rope.scaling.yarn_beta_fast",
+    "beta_slow": "rope.scaling.yarn_beta_slow",
+    "mscale_all_dim": "rope.scaling.yarn_log_multiplier",
+    "llama_4_scaling_beta": "attention.temperature_scale",
+}
+#: experts are weighed by a sigmoid of what the router says
+_SIGMOID = {"expert_gating_func": SCORES["sigmoid"]}
+#: there are no experts where llama.cpp looks for them
+_DENSE = {"expert_feed_forward_length": 0, "expert_shared_count": 0}
+_DENSE |= {"leading_dense_block_count": 2**16}
+#: what is a constant of a model's code
+CONSTANT: dict[str, dict[str, Any]] = {
+    "afmoe": _SIGMOID,
+    "deepseek_v2": {"expert_gating_func": SCORES["softmax"]},
+    "deepseek_v3": _SIGMOID,
+    "deepseek_v32": _SIGMOID,
+    "dots1": _SIGMOID,
+    "exaone_moe": _SIGMOID,
+    "falcon_mamba": {"ssm.dt_b_c_rms": True},
+    "glm4_moe": _SIGMOID,
+    "glm4_moe_lite": _SIGMOID,
+    "glm_moe_dsa": _SIGMOID,
+    "hy_v3": _SIGMOID | {"expert_weights_norm": True},
+    "kimi_linear": _SIGMOID,
+    "laguna": _SIGMOID | {"expert_weights_norm": True},
+    "lfm2_moe": _SIGMOID,
+    "minimax_m2": _SIGMOID,
+    "mistral4": {"expert_gating_func": SCORES["softmax"]},
+    "mpt": {"attention.layer_norm_epsilon": 1e-5},
+    "olmo": {"attention.layer_norm_epsilon": 1e-5},
+    "qwen3_5_moe_text": {"rope.dimension_sections": [11, 11, 10, 0]},
+    "qwen3_5_text": {"rope.dimension_sections": [11, 11, 10, 0]},
+    "solar_open": _SIGMOID,
+    "youtu": _DENSE,
+}
