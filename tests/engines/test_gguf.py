@@ -11,7 +11,9 @@ import transformers as t
 from typer.testing import CliRunner
 
 from layerwise.cli import app
+from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.errors import LayerwiseError
+from layerwise.core.folder import find_folder
 from layerwise.core.llama import Llama
 from layerwise.core.open import open_network
 from layerwise.core.plan import DataSpec, Edit, Identity, Plan, Step, read_plan
@@ -325,7 +327,7 @@ def folder_of(
 
 
 def plan_of(model: str | Path, type_: str = "Q8_0", select: str = "*", **fields: Any) -> Plan:
-    held = open_network(model).checkpoint
+    held = Checkpoint(find_folder(model))
     edits = (Edit(select, (Step("ggml", {"type": type_}),)),) if type_ else ()
     identity = Identity(held.structure, held.weights)
     return Plan(identity, target="gguf", data=SMALL, edits=edits, **fields)
@@ -506,7 +508,7 @@ def test_plan_apply_verify_on_the_demo_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["size", "bytes"])
 def test_budgets_count_embedding_and_norms(kind: str) -> None:
-    whole = open_network("demo").checkpoint.nbytes
+    whole = Checkpoint(find_folder("demo")).nbytes
     budget = Budget(size=0.3) if kind == "size" else Budget(bytes=int(0.3 * whole))
     few = {"menu": {"type": ["Q8_0", "Q6_K", "Q4_K", "Q3_K", "Q2_K"]}}
     for settings in (few, few | {"gguf": {"embedding": "Q8_0"}}):
@@ -532,7 +534,7 @@ def test_mixtures_of_llama_cpp(name: str, tmp_path: Path) -> None:
 
 def test_tokens_of_llama_cpp_are_those_of_the_tokenizer(tmp_path: Path) -> None:
     apply_plan("demo", plan_of("demo", ""), tmp_path / "out", check=False)
-    tokenizer = t.AutoTokenizer.from_pretrained(open_network("demo").checkpoint.folder)
+    tokenizer = t.AutoTokenizer.from_pretrained(find_folder("demo"))
     text = "def f(x1234):\n    return 'äß€' + x  # 12,345.6  don't\n\n\n"
     with Llama(tmp_path / "out" / FILE, 8) as loaded:
         assert loaded.tokenize(text) == tokenizer(text)["input_ids"]

@@ -6,6 +6,7 @@ import os
 import random
 import sysconfig
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -36,9 +37,14 @@ def use_of(key: str | bytes) -> Use:
     return "calibrate" if digit < 6 else "select" if digit < 8 else "evaluate"
 
 
-def stdlib_documents(use: Use | None = None) -> Iterator[Document]:
+def stdlib_documents(use: Use | None = None) -> tuple[Document, ...]:
     """Source files of the running interpreter's standard library, keyed by relative path."""
-    root = Path(sysconfig.get_path("stdlib"))
+    return _modules(Path(sysconfig.get_path("stdlib")), use)
+
+
+@cache
+def _modules(root: Path, use: Use | None) -> tuple[Document, ...]:
+    found = []
     skipped = {"idlelib", "lib2to3", "site-packages", "__pycache__"}
     for folder, inner, files in os.walk(root):
         inner[:] = sorted(d for d in inner if d not in skipped and not d.startswith("test"))
@@ -49,7 +55,8 @@ def stdlib_documents(use: Use | None = None) -> Iterator[Document]:
                 continue
             text = path.read_text(encoding="utf-8", errors="replace")
             if text.strip():
-                yield Document(key, text)
+                found.append(Document(key, text))
+    return tuple(found)
 
 
 def documents(source: str | Path, use: Use | None = None) -> Iterator[Document]:
