@@ -72,6 +72,12 @@ def test_fusion_and_input_groups(tiny: Callable[..., Path]) -> None:
     assert by_role["qkv"].fusion != by_role["up"].fusion
 
 
+def test_a_stream_of_several_states_reads_from_left_to_right() -> None:
+    """Four copies of every position travel through these layers, in an axis before the batch."""
+    network = open_network(build(Entry("causal", "gemma3n_text", "Gemma3nForCausalLM")))
+    assert network.task == "causal" and [stack.name for stack in network.stacks] == ["decoder"]
+
+
 def test_experts_are_matrices(tiny: Callable[..., Path]) -> None:
     layer = open_network(tiny("mixtral")).stack.layers[0]
     roles = {(m.role, m.expert) for m in layer.matrices}

@@ -127,9 +127,12 @@ def _crosses(child: Call, layer: Call) -> bool:
 
 
 def sees_ahead(layer: Call) -> bool:
-    """Whether the first position of a layer's output depends on later ones; so do images."""
+    """Whether the first position of a layer's output depends on later ones.
+
+    A stream may hold several states of every position, in an axis before it.
+    """
     inputs = [t for t in tensors_in((layer.args, layer.kwargs)) if t.is_floating_point()]
-    if not inputs or inputs[0].ndim != 3:
+    if not inputs or inputs[0].ndim < 3:
         return True
     return _depends(layer, inputs[0], inputs[0], position=0) is True
 
@@ -142,7 +145,7 @@ def _depends(child: Call, x: Tensor, like: Tensor, position: int) -> bool | None
     generator = torch.Generator().manual_seed(0)
     first = torch.randn(x.shape, generator=generator).to(x.dtype)
     second = torch.randn(x.shape, generator=generator).to(x.dtype)
-    second[:, position] = first[:, position]
+    second[..., position, :] = first[..., position, :]
     kept = []
     for value in (first, second):
         swapped = tree_map(
@@ -153,10 +156,10 @@ def _depends(child: Call, x: Tensor, like: Tensor, position: int) -> bool | None
                 out = child.module(*swapped[0], **swapped[1])
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
             return None
-        found = [t for t in tensors_in(out) if t.ndim == 3 and t.shape[:2] == like.shape[:2]]
+        found = [t for t in tensors_in(out) if t.shape[:-1] == like.shape[:-1]]
         if not found:
             return None
-        kept.append(found[0][:, position].float())
+        kept.append(found[0][..., position, :].float())
     return not torch.allclose(kept[0], kept[1], rtol=1e-4, atol=1e-6)
 
 

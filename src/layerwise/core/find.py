@@ -15,6 +15,7 @@ from layerwise.core.calls import Call, record_calls, tensors_in
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.hollow import ShortCircuit
 from layerwise.core.stack import Layer, Matrix, Part, Stack, plain_wiring
+from layerwise.core.task import takes_images
 
 #: what a layer is built of -> its parts and matrices, of whichever layer they were read off
 Anatomies = dict[Any, tuple[tuple[Part, ...], Sequence[Matrix]]]
@@ -60,9 +61,9 @@ def find_stacks(
 ) -> list[Stack]:
     """Find the stacks of a hollow model by a trial forward; those of a known twin in its places.
 
-    A stack whose layers let no position see a later one is a `decoder`, any other an `encoder`;
-    the second of a name is `decoder2`. They come in the order in which they run. Layers that are
-    built like those of the twin are not taken apart again.
+    A stack whose layers let no position see a later one is a `decoder`, any other, and what reads
+    images, an `encoder`; the second of a name is `decoder2`. They come in the order in which they
+    run. Layers that are built like those of the twin are not taken apart again.
 
     Raises:
         LayerwiseError: no container's members feed one another.
@@ -89,7 +90,7 @@ def find_stacks(
     anatomies: Anatomies = {_signature(la.module): (la.parts, la.matrices) for la in twins}
     names = {stack.container: stack.name for stack in known}
     told = same and len(same) == len(names)
-    titles = [names[_container(chain)] for chain in chains] if told else _titles(chains)
+    titles = [names[_container(chain)] for chain in chains] if told else _titles(model, chains)
     stacks: list[Stack] = []
     for title, chain in zip(titles, chains, strict=True):
         layers: dict[int, Layer] = {}
@@ -107,10 +108,11 @@ def _container(chain: list[Call]) -> str:
     return chain[0].path.rpartition(".")[0]
 
 
-def _titles(chains: list[list[Call]]) -> list[str]:
+def _titles(model: nn.Module, chains: list[list[Call]]) -> list[str]:
     titles: list[str] = []
     for chain in chains:
-        name = "encoder" if sees_ahead(chain[0]) else "decoder"
+        ahead = takes_images(model) or sees_ahead(chain[0])
+        name = "encoder" if ahead else "decoder"
         count = sum(title.rstrip("0123456789") == name for title in titles)
         titles.append(f"{name}{count + 1}" if count else name)
     return titles
