@@ -9,6 +9,7 @@ from torch import Tensor
 
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.network import Network
+from layerwise.export._gguf_embedding import embedding_facts
 from layerwise.export._gguf_models import Known, Names, known, text_config
 
 #: key of GGUF -> fields of a configuration, of which the first that is there counts
@@ -83,6 +84,7 @@ _CONSTANT = {
     "afmoe": _SIGMOID,
     "deepseek_v2": {"expert_gating_func": 1},
     "deepseek_v3": _SIGMOID,
+    "distilbert": {"attention.layer_norm_epsilon": 1e-12},
     "dots1": _SIGMOID,
     "exaone_moe": _SIGMOID,
     "falcon_mamba": {"ssm.dt_b_c_rms": True},
@@ -156,6 +158,7 @@ def hyper_parameters(network: Network) -> dict[str, Any]:
             fix="use --target hf",
         )
     found |= dict(_rotary(config, size)) | dict(_windows(config, entry))
+    found |= embedding_facts(network) if network.task == "embed" else {}
     return found | (_by_kind(network) if entry.listed else {})
 
 
@@ -218,7 +221,7 @@ def _rotary(config: Any, size: int) -> Iterator[tuple[str, Any]]:
 
 def _windows(config: Any, entry: Known) -> Iterator[tuple[str, Any]]:
     """The window of layers that do not attend to all positions, in the rhythm llama.cpp knows."""
-    window = vars(config).get("sliding_window")
+    window = vars(config).get("sliding_window") or vars(config).get("local_attention")
     kinds = vars(config).get("layer_types") or []
     narrow = [kind == "sliding_attention" for kind in kinds]
     if entry.name == "phi3":
@@ -231,7 +234,7 @@ def _windows(config: Any, entry: Known) -> Iterator[tuple[str, Any]]:
         if entry.period:
             yield "attention.sliding_window", int(config.max_position_embeddings)
         return
-    fits = [p for p in range(2, len(narrow) + 2) if narrow == _rhythm(p, len(narrow))]
+    fits = [p for p in range(2, len(narrow) + 2) if narrow == _rhythm(p, len(narrow), entry.first)]
     fits = fits if entry.depth in (0, len(narrow)) else []
     chosen = entry.period if entry.period in fits else next(iter(fits), 0)
     if not entry.period or not chosen:
@@ -247,8 +250,8 @@ def _windows(config: Any, entry: Known) -> Iterator[tuple[str, Any]]:
         yield "attention.sliding_window_pattern", chosen
 
 
-def _rhythm(period: int, count: int) -> list[bool]:
-    return [i % period < period - 1 for i in range(count)]
+def _rhythm(period: int, count: int, first: bool) -> list[bool]:
+    return [i % period != (0 if first else period - 1) for i in range(count)]
 
 
 def rope_factors(network: Network) -> dict[str, Tensor]:

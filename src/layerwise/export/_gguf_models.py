@@ -5,6 +5,7 @@ The names of tensors come from the `gguf` package.
 
 import math
 from functools import reduce
+from itertools import product
 from typing import Any, NamedTuple
 
 from layerwise.core.errors import LayerwiseError, nearest
@@ -35,6 +36,14 @@ class Known(NamedTuple):
     #: linear attention has as many heads of values as of keys: llama.cpp wants more of them in an
     #: order that would cut through blocks of columns
     even: bool = False
+    #: positions begin behind the padding token's number: rows of the table before that are left out
+    padded: bool = False
+    #: the first layer of a period attends to all positions, not the last
+    first: bool = False
+    #: the architecture whose names for tensors are known as well
+    like: str = ""
+    #: beginnings of the names of tensors that the format has no place for, nor any need
+    without: tuple[str, ...] = ()
 
 
 #: model_type of a configuration -> what GGUF calls it, and what llama.cpp expects of its weights
@@ -116,6 +125,22 @@ KNOWN = {
     "qwen3_next": Known("qwen3next", shift=1.0),
 }
 
+_POOLER = ("pooler.",)
+#: the same of networks without a head, of which every token's last hidden state is the answer
+ENCODERS = {
+    "bert": Known("bert", without=_POOLER),
+    "camembert": Known("bert", padded=True, without=_POOLER),
+    "distilbert": Known("bert"),
+    "eurobert": Known("eurobert"),
+    "jina_embeddings_v3": Known("jina-bert-v3", like="bert", without=_POOLER),
+    "modernbert": Known("modern-bert", period=3, first=True),
+    "nomic_bert": Known("nomic-bert", like="bert"),
+    "roberta": Known("bert", padded=True, without=_POOLER),
+    "xlm-roberta": Known("bert", padded=True, without=_POOLER),
+}
+#: tasks of networks that can be written
+TASKS = {"causal": KNOWN, "embed": ENCODERS}
+
 #: a parameter that transformers fuses -> the names of what its rows hold, one after the other
 FUSED = dict.fromkeys(("gate_up_proj", "input_linear"), ("gate_proj", "up_proj"))
 SUFFIXES = (".weight", ".bias", ".scale")
@@ -131,6 +156,19 @@ _ALSO = {
     ".router.per_expert_scale": ".experts.down_proj.scale",
     ".gate.moe_statics.": ".moe_statics.",
 }
+#: an architecture that others are like -> what they call a part -> what it is called there
+_AS_IN = {
+    "bert": {
+        "layers.": "encoder.layer.",
+        ".self_attn.q_proj.": ".attention.self.query.",
+        ".self_attn.k_proj.": ".attention.self.key.",
+        ".self_attn.v_proj.": ".attention.self.value.",
+        ".post_attention_layernorm.": ".attention.output.LayerNorm.",
+        ".mlp.fc1.": ".intermediate.dense.",
+        ".mlp.fc2.": ".output.dense.",
+        ".post_mlp_layernorm.": ".output.LayerNorm.",
+    }
+}
 
 
 def text_config(network: Network) -> Any:
@@ -145,14 +183,20 @@ def known(network: Network) -> Known:
         LayerwiseError: it does not know the architecture.
     """
     kind = str(text_config(network).model_type)
-    found = KNOWN.get(kind)
+    table = TASKS.get(network.task, {})
+    found = table.get(kind)
     lists = {stack.container for stack in network.stacks}
-    if found is None or len(lists) != 1 or network.task != "causal":
+    if found is None or len(lists) != 1:
+        embeds = kind in ENCODERS
         raise LayerwiseError(
             "target gguf",
-            allowed=f"causal models of type {', '.join(KNOWN)}",
+            allowed=f"encoders without a head, of type {', '.join(ENCODERS)}"
+            if embeds
+            else f"causal models of type {', '.join(KNOWN)}, encoders of {', '.join(ENCODERS)}",
             found=f"{kind}, {type(network.module).__name__}",
-            fix=nearest(kind, KNOWN, "use --target hf or compressed-tensors"),
+            fix="save it without its head: AutoModel.from_pretrained(FOLDER).save_pretrained(OTHER)"
+            if embeds
+            else nearest(kind, [*KNOWN, *ENCODERS], "use --target hf or compressed-tensors"),
         )
     return found
 
@@ -165,12 +209,15 @@ class Names:
             from gguf import MODEL_ARCH_NAMES, TensorNameMap
         self.known = known(network)
         numbers = {name: number for number, name in MODEL_ARCH_NAMES.items()}
-        self._map = TensorNameMap(numbers[self.known.name], len(network.layers()))
+        kinds = filter(None, (self.known.name, self.known.like))
+        self._maps = [TensorNameMap(numbers[kind], len(network.layers())) for kind in kinds]
         said = text_config(network).to_dict()
         self._groups = said.get("n_groups") or said.get("mamba_n_groups") or 1
         alone = not said.get("num_local_experts")
         shared = {".shared_mlp.": ".mlp." if alone else ".mlp.shared_mlp."}
         self._also = {**_ALSO, **shared, ".output_linear.": ".down_proj."}
+        self._also |= _AS_IN.get(self.known.like, {})
+        self._padded = 1 + (said["pad_token_id"] or 0) if self.known.padded else 0
 
     def __call__(self, name: str) -> str:
         """The name of a tensor in GGUF, the first where it is cut.
@@ -204,14 +251,19 @@ class Names:
             return (*shape, 1)
         if self.known.columns and name.endswith(".ssm_norm.weight"):
             return (self._groups, math.prod(shape) // self._groups)
-        return shape
+        return (shape[0] - self.unused(name), *shape[1:])
+
+    def unused(self, name: str) -> int:
+        """Rows that a tensor, by its name in GGUF, begins with and that no token comes to."""
+        return self._padded if name == "position_embd.weight" else 0
 
     def _find(self, name: str) -> str | None:
         """One name; some are known without that of the base model, parameters of experts bare."""
         also = reduce(lambda n, pair: n.replace(*pair), self._also.items(), name)
         rest = also.partition(".")[2]
-        for tried in (also, name, name.partition(".")[2], f"backbone.{rest}"):
-            found = self._map.get_name(tried, try_suffixes=SUFFIXES)
+        tries = (also, name, name.partition(".")[2], f"backbone.{rest}")
+        for names, tried in product(self._maps, tries):
+            found = names.get_name(tried, try_suffixes=SUFFIXES)
             if found is not None:
                 bare = found.endswith(SUFFIXES) or name.endswith(NUMBERS)
                 return found if bare else f"{found}.{'bias' if name[-5:] == '_bias' else 'weight'}"

@@ -98,8 +98,9 @@ def _places(
     network: Network, edits: Sequence[Edit], names: Names, options: Mapping[str, str]
 ) -> Iterator[Place]:
     """Every tensor of the file in order, known before any of it is computed."""
-    for name, shape in _outside_shapes(network).items():
-        yield Place(names(name), shape, _outside_type(names(name), shape, options))
+    for name, shape in outside_shapes(network).items():
+        own = names(name)
+        yield Place(own, names.shape_of(own, shape), _outside_type(own, shape, options))
     for name, factors in rope_factors(network).items():
         yield Place(name, tuple(factors.shape), "F32")
     for layer in network.layers():
@@ -148,8 +149,9 @@ def _opened(network: Network, path: Path, places: Sequence[Place], facts: Mappin
     for key, value in {**hyper_parameters(network), **_measured(network, places)}.items():
         if routed or not key.startswith("expert_"):
             _add(writer, f"{entry.name}.{key}", value)
-    rows = next(p.shape[0] for p in places if p.name == "token_embd.weight")
-    words = tokenizer_entries(folder, rows)
+    words = tokenizer_entries(folder, _rows(places, "token_embd.weight"))
+    if network.task == "embed":
+        words[KINDS] = max(1, _rows(places, "token_types.weight"))
     for key, value in {**words, **facts}.items():
         _add(writer, key, value)
     if all(t in words.get(TOKENS, ()) for n, t in NAMED.items() if n in folder.name.lower()):
@@ -174,12 +176,15 @@ def _measured(network: Network, places: Sequence[Place]) -> dict[str, Any]:
     same = len({*filter(None, each)}) < 2 and not (without and any(each))
     first = _width(places, ".ffn_down.weight") or _width(places, ".ffn_down_exps.weight")
     measured["feed_forward_length"] = first if same else each
+    measured["context_length"] = _rows(places, "position_embd.weight")
     measured["attention.head_count_kv"] = key_heads(fused[0], network) if fused else 0
     return {key: size for key, size in measured.items() if size}
 
 
 #: tables of tokens, one for the network and one for all of its layers
 EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
+#: how many kinds of tokens an encoder tells apart; llama.cpp takes all for the first
+KINDS = "tokenizer.ggml.token_type_count"
 #: key of GGUF -> the tensors whose inputs are so many
 _WIDTHS = {
     "expert_feed_forward_length": ".ffn_down_exps.weight",
@@ -193,6 +198,11 @@ def _width(places: Sequence[Place], part: str) -> int:
     return next((p.shape[-1] for p in places if part in p.name), 0)
 
 
+def _rows(places: Sequence[Place], name: str) -> int:
+    """Rows of a tensor, 0 where there is none."""
+    return next((p.shape[0] for p in places if p.name == name), 0)
+
+
 #: any dtype of numpy but uint8: the shape is that of the weights, not of their bytes
 _RAW: Any = None
 
@@ -200,11 +210,11 @@ _RAW: Any = None
 def _add(writer: Any, key: str, value: Any) -> None:
     """One entry, by the type of its value; numbers that tell sizes are unsigned."""
     kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
-    kinds |= {str: writer.add_string, list: writer.add_array}
+    kinds |= {str: writer.add_string, list: writer.add_array, bytes: writer.add_array}
     kinds[type(value)](key, value)
 
 
-def _outside_shapes(network: Network) -> dict[str, tuple[int, ...]]:
+def outside_shapes(network: Network) -> dict[str, tuple[int, ...]]:
     """Tensors that belong to no layer, each once, by their name in memory.
 
     Those of what sees or hears, beside the model of text, are no part of the file.
@@ -219,7 +229,7 @@ def _outside_shapes(network: Network) -> dict[str, tuple[int, ...]]:
         name: tuple(tensor.shape)
         for name, tensor in stored.items()
         if not name.startswith(inside) and tied.get(name) not in stored
-        if name.startswith((text, "lm_head."))
+        if name.startswith((text, "lm_head.")) and not name.startswith(known(network).without)
     }
 
 
@@ -235,7 +245,7 @@ def _outside(network: Network, options: Mapping[str, str]) -> dict[str, Weight]:
     """Embedding and head as they are written, by their name in memory."""
     names, found = Names(network), network.fetch_outside()
     made: dict[str, Weight] = {}
-    for name, shape in _outside_shapes(network).items():
+    for name, shape in outside_shapes(network).items():
         kind = _outside_type(names(name), shape, options)
         if len(shape) == 2 and kind != "F32":
             made[name] = Packed(encode(found[name], kind), kind, shape[1])
@@ -248,7 +258,7 @@ def _outside_bytes(
     """All tensors outside of the layers as bytes, by their name in the file."""
     found = network.fetch_outside()
     bytes_: dict[str, Tensor] = {}
-    for name in _outside_shapes(network):
+    for name in outside_shapes(network):
         record = encoded.get(name)
         own = names(name)
         bytes_[own] = record.data if isinstance(record, Packed) else plain(found[name], own, names)
