@@ -133,10 +133,10 @@ class _Loaded:
 
     def embeds(self) -> bool:
         """Whether the file says that every token sees all others: it gives states, no logits."""
-        kind = self._said("general.architecture")
-        return self._said(f"{kind}.attention.causal") == "false"
+        kind = self.value_of("general.architecture")
+        return self.value_of(f"{kind}.attention.causal") == "false"
 
-    def _said(self, key: str) -> str:
+    def value_of(self, key: str) -> str:
         """What the file says under a key, in words; nothing where it does not."""
         room = ctypes.create_string_buffer(128)
         self.library.llama_model_meta_val_str(self.model, key.encode(), room, len(room))

@@ -65,6 +65,10 @@ class Llama(AbstractContextManager["Llama"]):
         """The last hidden state of every token of one sequence, for a file that embeds."""
         return self._rows("states", tokens)
 
+    def value_of(self, key: str) -> str:
+        """What the file says under a key, in words; nothing where it does not."""
+        return self._ask("value_of", key)
+
     def embeds(self) -> bool:
         """Whether the file is an encoder's, which gives hidden states in place of logits."""
         return self._ask("embeds")

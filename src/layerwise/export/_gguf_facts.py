@@ -230,8 +230,9 @@ def _windows(config: Any, entry: Known) -> Iterator[tuple[str, Any]]:
         yield "attention.sliding_window", int(window or config.max_position_embeddings)
         yield "attention.sliding_window_pattern", narrow
         return
-    if not window or not any(narrow) or window >= config.max_position_embeddings:
-        if entry.period:
+    wide = window and window >= config.max_position_embeddings and not entry.first
+    if not window or not any(narrow) or wide:
+        if entry.period and not entry.first:
             yield "attention.sliding_window", int(config.max_position_embeddings)
         return
     fits = [p for p in range(2, len(narrow) + 2) if narrow == _rhythm(p, len(narrow), entry.first)]

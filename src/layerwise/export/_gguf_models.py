@@ -42,6 +42,8 @@ class Known(NamedTuple):
     first: bool = False
     #: the architecture whose names for tensors are known as well
     like: str = ""
+    #: llama.cpp takes its GELU from a table in half precision
+    rough: bool = False
     #: beginnings of the names of tensors that the format has no place for, nor any need
     without: tuple[str, ...] = ()
 
@@ -128,15 +130,15 @@ KNOWN = {
 _POOLER = ("pooler.",)
 #: the same of networks without a head, of which every token's last hidden state is the answer
 ENCODERS = {
-    "bert": Known("bert", without=_POOLER),
-    "camembert": Known("bert", padded=True, without=_POOLER),
-    "distilbert": Known("bert"),
+    "bert": Known("bert", rough=True, without=_POOLER),
+    "camembert": Known("bert", rough=True, padded=True, without=_POOLER),
+    "distilbert": Known("bert", rough=True),
     "eurobert": Known("eurobert"),
-    "jina_embeddings_v3": Known("jina-bert-v3", like="bert", without=_POOLER),
+    "jina_embeddings_v3": Known("jina-bert-v3", rough=True, like="bert", without=_POOLER),
     "modernbert": Known("modern-bert", period=3, first=True),
     "nomic_bert": Known("nomic-bert", like="bert"),
-    "roberta": Known("bert", padded=True, without=_POOLER),
-    "xlm-roberta": Known("bert", padded=True, without=_POOLER),
+    "roberta": Known("bert", rough=True, padded=True, without=_POOLER),
+    "xlm-roberta": Known("bert", rough=True, padded=True, without=_POOLER),
 }
 #: tasks of networks that can be written
 TASKS = {"causal": KNOWN, "embed": ENCODERS}

@@ -26,7 +26,7 @@ from layerwise.export._gguf_file import FILE, GgufFile
 from layerwise.export.compressed_tensors import packed_records
 from layerwise.jobs.checks import decode_checks, rebuild_check, reload_checks
 from layerwise.jobs.contest import Contest
-from layerwise.jobs.engine import engine_checks, in_llama
+from layerwise.jobs.engine import engine_checks, in_llama, off_of
 from layerwise.jobs.fates import labels_of, own_bytes
 from layerwise.jobs.forecast import memory_of_models
 from layerwise.jobs.measure import peak_memory, speeds
@@ -182,8 +182,7 @@ def _in_llama(case: Case) -> Measured:
             return found
 
         before, after, there = measure_quality(batches, original, kept, theirs)
-    embeds = edited.task == "embed"
-    checks = engine_checks(held.path, batches[:CHECKED], ours, embeds=embeds)
+    checks = engine_checks(held.path, batches[:CHECKED], ours, off=off_of(edited))
     rows = _both(case, before, after)
     rows.append(quality_row("llama.cpp", there, before, held.nbytes, "the plan, in llama.cpp"))
     said = ["decoding speed and memory were not measured: they are llama.cpp's"]
