@@ -39,7 +39,14 @@ COMMON: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 1,
 }
-DISTIL = {"vocab_size": 128, "dim": 64, "hidden_dim": 96, "n_layers": 4, "n_heads": 4}
+XLM: dict[str, Any] = COMMON | {"pad_token_id": 3}
+DISTIL: dict[str, Any] = {
+    "vocab_size": 128,
+    "dim": 64,
+    "hidden_dim": 96,
+    "n_layers": 4,
+    "n_heads": 4,
+}
 
 MODELS: dict[str, Callable[[], Any]] = {
     "bert": lambda: t.BertConfig(**COMMON),
@@ -51,9 +58,12 @@ MODELS: dict[str, Callable[[], Any]] = {
     "modernbert without windows": lambda: t.ModernBertConfig(
         **COMMON, layer_types=["full_attention"] * 4
     ),
+    "modernbert with another activation": lambda: t.ModernBertConfig(
+        **COMMON, hidden_activation="silu"
+    ),
     "nomic_bert": lambda: t.NomicBertConfig(**COMMON, head_dim=16),
     "roberta": lambda: t.RobertaConfig(**COMMON, type_vocab_size=1),
-    "xlm-roberta": lambda: t.XLMRobertaConfig(**COMMON | {"pad_token_id": 3}),
+    "xlm-roberta": lambda: t.XLMRobertaConfig(**XLM),
 }
 
 

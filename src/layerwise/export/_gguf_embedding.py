@@ -9,12 +9,16 @@ from layerwise.core.network import Network
 
 #: how sentence-transformers makes one vector of many -> the number it has in llama.cpp
 _POOLINGS = {"mean_tokens": 1, "cls_token": 2, "lasttoken": 3}
+#: fields of a configuration that GGUF knows under the same name
+_CHOICES = ("hidden_activation",)
 _PREFIX = "pooling_mode_"
 
 
 def embedding_facts(network: Network) -> dict[str, Any]:
     """Keys of GGUF, without the architecture's prefix, and their values."""
-    return {"attention.causal": False, **_pooling(network.checkpoint.folder)}
+    said = vars(network.model.config)
+    chosen = {key: said[key] for key in _CHOICES if said.get(key)}
+    return {"attention.causal": False, **chosen, **_pooling(network.checkpoint.folder)}
 
 
 def _pooling(folder: Path) -> dict[str, int]:
