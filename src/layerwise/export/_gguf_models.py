@@ -140,8 +140,6 @@ ENCODERS = {
     "roberta": Known("bert", rough=True, padded=True, without=_POOLER),
     "xlm-roberta": Known("bert", rough=True, padded=True, without=_POOLER),
 }
-#: tasks of networks that can be written
-TASKS = {"causal": KNOWN, "embed": ENCODERS}
 
 #: a parameter that transformers fuses -> the names of what its rows hold, one after the other
 FUSED = dict.fromkeys(("gate_up_proj", "input_linear"), ("gate_proj", "up_proj"))
@@ -185,8 +183,7 @@ def known(network: Network) -> Known:
         LayerwiseError: it does not know the architecture.
     """
     kind = str(text_config(network).model_type)
-    table = TASKS.get(network.task, {})
-    found = table.get(kind)
+    found = {"causal": KNOWN, "embed": ENCODERS}.get(network.task, {}).get(kind)
     lists = {stack.container for stack in network.stacks}
     if found is None or len(lists) != 1:
         embeds = kind in ENCODERS
