@@ -199,10 +199,7 @@ def stored_dense(dtype: torch.dtype, records: Mapping[str, Weight]) -> dict[str,
 
 
 def own_batch(network: Network, plan: Plan) -> Batch:
-    """A short input of the user's own data; a made-up one where the model cannot read any.
-
-    Without labels all of its answer counts.
-    """
+    """A short input of the user's data, without labels; made up where the model reads none."""
     try:
         texts = texts_of(plan.data)._replace(samples=1, length=32)
         batch = windows(load_reader(network), texts, "calibrate")[0]
