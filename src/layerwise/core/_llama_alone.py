@@ -14,6 +14,8 @@ from typing import Any
 
 #: 32-bit words that hold any parameters of llama.cpp; it reads as many as it knows
 _WORDS = 256
+#: a parameter that is left to llama.cpp
+_UNTOLD = 2**32 - 1
 #: what llama.cpp says while it loads, of which the last lines tell what went wrong
 _SAID: list[str] = []
 
@@ -49,7 +51,7 @@ def _listen(level: int, text: bytes, data: Any) -> None:
 def _llama(path: str) -> Any:
     """The library, with the signatures of what is called."""
     found = ctypes.CDLL(path)
-    where, whole = ctypes.c_void_p, ctypes.c_int32
+    where, whole, size = ctypes.c_void_p, ctypes.c_int32, ctypes.c_size_t
     signatures: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "llama_model_default_params": (_Parameters, ()),
         "llama_context_default_params": (_Parameters, ()),
@@ -63,6 +65,10 @@ def _llama(path: str) -> Any:
         "llama_set_n_threads": (None, (where, whole, whole)),
         "llama_batch_init": (_Batch, (whole, whole, whole)),
         "llama_decode": (whole, (where, _Batch)),
+        "llama_model_meta_val_str": (whole, (where, ctypes.c_char_p, ctypes.c_char_p, size)),
+        "llama_model_n_embd": (whole, (where,)),
+        "llama_set_embeddings": (None, (where, ctypes.c_bool)),
+        "llama_get_embeddings": (ctypes.POINTER(ctypes.c_float), (where,)),
         "llama_get_logits": (ctypes.POINTER(ctypes.c_float), (where,)),
         "llama_tokenize": (
             whole,
@@ -78,6 +84,16 @@ def _llama(path: str) -> Any:
     return found
 
 
+def _exactly(settings: Any) -> None:
+    """Ask for the state of every token, not for a mean of them, and for attention in float32.
+
+    Of the parameters that llama.cpp chooses itself unless told, -1, the second is the pooling and
+    the fourth flash attention, which would round keys and values to half precision.
+    """
+    open_ = [i for i, word in enumerate(settings.words) if word == _UNTOLD]
+    settings.words[open_[1]] = settings.words[open_[3]] = 0
+
+
 class _Loaded:
     """A GGUF file, loaded; `ValueError` where llama.cpp refuses it."""
 
@@ -88,11 +104,14 @@ class _Loaded:
         )
         settings = library.llama_context_default_params()
         settings.words[0] = settings.words[1] = settings.words[2] = length
+        self.model = model
+        if model and self.embeds():
+            _exactly(settings)
         if model:
             context = library.llama_init_from_model(model, settings)
         if not context:
             raise ValueError("; ".join(_SAID) or "an error without a word")
-        self.model, self.context = model, context
+        self.context = context
         library.llama_set_n_threads(context, threads, threads)
         self.vocabulary = library.llama_model_get_vocab(model)
         self.batch = library.llama_batch_init(length, 0, 1)
@@ -102,7 +121,33 @@ class _Loaded:
 
     def logits(self, tokens: Sequence[int]) -> bytes:
         """float32 `[seq, vocabulary]` after every token, computed in one batch without a past."""
-        self.library.llama_memory_clear(self.library.llama_get_memory(self.context), True)
+        self._run(tokens)
+        size = 4 * len(tokens) * self.library.llama_vocab_n_tokens(self.vocabulary)
+        return ctypes.string_at(self.library.llama_get_logits(self.context), size)
+
+    def states(self, tokens: Sequence[int]) -> bytes:
+        """float32 `[seq, hidden]`: what comes out of the last layer and norm for every token."""
+        self.library.llama_set_embeddings(self.context, True)
+        self._run(tokens)
+        size = 4 * len(tokens) * self.library.llama_model_n_embd(self.model)
+        return ctypes.string_at(self.library.llama_get_embeddings(self.context), size)
+
+    def embeds(self) -> bool:
+        """Whether the file says that every token sees all others: it gives states, no logits."""
+        kind = self.value_of("general.architecture")
+        return self.value_of(f"{kind}.attention.causal") == "false"
+
+    def value_of(self, key: str) -> str:
+        """What the file says under a key, in words; nothing where it does not."""
+        room = ctypes.create_string_buffer(128)
+        self.library.llama_model_meta_val_str(self.model, key.encode(), room, len(room))
+        return room.value.decode()
+
+    def _run(self, tokens: Sequence[int]) -> None:
+        """Compute one batch without a past."""
+        memory = self.library.llama_get_memory(self.context)
+        if memory:
+            self.library.llama_memory_clear(memory, True)
         self.batch.count = len(tokens)
         for i, token in enumerate(tokens):
             self.batch.token[i], self.batch.pos[i] = token, i
@@ -110,8 +155,6 @@ class _Loaded:
             self.batch.logits[i] = 1
         if self.library.llama_decode(self.context, self.batch):
             raise ValueError("; ".join(_SAID) or "an error without a word")
-        size = 4 * len(tokens) * self.library.llama_vocab_n_tokens(self.vocabulary)
-        return ctypes.string_at(self.library.llama_get_logits(self.context), size)
 
     def tokenize(self, text: str) -> list[int]:
         given = text.encode()

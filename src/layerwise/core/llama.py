@@ -59,6 +59,21 @@ class Llama(AbstractContextManager["Llama"]):
 
     def logits(self, tokens: Sequence[int]) -> Float[Tensor, "seq vocabulary"]:
         """Logits after every token of one sequence, computed in one batch without a past."""
+        return self._rows("logits", tokens)
+
+    def states(self, tokens: Sequence[int]) -> Float[Tensor, "seq hidden"]:
+        """The last hidden state of every token of one sequence, for a file that embeds."""
+        return self._rows("states", tokens)
+
+    def value_of(self, key: str) -> str:
+        """What the file says under a key, in words; nothing where it does not."""
+        return self._ask("value_of", key)
+
+    def embeds(self) -> bool:
+        """Whether the file is an encoder's, which gives hidden states in place of logits."""
+        return self._ask("embeds")
+
+    def _rows(self, name: str, tokens: Sequence[int]) -> Float[Tensor, "seq width"]:
         if len(tokens) > self.length:
             raise LayerwiseError(
                 f"{self.path} in llama.cpp",
@@ -66,7 +81,7 @@ class Llama(AbstractContextManager["Llama"]):
                 found=len(tokens),
                 fix="ask for a longer context",
             )
-        found = torch.frombuffer(self._ask("logits", list(map(int, tokens))), dtype=torch.float32)
+        found = torch.frombuffer(self._ask(name, list(map(int, tokens))), dtype=torch.float32)
         return found.reshape(len(tokens), -1)
 
     def tokenize(self, text: str) -> list[int]:

@@ -87,6 +87,18 @@ def answer(output: Any, batch: Mapping[str, Tensor]) -> Float[Tensor, "rows clas
     return rows
 
 
+def token_rows(output: Any, batch: Mapping[str, Tensor]) -> Float[Tensor, "rows width"]:
+    """All that a network computes for the rows that count: as `answer`, but without a head the
+    last hidden state of every token that is no padding.
+    """
+    logits = output.get("logits") if isinstance(output, Mapping) else output
+    if isinstance(logits, Tensor):
+        return answer(output, batch)
+    states, mask = output["last_hidden_state"], batch.get("attention_mask")
+    kept = states if mask is None else states[mask.to(states.device).bool()]
+    return kept.reshape(-1, states.shape[-1])
+
+
 def labels_of(batch: Mapping[str, Tensor]) -> Int[Tensor, " rows"] | None:
     """The wanted class of every row of the answer; nothing where nobody knows it."""
     if "labels" not in batch:

@@ -10,6 +10,7 @@ from torch import Tensor
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.network import Network
 from layerwise.core.stack import Layer
+from layerwise.export._gguf_embedding import embedding_facts
 from layerwise.export._gguf_fields import (
     CHOSEN,
     CONSTANT,
@@ -93,6 +94,7 @@ def hyper_parameters(network: Network) -> dict[str, Any]:
     found |= dict(_rotary(config, size)) | dict(_windows(config, entry))
     if entry.tenth and YARN["mscale_all_dim"] in found:
         found[YARN["mscale_all_dim"]] /= 10
+    found |= embedding_facts(network) if network.task == "embed" else {}
     return found | (_by_kind(network) if entry.sized else {})
 
 
@@ -187,7 +189,7 @@ def _rotary(config: Any, size: int) -> Iterator[tuple[str, Any]]:
 
 def _windows(config: Any, entry: Known) -> Iterator[tuple[str, Any]]:
     """The window of layers that do not attend to all positions, in the rhythm llama.cpp knows."""
-    window = vars(config).get("sliding_window")
+    window = vars(config).get("sliding_window") or vars(config).get("local_attention")
     kinds = vars(config).get("layer_types") or []
     narrow = [kind == "sliding_attention" for kind in kinds]
     if entry.asked:
@@ -196,8 +198,9 @@ def _windows(config: Any, entry: Known) -> Iterator[tuple[str, Any]]:
         yield "attention.sliding_window", int(window or config.max_position_embeddings)
         yield "attention.sliding_window_pattern", narrow
         return
-    if not window or not any(narrow) or window >= config.max_position_embeddings:
-        if entry.period and not entry.asked:
+    wide = window and window >= config.max_position_embeddings and not entry.first
+    if not window or not any(narrow) or wide:
+        if entry.period and not entry.first:
             yield "attention.sliding_window", int(config.max_position_embeddings)
         return
     count, at = len(narrow), 0 if entry.first else -1

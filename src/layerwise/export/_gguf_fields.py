@@ -97,6 +97,7 @@ CONSTANT: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"expert_gating_func": SCORES["softmax"]},
     "deepseek_v3": _SIGMOID,
     "deepseek_v32": _SIGMOID,
+    "distilbert": {"attention.layer_norm_epsilon": 1e-12},
     "dots1": _SIGMOID,
     "exaone_moe": _SIGMOID,
     "falcon_mamba": {"ssm.dt_b_c_rms": True},

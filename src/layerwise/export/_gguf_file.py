@@ -16,7 +16,7 @@ from layerwise.core.stack import Layer
 from layerwise.core.weight import Dense, Packed, Weight
 from layerwise.export._gguf_models import Names
 from layerwise.export._gguf_rows import reordered, together
-from layerwise.export.gguf import EMBEDDINGS, FILE
+from layerwise.export.gguf import EMBEDDINGS, FILE, outside_shapes
 
 __all__ = ["FILE", "GgufFile"]
 
@@ -106,7 +106,7 @@ class GgufFile:
     def outside(self, network: Network) -> dict[str, Weight]:
         """What the file holds of the embedding and the head, by their name in memory."""
         names = Names(network)
-        found = ((name, names(name)) for name in network.fetch_outside())
+        found = ((name, names(name)) for name in outside_shapes(network))
         kept = (pair for pair in found if pair[1] in self.tensors)
         return {
             name: _record(self.rows(own, network))

@@ -44,6 +44,7 @@ def measured(network: Network, places: Sequence[Place]) -> dict[str, Any]:
     same = len({*filter(None, each)}) < 2 and not (without and any(each))
     first = _width(places, ".ffn_down.weight") or _width(places, ".ffn_down_exps.weight")
     sizes["feed_forward_length"] = first if same else each
+    sizes["context_length"] = rows_of(places, "position_embd.weight")
     sizes["attention.head_count_kv"] = key_heads(fused[0], network) if fused else 0
     found = {key: size for key, size in sizes.items() if size}
     routed = [int(p.name.split(".")[1]) for p in places if ".ffn_gate_inp.weight" in p.name]
@@ -53,3 +54,8 @@ def measured(network: Network, places: Sequence[Place]) -> dict[str, Any]:
 def _width(places: Sequence[Place], part: str) -> int:
     """Inputs of the first tensor of that name, 0 where there is none."""
     return next((p.shape[-1] for p in places if part in p.name), 0)
+
+
+def rows_of(places: Sequence[Place], name: str) -> int:
+    """Rows of a tensor, 0 where there is none."""
+    return next((p.shape[0] for p in places if p.name == name), 0)

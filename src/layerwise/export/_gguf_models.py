@@ -5,6 +5,7 @@ The names of tensors come from the `gguf` package.
 
 import math
 from functools import reduce
+from itertools import product
 from typing import Any, NamedTuple
 
 from layerwise.core.errors import LayerwiseError, nearest
@@ -34,7 +35,7 @@ class Known(NamedTuple):
     sized: bool = False
     #: a window is asked for: 0 where there is none
     asked: bool = False
-    #: whose names its tensors have, where the `gguf` package does not know it
+    #: the architecture whose names its tensors have, or have as well
     like: str = ""
     #: two tensors make keys and values of what is compressed, that of keys transposed
     absorbed: bool = False
@@ -51,6 +52,12 @@ class Known(NamedTuple):
     #: of linear attention, the first heads of values of all heads of keys come first, then the
     #: second ones; transformers puts those of one head of keys together
     tiled: bool = False
+    #: positions begin behind the padding token's number: rows of the table before that are left out
+    padded: bool = False
+    #: llama.cpp takes its GELU from a table in half precision
+    rough: bool = False
+    #: beginnings of the names of tensors that the format has no place for, nor any need
+    without: tuple[str, ...] = ()
 
 
 #: model_type of a configuration -> what GGUF calls it, and what llama.cpp expects of its weights
@@ -149,6 +156,20 @@ KNOWN = {
     "qwen3_next": Known("qwen3next", shift=1.0),
 }
 
+_POOLER = ("pooler.",)
+#: the same of networks without a head, of which every token's last hidden state is the answer
+ENCODERS = {
+    "bert": Known("bert", rough=True, without=_POOLER),
+    "camembert": Known("bert", rough=True, padded=True, without=_POOLER),
+    "distilbert": Known("bert", rough=True),
+    "eurobert": Known("eurobert"),
+    "jina_embeddings_v3": Known("jina-bert-v3", rough=True, like="bert", without=_POOLER),
+    "modernbert": Known("modern-bert", period=3, first=True),
+    "nomic_bert": Known("nomic-bert", like="bert"),
+    "roberta": Known("bert", rough=True, padded=True, without=_POOLER),
+    "xlm-roberta": Known("bert", rough=True, padded=True, without=_POOLER),
+}
+
 #: a parameter that transformers fuses -> the names of what its rows hold, one after the other
 FUSED = dict.fromkeys(("gate_up_proj", "input_linear"), ("gate_proj", "up_proj"))
 FUSED |= {"conv1d": ("q_conv1d", "k_conv1d", "v_conv1d"), "kv_b_proj": ("k_b_proj", "v_b_proj")}
@@ -171,6 +192,19 @@ _ALSO = {
     ".router.per_expert_scale": ".experts.down_proj.scale",
     ".gate.moe_statics.": ".moe_statics.",
 }
+#: an architecture that others are like -> what they call a part -> what it is called there
+_AS_IN = {
+    "bert": {
+        "layers.": "encoder.layer.",
+        ".self_attn.q_proj.": ".attention.self.query.",
+        ".self_attn.k_proj.": ".attention.self.key.",
+        ".self_attn.v_proj.": ".attention.self.value.",
+        ".post_attention_layernorm.": ".attention.output.LayerNorm.",
+        ".mlp.fc1.": ".intermediate.dense.",
+        ".mlp.fc2.": ".output.dense.",
+        ".post_mlp_layernorm.": ".output.LayerNorm.",
+    }
+}
 
 
 def text_config(network: Network) -> Any:
@@ -185,14 +219,19 @@ def known(network: Network) -> Known:
         LayerwiseError: it does not know the architecture.
     """
     kind = str(text_config(network).model_type)
-    found = KNOWN.get(kind)
+    found = {"causal": KNOWN, "embed": ENCODERS}.get(network.task, {}).get(kind)
     lists = {stack.container for stack in network.stacks}
-    if found is None or len(lists) != 1 or network.task != "causal":
+    if found is None or len(lists) != 1:
+        embeds = kind in ENCODERS
         raise LayerwiseError(
             "target gguf",
-            allowed=f"causal models of type {', '.join(KNOWN)}",
+            allowed=f"encoders without a head, of type {', '.join(ENCODERS)}"
+            if embeds
+            else f"causal models of type {', '.join(KNOWN)}, encoders of {', '.join(ENCODERS)}",
             found=f"{kind}, {type(network.module).__name__}",
-            fix=nearest(kind, KNOWN, "use --target hf or compressed-tensors"),
+            fix="save it without its head: AutoModel.from_pretrained(FOLDER).save_pretrained(OTHER)"
+            if embeds
+            else nearest(kind, [*KNOWN, *ENCODERS], "use --target hf or compressed-tensors"),
         )
     if found.routed and any(".experts." in n for layer in network.layers() for n in layer.shapes):
         return found._replace(name=found.routed)
@@ -207,9 +246,10 @@ class Names:
             from gguf import MODEL_ARCH_NAMES, TensorNameMap
         self.known = known(network)
         numbers = {name: number for number, name in MODEL_ARCH_NAMES.items()}
-        self._map = TensorNameMap(
-            numbers[self.known.like or self.known.name], len(network.layers())
-        )
+        kinds = (self.known.name, self.known.like)
+        self._maps = [
+            TensorNameMap(numbers[k], len(network.layers())) for k in kinds if k in numbers
+        ]
         said = text_config(network).to_dict()
         parts = ("num_attention_heads", "qk_nope_head_dim", "v_head_dim", "kv_lora_rank")
         #: heads, numbers of a key and of a value that are made of what is compressed, and of that
@@ -218,6 +258,8 @@ class Names:
         alone = not said.get("num_local_experts")
         shared = {".shared_mlp.": ".mlp." if alone else ".mlp.shared_mlp."}
         self._also = {**_ALSO, **shared, ".output_linear.": ".down_proj."}
+        self._also |= _AS_IN.get(self.known.like, {})
+        self._padded = 1 + (said["pad_token_id"] or 0) if self.known.padded else 0
 
     def __call__(self, name: str) -> str:
         """The name of a tensor in GGUF, the first where it is cut.
@@ -260,14 +302,19 @@ class Names:
         if self.known.absorbed and name.endswith((f"{MAKES_KEYS}weight", ".attn_v_b.weight")):
             heads, keys, values, rank = self.compressed
             return (heads, rank, keys) if MAKES_KEYS in name else (heads, values, rank)
-        return shape
+        return (shape[0] - self.unused(name), *shape[1:])
+
+    def unused(self, name: str) -> int:
+        """Rows that a tensor, by its name in GGUF, begins with and that no token comes to."""
+        return self._padded if name == "position_embd.weight" else 0
 
     def _find(self, name: str) -> str | None:
         """One name; some are known without that of the base model, parameters of experts bare."""
         also = reduce(lambda n, pair: n.replace(*pair), self._also.items(), name)
         rest = also.partition(".")[2]
-        for tried in (also, name, name.partition(".")[2], f"backbone.{rest}"):
-            found = self._map.get_name(tried, try_suffixes=SUFFIXES)
+        tries = (also, name, name.partition(".")[2], f"backbone.{rest}")
+        for names, tried in product(self._maps, tries):
+            found = names.get_name(tried, try_suffixes=SUFFIXES)
             if found is not None:
                 bare = found.endswith(SUFFIXES) or name.endswith(NUMBERS)
                 full = found if bare else f"{found}.{'bias' if name[-5:] == '_bias' else 'weight'}"

@@ -87,7 +87,8 @@ def together(parts: Sequence[Tensor], pieces: Sequence[str], names: Names, dim: 
 def plain(tensor: Tensor, name: str, names: Names) -> Tensor:
     """A tensor that is no matrix, in float32; norms as llama.cpp multiplies with them."""
     shift = names.known.shift if name.endswith("norm.weight") and ".ssm_" not in name else 0.0
-    return (tensor.float() + shift).contiguous().cpu().view(torch.uint8)
+    used = tensor[names.unused(name) :].float()
+    return (used + shift).contiguous().cpu().view(torch.uint8)
 
 
 def is_filter(matrix: Matrix) -> bool:

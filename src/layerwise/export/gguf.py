@@ -19,7 +19,7 @@ from layerwise.core.stack import Matrix, Stack
 from layerwise.core.target import Target
 from layerwise.core.weight import Packed, Weight
 from layerwise.export._gguf_facts import NAMED, constants, hyper_parameters, numbers, rope_factors
-from layerwise.export._gguf_measured import Place, measured
+from layerwise.export._gguf_measured import Place, measured, rows_of
 from layerwise.export._gguf_models import Names, known, text_config
 from layerwise.export._gguf_rows import (
     blocks_of,
@@ -91,8 +91,9 @@ def _places(
     network: Network, edits: Sequence[Edit], names: Names, options: Mapping[str, str]
 ) -> Iterator[Place]:
     """Every tensor of the file in order, known before any of it is computed."""
-    for name, shape in _outside_shapes(network).items():
-        yield Place(names(name), shape, _outside_type(names(name), shape, options))
+    for name, shape in outside_shapes(network).items():
+        own = names(name)
+        yield Place(own, names.shape_of(own, shape), _outside_type(own, shape, options))
     for name, factors in rope_factors(network).items():
         yield Place(name, tuple(factors.shape), "F32")
     for layer in network.layers():
@@ -141,8 +142,9 @@ def _opened(network: Network, path: Path, places: Sequence[Place], facts: Mappin
     for key, value in {**hyper_parameters(network), **measured(network, places)}.items():
         if routed or not key.startswith("expert_") or key in always:
             _add(writer, f"{entry.name}.{key}", value)
-    rows = next(p.shape[0] for p in places if p.name == "token_embd.weight")
-    words = tokenizer_entries(folder, rows)
+    words = tokenizer_entries(folder, rows_of(places, "token_embd.weight"))
+    if network.task == "embed":
+        words[KINDS] = max(1, rows_of(places, "token_types.weight"))
     for key, value in {**words, **facts, **dict(numbers(network))}.items():
         _add(writer, key, value)
     if all(t in words.get(TOKENS, ()) for n, t in NAMED.items() if n in folder.name.lower()):
@@ -158,6 +160,8 @@ def _opened(network: Network, path: Path, places: Sequence[Place], facts: Mappin
 
 #: tables of tokens, one for the network and one for all of its layers
 EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
+#: how many kinds of tokens an encoder tells apart; llama.cpp takes all for the first
+KINDS = "tokenizer.ggml.token_type_count"
 #: any dtype of numpy but uint8: the shape is that of the weights, not of their bytes
 _RAW: Any = None
 
@@ -165,11 +169,11 @@ _RAW: Any = None
 def _add(writer: Any, key: str, value: Any) -> None:
     """One entry, by the type of its value; numbers that tell sizes are unsigned."""
     kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
-    kinds |= {str: writer.add_string, list: writer.add_array}
+    kinds |= {str: writer.add_string, list: writer.add_array, bytes: writer.add_array}
     kinds[type(value)](key, value)
 
 
-def _outside_shapes(network: Network) -> dict[str, tuple[int, ...]]:
+def outside_shapes(network: Network) -> dict[str, tuple[int, ...]]:
     """Tensors that belong to no layer, each once, by their name in memory.
 
     Those of what sees or hears, beside the model of text, are no part of the file.
@@ -184,7 +188,7 @@ def _outside_shapes(network: Network) -> dict[str, tuple[int, ...]]:
         name: tuple(tensor.shape)
         for name, tensor in stored.items()
         if not name.startswith(inside) and tied.get(name) not in stored
-        if name.startswith((text, "lm_head."))
+        if name.startswith((text, "lm_head.")) and not name.startswith(known(network).without)
     }
 
 
@@ -200,7 +204,7 @@ def _outside(network: Network, options: Mapping[str, str]) -> dict[str, Weight]:
     """Embedding and head as they are written, by their name in memory."""
     names, found = Names(network), network.fetch_outside()
     made: dict[str, Weight] = {}
-    for name, shape in _outside_shapes(network).items():
+    for name, shape in outside_shapes(network).items():
         kind = _outside_type(names(name), shape, options)
         if len(shape) == 2 and kind != "F32":
             made[name] = Packed(encode(found[name], kind), kind, shape[1])
@@ -213,7 +217,7 @@ def _outside_bytes(
     """All tensors outside of the layers as bytes, by their name in the file."""
     found = network.fetch_outside()
     bytes_: dict[str, Tensor] = {}
-    for name in _outside_shapes(network):
+    for name in outside_shapes(network):
         record = encoded.get(name)
         own = names(name)
         bytes_[own] = record.data if isinstance(record, Packed) else plain(found[name], own, names)

@@ -27,7 +27,7 @@ from layerwise.core.reader import windows
 from layerwise.core.shards import write_safetensors
 from layerwise.core.stack import Layer
 from layerwise.core.stops import Batch
-from layerwise.core.task import answer, example_inputs
+from layerwise.core.task import config_value, example_inputs, token_rows
 from layerwise.core.visits import each_once, folded
 from layerwise.core.weight import Dense, Weight
 from layerwise.export import TARGETS
@@ -161,7 +161,7 @@ def opened_for(model: str | Path, plan: Plan, device: str = "auto", dtype: str =
 
 def note_answer(network: Network, batch: Batch, folder: Path) -> None:
     """Keep what the network answers in its order, for whoever reloads the folder."""
-    with streamed(network, [batch]) as answers:
+    with streamed(network, [batch], read=token_rows) as answers:
         found = answers(batch).float().cpu().contiguous()
     write_safetensors(folder / CHECK, {**batch, CHECKED: found})
 
@@ -199,17 +199,15 @@ def stored_dense(dtype: torch.dtype, records: Mapping[str, Weight]) -> dict[str,
 
 
 def own_batch(network: Network, plan: Plan) -> Batch:
-    """A short input of the user's own data; a made-up one where the model cannot read any.
-
-    Without labels all of its answer counts. What embeds is asked for two inputs, which compare.
-    """
-    if network.task == "embed":
-        return example_inputs(network.module)
+    """A short input of the user's data, without labels; made up where the model reads none."""
     try:
         texts = texts_of(plan.data)._replace(samples=1, length=32)
         batch = windows(load_reader(network), texts, "calibrate")[0]
     except LayerwiseError:
-        return example_inputs(network.module)
+        batch = example_inputs(network.module)
+        pad = config_value(network.module.config, "pad_token_id")
+        if "input_ids" in batch and isinstance(pad, int):  # which some models give no position
+            batch["input_ids"].masked_fill_(batch["input_ids"] == pad, int(pad == 0))
     return {name: tensor for name, tensor in batch.items() if name != "labels"}
 
 
@@ -242,7 +240,8 @@ def passing(
     found: list[Tensor] = []
     made: dict[str, Mapping[str, Weight]] = {}
     total = len(network.layers())
-    for stop in walk(wide, [batch], finish=lambda i, clean, out: found.append(answer(out, batch))):
+    finish = lambda i, clean, output: found.append(token_rows(output, batch))  # noqa: E731
+    for stop in walk(wide, [batch], finish=finish):
         layer = stop.layer
         if stop.kind != "enter":
             continue

@@ -20,7 +20,7 @@ from layerwise.core.machine import amount, available_memory
 from layerwise.core.network import Network
 from layerwise.core.plan import Plan
 from layerwise.core.stack import Layer, Stack, Visit
-from layerwise.core.task import example_inputs
+from layerwise.core.task import example_inputs, token_rows
 from layerwise.core.visits import FOLDED, is_plain, parse_wiring
 from layerwise.core.wiring import edited_config
 from layerwise.jobs.measure import agrees_cached, generates
@@ -83,7 +83,7 @@ def reload_checks(folder: Path, edited: nn.Module) -> list[dict[str, Any]]:
         return []
     held, wanted = asked(folder)
     with torch.no_grad():
-        got = answers_of(edited)(held).cpu().float()
+        got = answers_of(edited, token_rows)(held).cpu().float()
     off = (got - wanted).abs().max().item() / max(wanted.abs().max().item(), 1e-30)
     packed = "quantization_config" in json.loads((folder / "config.json").read_text())
     limit = 1e-3 if packed else 1e-4

@@ -13,12 +13,17 @@ from layerwise.core.errors import LayerwiseError
 from layerwise.core.llama import Llama
 from layerwise.core.network import Network
 from layerwise.core.quality import divergence
-from layerwise.core.task import answer
+from layerwise.core.task import answer, token_rows
 from layerwise.export._gguf_file import FILE, GgufFile
+from layerwise.export._gguf_models import known
 from layerwise.jobs.checks import asked
 
 #: mean KL in nats per token, and share of positions whose likeliest token must agree
 MOST_KL, LEAST_AGREE = 1e-3, 0.99
+#: of what embeds: mean distance of a token's hidden state from ours by the length of ours, where
+#: llama.cpp computes as we do, where it takes GELU from a table of halves, and of packed files; the
+#: worst token may be so many times as far off
+EXACT_OFF, ROUGH_OFF, PACKED_OFF, WORST = 1e-3, 1e-2, 5e-2, 5
 
 
 class Agreement(NamedTuple):
@@ -27,11 +32,51 @@ class Agreement(NamedTuple):
     kl: float
     agree: float
     count: int
+    what = "logits"
+
+    def exact(self, least: float) -> tuple[bool, str]:
+        """Whether they compute the same, and what is allowed."""
+        ok = self.kl <= MOST_KL and self.agree >= least
+        return ok, f"{MOST_KL:.0e} and {least:.0%}"
+
+    def near(self) -> tuple[bool, str]:
+        """Whether they do but for how inputs are rounded, and what is allowed."""
+        return self.kl <= MOST_KL, f"{MOST_KL:.0e}"
 
     def __str__(self) -> str:
         return (
             f"mean KL {self.kl:.1e} nats, {self.agree:.1%} of {self.count} likeliest tokens agree"
         )
+
+
+class Distance(NamedTuple):
+    """How near hidden states are, each by the length of ours: on average, at worst, how many."""
+
+    mean: float
+    worst: float
+    count: int
+    what = "hidden states"
+
+    def exact(self, most: float) -> tuple[bool, str]:
+        """Whether they are the same, and what is allowed."""
+        ok = self.mean <= most and self.worst <= WORST * most
+        return ok, f"{most:.0e} and {WORST * most:.0e}"
+
+    def near(self) -> tuple[bool, str]:
+        """Whether they are but for how inputs are rounded, and what is allowed."""
+        return self.mean <= PACKED_OFF, f"{PACKED_OFF:.0e} on average"
+
+    def __str__(self) -> str:
+        return f"{self.count} states off by {self.mean:.1e} on average, {self.worst:.1e} at worst"
+
+
+def distance(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> Distance:
+    """`||theirs - ours|| / ||ours||` over the rows of some hidden states."""
+    pairs = list(zip(ours, theirs, strict=True))
+    off = torch.cat(
+        [(b.double() - a.double()).norm(dim=-1) / a.double().norm(dim=-1) for a, b in pairs]
+    )
+    return Distance(off.mean().item(), off.max().item(), len(off))
 
 
 def agreement(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> Agreement:
@@ -46,50 +91,82 @@ def agreement(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> Agreement:
 
 
 @contextmanager
-def in_llama(file: Path, batches: Sequence[Any]) -> Iterator[Callable[[Any], Tensor]]:
-    """Batch -> logits of a GGUF file as llama.cpp runs it, as `answer` gives them."""
+def in_llama(
+    file: Path, batches: Sequence[Any], read: Callable[[Any, Any], Tensor] = answer
+) -> Iterator[Callable[[Any], Tensor]]:
+    """Batch -> what `read` makes of the output for it of a GGUF file as llama.cpp runs it."""
     length = max(batch["input_ids"].shape[1] for batch in batches)
     with Llama(file, length) as engine:
-        yield lambda batch: _answered(batch, engine.logits)
+        yield lambda batch: read(_output(batch, engine), batch)
 
 
-def _answered(batch: Any, logits: Callable[[list[int]], Tensor]) -> Tensor:
-    rows = [logits(row.tolist()) for row in batch["input_ids"]]
-    return answer(torch.stack(rows), batch)
+def _output(batch: Any, engine: Llama) -> Any:
+    """Logits, or last hidden states, as a network gives them; zeros where a row is padded."""
+    ids = batch["input_ids"]
+    kept = batch.get("attention_mask", torch.ones_like(ids)).bool()
+    embeds = engine.embeds()
+    run = engine.states if embeds else engine.logits
+    rows = [run(row[own].tolist()) for row, own in zip(ids, kept, strict=True)]
+    found = rows[0].new_zeros(*ids.shape, rows[0].shape[-1])  # [inputs, seq, width]
+    found[kept] = torch.cat(rows)
+    return {"last_hidden_state": found} if embeds else found
 
 
-def _in_llama(file: Path, batches: Sequence[Any], ours: Sequence[Tensor]) -> Agreement:
-    with in_llama(file, batches) as answers:
-        return agreement(ours, map(answers, batches))
+def _in_llama(
+    file: Path,
+    batches: Sequence[Any],
+    ours: Sequence[Tensor],
+    measure: Callable[[Iterable[Tensor], Iterable[Tensor]], Any],
+) -> Any:
+    with in_llama(file, batches, token_rows) as answers:
+        return measure(ours, map(answers, batches))
 
 
 def engine_checks(
-    file: Path, batches: Sequence[Any], ours: Sequence[Tensor], least: float = LEAST_AGREE
+    file: Path,
+    batches: Sequence[Any],
+    ours: Sequence[Tensor],
+    least: float = LEAST_AGREE,
+    off: float = 0.0,
 ) -> list[dict[str, Any]]:
     """llama.cpp against our dequantized model: with the file's weights unpacked, and as it is.
 
     Unpacked, both compute the same thing and must agree within the protocol's tolerance. As it
     is, llama.cpp rounds the inputs of every product to 8 bits, which is its own doing: the KL must
     stay within the tolerance, and the share of likeliest tokens is told.
+
+    Args:
+        file: the GGUF file.
+        batches: what both are asked.
+        ours: what our model gives for each, as `token_rows` reads it.
+        least: share of positions whose likeliest token must agree.
+        off: of what embeds, whose hidden states are compared: their mean distance.
     """
+    measure, allowed = (distance, off) if off else (agreement, least)
     with TemporaryDirectory(dir=file.parent) as folder:
         wide = Path(folder, FILE)
         GgufFile(file).unpack(wide)
-        exact = _in_llama(wide, batches, ours)
-    packed = _in_llama(file, batches, ours)
-    limits = f"allowed {MOST_KL:.0e} and {least:.0%}"
+        exact = _in_llama(wide, batches, ours, measure)
+    packed = _in_llama(file, batches, ours, measure)
+    (same, limits), (near, limit) = exact.exact(allowed), packed.near()
     return [
         {
-            "name": "llama.cpp gives the logits of our dequantized model, weights unpacked",
-            "ok": exact.kl <= MOST_KL and exact.agree >= least,
-            "found": f"{exact}; {limits}",
+            "name": f"llama.cpp gives the {exact.what} of our dequantized model, weights unpacked",
+            "ok": same,
+            "found": f"{exact}; allowed {limits}",
         },
         {
             "name": "llama.cpp on the packed file stays near our dequantized model",
-            "ok": packed.kl <= MOST_KL,
-            "found": f"{packed}; allowed {MOST_KL:.0e}, inputs rounded to 8 bits by llama.cpp",
+            "ok": near,
+            "found": f"{packed}; allowed {limit}, inputs rounded to 8 bits by llama.cpp",
         },
     ]
+
+
+def off_of(network: Network) -> float:
+    """How far hidden states may be off; 0 where logits are compared."""
+    rough = ROUGH_OFF if known(network).rough else EXACT_OFF
+    return rough if network.task == "embed" else 0.0
 
 
 def must_run(folder: Path, network: Network, batch: Any) -> list[str]:
@@ -99,11 +176,12 @@ def must_run(folder: Path, network: Network, batch: Any) -> list[str]:
         What llama.cpp itself does to the packed weights beyond the tolerance, or nothing.
 
     Raises:
-        LayerwiseError: its logits are not those that were computed while it was written.
+        LayerwiseError: its logits, or hidden states, are not those that were computed while it was
+            written.
     """
     held, wanted = asked(folder)
     # of a few tokens, one that leads by a hair decides nothing: what is wrong shows in the KL
-    exact, packed = engine_checks(folder / FILE, [held], [wanted], least=0.0)
+    exact, packed = engine_checks(folder / FILE, [held], [wanted], 0.0, off_of(network))
     if not exact["ok"]:
         raise LayerwiseError(
             f"{folder / FILE}",

@@ -93,16 +93,17 @@ def streamed(
     network: Network,
     batches: Sequence[Any],
     records: Callable[[Layer], Mapping[str, Weight]] = lambda layer: {},
-) -> Iterator[Callable[[Any], Tensor]]:
+    read: Callable[[Any, Any], Any] = answer,
+) -> Iterator[Callable[[Any], Any]]:
     """Batch -> answer like `answers_of`, of a network with one layer in memory.
 
     The batches must be asked for in their order, once each: they walk together. `records` are
-    what edits made of a layer.
+    what edits made of a layer, and `read` says what is wanted of an output and its batch.
     """
-    found: list[Tensor] = []
+    found: list[Any] = []
 
-    def walked() -> Generator[Tensor, None, None]:
-        finish = lambda i, clean, output: found.append(answer(output, batches[i]))  # noqa: E731
+    def walked() -> Generator[Any, None, None]:
+        finish = lambda i, clean, output: found.append(read(output, batches[i]))  # noqa: E731
         with closing(walk(network, batches, finish=finish)) as stops:
             for stop in stops:
                 if stop.kind == "enter":
@@ -114,8 +115,10 @@ def streamed(
         yield lambda batch: next(answers)
 
 
-def answers_of(module: nn.Module) -> Callable[[Any], Tensor]:
-    """Batch -> answer `[rows, classes]`, without a cache.
+def answers_of(
+    module: nn.Module, read: Callable[[Any, Any], Tensor] = answer
+) -> Callable[[Any], Tensor]:
+    """Batch -> answer `[rows, classes]`, or what else is read off an output, without a cache.
 
     Raises:
         LayerwiseError: stock transformers cannot run the model as it was written.
@@ -129,6 +132,6 @@ def answers_of(module: nn.Module) -> Callable[[Any], Tensor]:
             allowed="a model that runs as it was written",
             fix=DENSE,
         ):
-            return answer(module(**forward_arguments(module, inputs)), batch)
+            return read(module(**forward_arguments(module, inputs)), batch)
 
     return run

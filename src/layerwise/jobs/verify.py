@@ -19,13 +19,14 @@ from layerwise.core.open import choose_device, open_network
 from layerwise.core.plan import Plan, chain_for, describe, read_plan
 from layerwise.core.quality import Estimate, Quality, measure_quality
 from layerwise.core.reader import samples_of
+from layerwise.core.task import answer, token_rows
 from layerwise.core.visits import each_once
 from layerwise.export import TARGETS
 from layerwise.export._gguf_file import FILE, GgufFile
 from layerwise.export.compressed_tensors import packed_records
 from layerwise.jobs.checks import decode_checks, rebuild_check, reload_checks
 from layerwise.jobs.contest import Contest
-from layerwise.jobs.engine import engine_checks, in_llama
+from layerwise.jobs.engine import engine_checks, in_llama, off_of
 from layerwise.jobs.fates import labels_of, own_bytes
 from layerwise.jobs.forecast import memory_of_models
 from layerwise.jobs.measure import peak_memory, speeds
@@ -170,23 +171,27 @@ def _in_llama(case: Case) -> Measured:
     put_outside(edited, held.outside(edited))
     with (
         streamed(contest.opened(), batches) as original,
-        streamed(edited, batches, partial(held.records, edited)) as answers,
+        streamed(edited, batches, partial(held.records, edited), _both_answers) as answers,
         in_llama(held.path, batches) as theirs,
     ):
 
         def kept(batch: Any) -> Tensor:
-            found = answers(batch)
+            found, rows = answers(batch)
             if len(ours) < CHECKED:
-                ours.append(found)
+                ours.append(rows)
             return found
 
         before, after, there = measure_quality(batches, original, kept, theirs)
-    checks = engine_checks(held.path, batches[:CHECKED], ours)
+    checks = engine_checks(held.path, batches[:CHECKED], ours, off=off_of(edited))
     rows = _both(case, before, after)
     rows.append(quality_row("llama.cpp", there, before, held.nbytes, "the plan, in llama.cpp"))
     said = ["decoding speed and memory were not measured: they are llama.cpp's"]
     failed = [f"{c['name']}: {c['found']}" for c in checks if not c["ok"]]
     return rows, (before, after), checks, [*said, *failed]
+
+
+def _both_answers(output: Any, batch: Any) -> tuple[Tensor, Tensor]:
+    return answer(output, batch), token_rows(output, batch)
 
 
 def _streamed(case: Case) -> Measured:
