@@ -47,55 +47,77 @@ def hyper_parameters(network: Network) -> dict[str, Any]:
     Raises:
         LayerwiseError: the configuration says something that llama.cpp cannot do.
     """
-    config, entry = text_config(network), known(network)
-    found: dict[str, Any] = {"block_count": len(network.layers())}
-    said = config.to_dict() | (config.to_dict().get("attn_config") or {})
-    whole = WHOLE | OWN.get(config.model_type, {})
-    for kinds, to in ((whole, int), (REAL, float), (TRUTH, bool), (CHOSEN, SCORES.get)):
-        for key, fields in kinds.items():
-            values = [said.get(f, said.get(config.attribute_map.get(f, f))) for f in fields]
-            value = next((v for v in values if v is not None), None)
-            if value is not None:
-                found[key] = to(value)
-    found.setdefault("context_length", UNBOUND)
-    heads = found.setdefault("attention.head_count", 0)
-    found.setdefault("attention.head_count_kv", heads)
-    size = head_size(config) if heads else 0
-    if heads:
-        found |= {"attention.key_length": size, "attention.value_length": size}
-    if "qk_rope_head_dim" in said:  # keys are partly the same for all heads
-        made = {
-            "key_length": said["qk_nope_head_dim"] + said["qk_rope_head_dim"],
-            "value_length": said["v_head_dim"],
-        }
-        end = "_mla" if entry.absorbed else ""
-        found |= {f"attention.{key}{end}": value for key, value in made.items()}
-        size = said["qk_rope_head_dim"]
-    elif "v_head_dim" in said:
-        found["attention.value_length"] = said["v_head_dim"]
-    found |= constants(network)
+    config, entry, said = text_config(network), known(network), _said(network)
+    found: dict[str, Any] = {"block_count": len(network.layers()), "context_length": UNBOUND}
+    found |= dict(_fields(network)) | constants(network)
+    size = said.get("qk_rope_head_dim") or (head_size(config) if _heads(said) else 0)
+    found |= dict(_attention(network, size)) | dict(_rotary(config, size))
+    found |= dict(_windows(config, entry))
     if "position_embedding_type" in said:
         found["rope.scaling.finetuned"] = said["position_embedding_type"] == "rope"
     if said.get("indexer_types"):
         found["attention.indexer.types"] = [int(kind == "full") for kind in said["indexer_types"]]
-    if entry.absorbed:
-        rank = said["kv_lora_rank"]
-        found |= {"attention.key_length": rank + size, "attention.value_length": rank}
-        made_of = [_rows(layer, ".kv_b_proj.weight") for layer in network.layers()]
-        found["attention.head_count_kv"] = [min(rows, 1) for rows in made_of]
-    queries, keys = (
-        [_rows(layer, f".{x}_proj.weight") // max(size, 1) for layer in network.layers()]
-        for x in "qk"
-    )
-    if len({*filter(None, queries)}) > 1 and not (entry.sized or entry.absorbed):
-        found["attention.head_count"] = queries
-    if len(set(keys)) > 1 and not entry.absorbed and "linear_num_key_heads" not in said:
-        found["attention.head_count_kv"] = keys  # convolutions and recurrences have none
-    found |= dict(_rotary(config, size)) | dict(_windows(config, entry))
     if entry.tenth and YARN["mscale_all_dim"] in found:
         found[YARN["mscale_all_dim"]] /= 10
     found |= embedding_facts(network) if network.task == "embed" else {}
     return found | (_by_kind(network) if entry.sized else {})
+
+
+def _said(network: Network) -> dict[str, Any]:
+    """The fields of the configuration, by its own names and by those that it shares with others."""
+    config = text_config(network)
+    said = config.to_dict() | (config.to_dict().get("attn_config") or {})
+    return {f: said[own] for f, own in config.attribute_map.items() if own in said} | said
+
+
+def _heads(said: Mapping[str, Any]) -> int:
+    return said.get("num_attention_heads") or 0
+
+
+def _fields(network: Network) -> Iterator[tuple[str, Any]]:
+    """What is a field of the configuration."""
+    said = _said(network)
+    whole = WHOLE | OWN.get(text_config(network).model_type, {})
+    for kinds, to in ((whole, int), (REAL, float), (TRUTH, bool), (CHOSEN, SCORES.get)):
+        for key, fields in kinds.items():
+            value = next((said[f] for f in fields if said.get(f) is not None), None)
+            if value is not None:
+                yield key, to(value)
+
+
+def _attention(network: Network, size: int) -> Iterator[tuple[str, Any]]:
+    """How many heads there are and how wide they are; a list where layers differ.
+
+    Args:
+        network: with these heads.
+        size: numbers of a head that may be rotated.
+    """
+    entry, said, layers = known(network), _said(network), network.layers()
+    heads = _heads(said)
+    yield "attention.head_count", heads
+    yield "attention.head_count_kv", said.get("num_key_value_heads") or heads
+    wide = said.get("qk_nope_head_dim", 0) + size
+    values = said.get("v_head_dim") or size
+    if entry.absorbed:  # attention goes over what is compressed
+        rank, of = said["kv_lora_rank"], [_rows(layer, ".kv_b_proj.weight") for layer in layers]
+        yield from _widths(rank + size, rank)
+        yield from _widths(wide, values, "_mla")
+        yield "attention.head_count_kv", [min(rows, 1) for rows in of]
+        return
+    if heads:
+        yield from _widths(wide, values)
+    queries, keys = (
+        [_rows(layer, f".{x}_proj.weight") // max(size, 1) for layer in layers] for x in "qk"
+    )
+    if len({*filter(None, queries)}) > 1 and not entry.sized:
+        yield "attention.head_count", queries
+    if len(set(keys)) > 1 and "linear_num_key_heads" not in said:
+        yield "attention.head_count_kv", keys  # convolutions and recurrences have none
+
+
+def _widths(keys: int, values: int, end: str = "") -> Iterator[tuple[str, int]]:
+    yield f"attention.key_length{end}", keys
+    yield f"attention.value_length{end}", values
 
 
 def _rows(layer: Layer, end: str) -> int:
