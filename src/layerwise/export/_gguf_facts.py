@@ -49,7 +49,7 @@ def hyper_parameters(network: Network) -> dict[str, Any]:
     """
     config, entry, said = text_config(network), known(network), _said(network)
     found: dict[str, Any] = {"block_count": len(network.layers()), "context_length": UNBOUND}
-    found |= dict(_fields(network)) | constants(network)
+    found |= {**dict(_fields(network)), **constants(network)}
     size = said.get("qk_rope_head_dim") or (head_size(config) if _heads(said) else 0)
     found |= dict(_attention(network, size)) | dict(_rotary(config, size))
     found |= dict(_windows(config, entry))
