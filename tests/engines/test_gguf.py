@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as t
 from typer.testing import CliRunner
+from written import SMALL, given_back, plan_of
 
 from layerwise.cli import app
 from layerwise.core.checkpoint import Checkpoint
@@ -16,7 +17,7 @@ from layerwise.core.errors import LayerwiseError
 from layerwise.core.folder import find_folder
 from layerwise.core.llama import Llama
 from layerwise.core.open import open_network
-from layerwise.core.plan import DataSpec, Edit, Identity, Plan, Step, read_plan
+from layerwise.core.plan import Edit, Plan, Step, read_plan
 from layerwise.export import _gguf_models
 from layerwise.export._gguf_file import FILE, GgufFile
 from layerwise.jobs import engine
@@ -26,7 +27,6 @@ from layerwise.jobs.plan import Request, make_plan
 from layerwise.jobs.session import Budget
 from layerwise.jobs.verify import Settings, verify
 
-SMALL = DataSpec(samples=4, length=64)
 QUICK = Settings(documents=3, length=64, speed=False, memory=False)
 COMMON: dict[str, Any] = {
     "vocab_size": 128,
@@ -326,13 +326,6 @@ def folder_of(
     return make
 
 
-def plan_of(model: str | Path, type_: str = "Q8_0", select: str = "*", **fields: Any) -> Plan:
-    held = Checkpoint(find_folder(model))
-    edits = (Edit(select, (Step("ggml", {"type": type_}),)),) if type_ else ()
-    identity = Identity(held.structure, held.weights)
-    return Plan(identity, target="gguf", data=SMALL, edits=edits, **fields)
-
-
 def test_every_architecture_of_the_table_is_tested() -> None:
     configs = [make().get_text_config(decoder=True) for make in MODELS.values()]
     assert {config.model_type for config in configs} == set(_gguf_models.KNOWN)
@@ -353,13 +346,7 @@ def test_llama_cpp_gives_our_logits(
     found = kind.from_pretrained(model, dtype=torch.float32).eval()
     with torch.no_grad():
         wanted = found(ids).logits[0]
-    network = open_network(model)
-    for layer in network.layers():
-        tensors, back = network.fetch(layer), file.records(network, layer)
-        for matrix in layer.matrices:
-            weight = matrix.view(tensors[matrix.parameter])
-            off = (back[matrix.key].dense() - weight).abs().max()
-            assert off <= 0.01 * weight.abs().max(), matrix.key
+    given_back(file, open_network(model))
     batches = [{"input_ids": ids}]
     with engine.in_llama(file.path, batches) as answers:
         near = engine.agreement([wanted], map(answers, batches))

@@ -11,11 +11,11 @@ import torch
 import transformers as t
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
+from written import SMALL, given_back, plan_of
 
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.llama import Llama
 from layerwise.core.open import open_network
-from layerwise.core.plan import DataSpec, Edit, Identity, Plan, Step
 from layerwise.core.task import token_rows
 from layerwise.export import _gguf_models
 from layerwise.export._gguf_file import FILE, GgufFile
@@ -25,7 +25,6 @@ from layerwise.jobs.plan import Request, make_plan
 from layerwise.jobs.session import Budget
 from layerwise.jobs.verify import Settings, verify
 
-SMALL = DataSpec(samples=4, length=64)
 QUICK = Settings(documents=4, length=64, speed=False, memory=False, naive=False)
 COMMON: dict[str, Any] = {
     "vocab_size": 128,
@@ -91,13 +90,6 @@ def folder_of(
     return make
 
 
-def plan_of(model: Path, type_: str = "Q8_0", select: str = "*", **fields: Any) -> Plan:
-    held = open_network(model).checkpoint
-    edits = (Edit(select, (Step("ggml", {"type": type_}),)),) if type_ else ()
-    identity = Identity(held.structure, held.weights)
-    return Plan(identity, target="gguf", data=SMALL, edits=edits, **fields)
-
-
 def states_of(model: Path, ids: Tensor) -> Tensor:
     """Of every token, by stock transformers."""
     found = t.AutoModel.from_pretrained(model, dtype=torch.float32).eval()
@@ -120,12 +112,7 @@ def test_llama_cpp_gives_our_hidden_states(
     file = GgufFile(tmp_path / "out" / FILE)
     assert applied.nbytes == file.nbytes
     network = open_network(model)
-    for layer in network.layers():
-        tensors, back = network.fetch(layer), file.records(network, layer)
-        for matrix in layer.matrices:
-            weight = matrix.view(tensors[matrix.parameter])
-            off = (back[matrix.key].dense() - weight).abs().max()
-            assert off <= 0.01 * weight.abs().max(), matrix.key
+    given_back(file, network)
     apply_plan(model, plan_of(model, "", export={"embedding": "F32"}), tmp_path / "same")
     exactly = 1e-3 if _gguf_models.ENCODERS[network.model.config.model_type].rough else 1e-5
     for out, most in ("out", 5e-2), ("same", exactly):

@@ -96,16 +96,22 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
         kind = getattr(transformers, str(name), None)
         if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
             return _fitting(kind, config)
-    for auto in _AUTO:
-        mapping: Any = auto._model_mapping
-        if type(config) in mapping:
-            return mapping[type(config)]
+    for kind in _classes(config):
+        return kind
     raise LayerwiseError(
         f"config of type {config.model_type!r}",
         allowed="architectures that transformers knows",
         found=config.architectures,
         fix="install the transformers version that has this model",
     )
+
+
+def _classes(config: PretrainedConfig) -> Iterator[type[PreTrainedModel]]:
+    """The classes that transformers has for a configuration, those with a head first."""
+    for auto in _AUTO:
+        mapping: Any = auto._model_mapping
+        if type(config) in mapping:
+            yield mapping[type(config)]
 
 
 def _remote(config: PretrainedConfig, remote: Mapping[str, str]) -> type[PreTrainedModel]:
@@ -126,9 +132,9 @@ def _remote(config: PretrainedConfig, remote: Mapping[str, str]) -> type[PreTrai
 
 def _fitting(kind: type[PreTrainedModel], config: PretrainedConfig) -> type[PreTrainedModel]:
     wanted: Any = kind.config_class
-    mappings: Any = [auto._model_mapping for auto in _AUTO]
-    shared = any(mapping.get(type(config), None) is kind for mapping in mappings)
-    if wanted is not None and not isinstance(config, wanted) and not shared:
+    if wanted is None or isinstance(config, wanted):
+        return kind
+    if kind not in _classes(config):  # some types share a class
         raise LayerwiseError(
             "config.json, architectures",
             allowed=f"a class for model_type {config.model_type!r}",

@@ -35,7 +35,10 @@ _FILLS = {getattr(nn.init, name) for name in dir(nn.init) if re.fullmatch(r"[a-z
 
 
 class _AtMost(TorchFunctionMode):
-    """Ends the building of a model whose configuration asks for absurdly many tensors."""
+    """Ends the building of a model whose configuration asks for absurdly many tensors.
+
+    What would fill them is skipped.
+    """
 
     def __init__(self, calls: int) -> None:
         super().__init__()

@@ -252,8 +252,8 @@ def rope_factors(network: Network) -> dict[str, Tensor]:
         }
     if rope.get("rope_type") == "proportional":  # the others are not turned
         size = _by_kind(network)["attention.key_length"]
-        turned = int(size * rope.get("partial_rotary_factor", 1.0) / 2)
-        return {"rope_freqs.weight": torch.tensor([1.0] * turned + [1e30] * (size // 2 - turned))}
+        pairs = turned(config, size) // 2
+        return {"rope_freqs.weight": torch.tensor([1.0] * pairs + [1e30] * (size // 2 - pairs))}
     if rope.get("rope_type") != "llama3":
         return {}
     size = head_size(config)

@@ -182,13 +182,13 @@ def outside_shapes(network: Network) -> dict[str, tuple[int, ...]]:
     whole = network.model.config is text_config(network)
     text = "" if whole else network.stack.container.rpartition(".")[0]
     tied = network.model.all_tied_weights_keys or {}
-    held = network.module.state_dict()
+    held, without = network.module.state_dict(), known(network).without
     stored = {n: t for n, t in held.items() if network.stored.is_stored(n)}
     return {
         name: tuple(tensor.shape)
         for name, tensor in stored.items()
         if not name.startswith(inside) and tied.get(name) not in stored
-        if name.startswith((text, "lm_head.")) and not name.startswith(known(network).without)
+        if name.startswith((text, "lm_head.")) and not name.startswith(without)
     }
 
 
@@ -254,8 +254,8 @@ def _refuses(matrix: Matrix, module: nn.Module, chain: Sequence[Step]) -> str | 
 def _limits(network: Network, matrix: Matrix, chain: Sequence[Step]) -> str | None:
     if chain and known(network).absorbed and matrix.parameter.endswith(".kv_b_proj.weight"):
         return "what llama.cpp wants half of transposed, across the blocks of a type; keep it"
-    size, kind = moved_columns(network, matrix), _type(matrix, chain, 4)
-    if size % format_of(kind).weights == 0:
+    size = moved_columns(network, matrix)
+    if not size or size % format_of(kind := _type(matrix, chain, 4)).weights == 0:
         return None
     return (
         f"{kind}, whose blocks are wider than heads of {size} columns, which llama.cpp wants in "

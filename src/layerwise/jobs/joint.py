@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from math import inf
 from typing import Any
@@ -68,18 +68,20 @@ def plan_joint(request: Request, network: Network, target: Target, progress: Pro
     what = "parts" if "part" in request.allow else "layers"
     damages = plain, damage
     rows = [_row(what, menus, damages, *each) for each in zip(found, measured, strict=True)]
-    made = [
-        assemble(request, network, target, menus, damage, choice, offer.scores) for choice in found
-    ]
-    best = _best(request, network, made, rows, progress) if len(made) > 1 else 0
+
+    @cache
+    def made(i: int) -> Planned:
+        return assemble(request, network, target, menus, damage, found[i], offer.scores)
+
+    best = _best(request, network, made, rows, progress) if len(found) > 1 else 0
     rows[best]["chosen"] = True
-    return made[best]._replace(edge=rows)
+    return made(best)._replace(edge=rows)
 
 
 def _best(
     request: Request,
     network: Network,
-    made: Sequence[Planned],
+    made: Callable[[int], Planned],
     rows: list[dict[str, Any]],
     progress: Progress,
 ) -> int:
@@ -91,7 +93,7 @@ def _best(
         if rows[i]["expected"] >= min(shown.values(), default=inf):
             break
         progress("solving plans", len(shown), SOLVED)
-        shown[i] = contest.roughly(made[i].plan).estimate("kl").value
+        shown[i] = contest.roughly(made(i).plan).estimate("kl").value
         rows[i] |= {"expected": shown[i], "solved": True}
     return min(shown, key=lambda i: shown[i])
 

@@ -93,16 +93,16 @@ def streamed(
     network: Network,
     batches: Sequence[Any],
     records: Callable[[Layer], Mapping[str, Weight]] = lambda layer: {},
-    read: Callable[[Any, Any], Any] = answer,
-) -> Iterator[Callable[[Any], Any]]:
+    read: Callable[[Any, Any], Tensor] = answer,
+) -> Iterator[Callable[[Any], Tensor]]:
     """Batch -> answer like `answers_of`, of a network with one layer in memory.
 
     The batches must be asked for in their order, once each: they walk together. `records` are
     what edits made of a layer, and `read` says what is wanted of an output and its batch.
     """
-    found: list[Any] = []
+    found: list[Tensor] = []
 
-    def walked() -> Generator[Any, None, None]:
+    def walked() -> Generator[Tensor, None, None]:
         finish = lambda i, clean, output: found.append(read(output, batches[i]))  # noqa: E731
         with closing(walk(network, batches, finish=finish)) as stops:
             for stop in stops:

@@ -169,29 +169,24 @@ def _in_llama(case: Case) -> Measured:
     edited = contest.opened(case.plan.wiring, contest.folds)
     ours: list[Tensor] = []
     put_outside(edited, held.outside(edited))
+
+    def read(output: Any, batch: Any) -> Tensor:
+        if len(ours) < CHECKED:
+            ours.append(token_rows(output, batch))
+        return answer(output, batch)
+
     with (
         streamed(contest.opened(), batches) as original,
-        streamed(edited, batches, partial(held.records, edited), _both_answers) as answers,
+        streamed(edited, batches, partial(held.records, edited), read) as answers,
         in_llama(held.path, batches) as theirs,
     ):
-
-        def kept(batch: Any) -> Tensor:
-            found, rows = answers(batch)
-            if len(ours) < CHECKED:
-                ours.append(rows)
-            return found
-
-        before, after, there = measure_quality(batches, original, kept, theirs)
+        before, after, there = measure_quality(batches, original, answers, theirs)
     checks = engine_checks(held.path, batches[:CHECKED], ours, off=off_of(edited))
     rows = _both(case, before, after)
     rows.append(quality_row("llama.cpp", there, before, held.nbytes, "the plan, in llama.cpp"))
     said = ["decoding speed and memory were not measured: they are llama.cpp's"]
     failed = [f"{c['name']}: {c['found']}" for c in checks if not c["ok"]]
     return rows, (before, after), checks, [*said, *failed]
-
-
-def _both_answers(output: Any, batch: Any) -> tuple[Tensor, Tensor]:
-    return answer(output, batch), token_rows(output, batch)
 
 
 def _streamed(case: Case) -> Measured:
