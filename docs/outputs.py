@@ -40,9 +40,10 @@ FIGURE = re.compile(r"(?<![\w.:/-])(-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)(?: ([kMG]?)B\
 SCALE = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}
 #: a line or a column with one of these words holds figures of this machine and moment
 CLOCK = re.compile(r"\b(seconds?|tokens/s|prefill|decode|memory)\b")
-#: figures may differ by this share, for GPTQ's choices hang on a processor's last bits;
-#: below the floor lies what rounding leaves of zero
-SHARE, FLOOR = 0.1, 1e-4
+#: figures may differ by this share, for GPTQ's choices hang on a processor's last bits, and what
+#: is measured of a solved model by more; below the floor lies what rounding leaves of zero
+SHARE, MEASURED, FLOOR = 0.1, 0.25, 1e-4
+INTERVAL = re.compile(r"\[\S+, \S+\]|% interval")
 #: a line of a table: it goes on from the line above, or has three cells or more
 TABULAR = re.compile(r"^  |\S  +\S.*\S  +\S")
 #: examples run on the standard library, another text in every version; a page has to show which
@@ -117,8 +118,8 @@ def _trimmed(text: str) -> str:
 def difference(shown: str, printed: str, same_text: bool = True) -> str:
     """How two outputs differ, or nothing.
 
-    Words and the shape of tables must be equal, figures only within `SHARE`, and figures of
-    time, speed and memory not at all. Where the page shows what came of another text, figures
+    Words and the shape of tables must be equal, figures only within `SHARE`, those beside an
+    interval within `MEASURED`, and figures of time, speed and memory not at all. Where the page shows what came of another text, figures
     are not compared, nor what follows from them: how often a word occurs, and the verdict.
     """
     words = _words if same_text else _plain_words
@@ -127,8 +128,9 @@ def difference(shown: str, printed: str, same_text: bool = True) -> str:
             if a != b:
                 return f"{a} is now {b} in {shorten(old or new, 90)}"
         if same_text and not CLOCK.search(old):
+            share = MEASURED if INTERVAL.search(old) else SHARE
             for a, b in zip(_figures(old), _figures(new), strict=True):
-                if not math.isclose(a, b, rel_tol=SHARE, abs_tol=FLOOR):
+                if not math.isclose(a, b, rel_tol=share, abs_tol=FLOOR):
                     return f"{a:g} is now {b:g} in {shorten(old, 90)}"
     return ""
 
