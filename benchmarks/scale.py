@@ -42,9 +42,10 @@ print(Checkpoint(Path(sys.argv[1])).weights)
 APPLY = """
 import os, sys, time
 from pathlib import Path
+from typer.testing import CliRunner
+from layerwise.cli import app
 from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.plan import Edit, Identity, Plan, Step
-from layerwise.jobs.apply import apply_plan
 from layerwise.jobs.measure import PeakMemory
 model, out, target = sys.argv[1:]
 held = Checkpoint(Path(model))
@@ -55,9 +56,12 @@ with PeakMemory() as memory:
         target=target,
         edits=(Edit("*", (Step("rtn", {"bits": 4, "group": 128}),)),),
     )
-    applied = apply_plan(model, plan, Path(out), check=False)
+    plan.save(Path(out + ".yaml"))
+    done = CliRunner().invoke(app, ["apply", model, out + ".yaml", "--out", out, "--no-check"])
+    assert done.exit_code == 0, done.output
     os.sync()
-print(time.perf_counter() - began, applied.nbytes, memory.peak - memory.start)
+nbytes = sum(path.stat().st_size for path in Path(out).glob("*.safetensors"))
+print(time.perf_counter() - began, nbytes, memory.peak - memory.start)
 """
 
 

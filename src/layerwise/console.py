@@ -13,6 +13,10 @@ import typer
 
 from layerwise import __version__
 
+if "OMP_WAIT_POLICY" not in os.environ:  # before torch starts its threads
+    # idle ones spin for microseconds, not milliseconds: who reads, writes, or works beside needs the core
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 app = typer.Typer(
     name="layerwise",
     help="Open any deep network as a stack of layers: see what every layer does, decide what "
