@@ -22,6 +22,7 @@ from time import monotonic
 import msgspec
 from outputs import refreshed
 
+import layerwise
 import layerwise.families as families
 from architectures import architectures
 from layerwise.core.method import FAMILIES, Method, find, methods
@@ -48,11 +49,19 @@ SLOW = ("layers", "depth", "bits", "sparsity")
 assert families
 
 
+class _Open:
+    """How a default is shown that is an object."""
+
+    def __repr__(self) -> str:
+        return "..."
+
+
 def reference(family: str) -> str:
     """The page of a family: every method with its options, from signature and docstring."""
     lines = [f"# {family}", "", f"Signature: `({', '.join((*FAMILIES[family], '*', 'options'))})`"]
     for method in methods(family):
-        lines += ["", f"## {method.name}", *_facts(method), "", *_docstring(method)]
+        text = _docstring(method.name, method.function)
+        lines += ["", f"## {method.name}", *_facts(method), "", *text]
     return "\n".join(lines) + "\n"
 
 
@@ -70,10 +79,32 @@ def _facts(method: Method) -> list[str]:
     return ["", *(f"- {fact}" for fact in facts)] if facts else []
 
 
-def _docstring(method: Method) -> list[str]:
-    text = inspect.getdoc(method.function) or ""
+def python() -> str:
+    """What `import layerwise` gives: every public name, its signature and its docstring."""
+    lines = ["# Python"]
+    for name in layerwise.PUBLIC:
+        item = getattr(layerwise, name)
+        lines += ["", f"## layerwise.{name}", "", f"`{name}{_plain(inspect.signature(item))}`"]
+        lines += ["", *_docstring(name, item)]
+    return "\n".join(lines) + "\n"
+
+
+def _plain(signature: inspect.Signature) -> inspect.Signature:
+    """A signature without types, which are in the text; what is no plain value is left open."""
+    plain = int, float, str, tuple, type, type(None)
+    given = [
+        p.replace(
+            annotation=p.empty, default=p.default if isinstance(p.default, plain) else _Open()
+        )
+        for p in signature.parameters.values()
+    ]
+    return signature.replace(parameters=given, return_annotation=signature.empty)
+
+
+def _docstring(name: str, item: object) -> list[str]:
+    text = inspect.getdoc(item) or ""
     if not text:
-        raise SystemExit(f"{method.name}: a public method needs a docstring")
+        raise SystemExit(f"{name}: what is public needs a docstring")
     lines, code = [], False
     for line in text.splitlines():
         starts = line.lstrip().startswith(">>>")
@@ -139,6 +170,7 @@ def pages() -> dict[Path, Callable[[], str]]:
     """Every generated file, and how its content is made."""
     present = [f for f in FAMILIES if methods(f)]
     made = {HERE / "reference" / f"{family}.md": partial(reference, family) for family in present}
+    made[HERE / "reference" / "python.md"] = python
     made[HERE / "papers.md"] = papers
     made[HERE / "architectures.md"] = architectures
     made[HERE / "command-line.md"] = command_line

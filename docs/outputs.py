@@ -119,8 +119,9 @@ def difference(shown: str, printed: str, same_text: bool = True) -> str:
     """How two outputs differ, or nothing.
 
     Words and the shape of tables must be equal, figures only within `SHARE`, those beside an
-    interval within `MEASURED`, and figures of time, speed and memory not at all. Where the page shows what came of another text, figures
-    are not compared, nor what follows from them: how often a word occurs, and the verdict.
+    interval within `MEASURED`, and figures of time, speed and memory not at all. Where the page
+    shows what came of another text, figures are not compared, nor what follows from them: how
+    often a word occurs, and the verdict.
     """
     words = _words if same_text else _plain_words
     for old, new in zip_longest(_parts(shown), _parts(printed), fillvalue=""):

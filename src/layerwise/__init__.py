@@ -11,7 +11,8 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_PUBLIC = {
+#: what is public, and where it lives
+PUBLIC = {
     "open": ("layerwise.core.open", "open_network"),
     "observe": ("layerwise.core.stats", "observe"),
     "walk": ("layerwise.core.lockstep", "walk"),
@@ -19,21 +20,21 @@ _PUBLIC = {
     "inspect": ("layerwise.jobs.against", "inspect_models"),
     "Texts": ("layerwise.core.data", "Texts"),
     "Wanted": ("layerwise.jobs.wanted", "Wanted"),
-    "methods": ("layerwise.core.method", "methods"),
-    "find": ("layerwise.core.method", "find"),
+    "methods": ("layerwise.families", "methods"),
+    "find": ("layerwise.families", "find"),
     "Plan": ("layerwise.core.plan", "Plan"),
     "read_plan": ("layerwise.core.plan", "read_plan"),
-    "make_plan": ("layerwise.jobs.plan", "make_plan"),
-    "apply_plan": ("layerwise.jobs.heal", "apply_healed"),
-    "verify": ("layerwise.jobs.verify", "verify"),
+    "make_plan": ("layerwise.api", "make_plan"),
+    "apply_plan": ("layerwise.api", "apply_plan"),
+    "verify": ("layerwise.api", "verify"),
     "LayerwiseError": ("layerwise.core.errors", "LayerwiseError"),
 }
 
-__all__ = ["__version__", *_PUBLIC]
+__all__ = ["__version__", *PUBLIC]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
+    if name not in PUBLIC:
         raise AttributeError(f"module 'layerwise' has no attribute {name!r}")
-    module, attribute = _PUBLIC[name]
+    module, attribute = PUBLIC[name]
     return getattr(import_module(module), attribute)

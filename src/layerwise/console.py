@@ -14,7 +14,7 @@ import typer
 from layerwise import __version__
 
 if "OMP_WAIT_POLICY" not in os.environ:  # before torch starts its threads
-    # idle ones spin for microseconds, not milliseconds: who reads, writes, or works beside needs the core
+    # idle ones spin for microseconds, not milliseconds: others on these cores read and write
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 app = typer.Typer(

@@ -1,6 +1,7 @@
 """Every family, imported: after this the registry is complete."""
 
 from layerwise import allocate, describe, export, measure, run, score, search, slot
+from layerwise.core.method import find, methods
 from layerwise.edit import activation, rewrite, stack, weight
 
 __all__ = [
@@ -8,7 +9,9 @@ __all__ = [
     "allocate",
     "describe",
     "export",
+    "find",
     "measure",
+    "methods",
     "rewrite",
     "run",
     "score",

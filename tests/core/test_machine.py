@@ -44,10 +44,11 @@ def test_without_room_it_stays_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         ("stored", torch.float16, True, torch.float32),
         ("auto", torch.float64, False, torch.float64),
         ("bfloat16", torch.float32, False, torch.bfloat16),
+        (torch.float64, torch.float32, False, torch.float64),
     ],
 )
 def test_a_processor_computes_in_what_it_multiplies_fast(
-    name: str,
+    name: str | torch.dtype,
     stored: torch.dtype,
     multiplies: bool,
     kept: torch.dtype,

@@ -174,7 +174,18 @@ def method(
 
 
 def methods(family: str | None = None) -> list[Method]:
-    """All registered methods, each once, in order of family and name."""
+    """All registered methods, each once, in order of family and name.
+
+    Raises:
+        LayerwiseError: there is no such family.
+    """
+    if family is not None and family not in FAMILIES:
+        raise LayerwiseError(
+            f"family {family!r}",
+            allowed=", ".join(FAMILIES),
+            found=family,
+            fix=nearest(family, FAMILIES, "choose one of these"),
+        )
     unique = {m.name: m for m in _METHODS.values() if family in (None, m.family)}
     order = list(FAMILIES)
     return sorted(unique.values(), key=lambda m: (order.index(m.family), m.name))

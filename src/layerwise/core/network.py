@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from layerwise.core.sites import At, Cache, Edits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Network:
     """A network opened as stacks of layers.
 
@@ -51,6 +51,12 @@ class Network:
     folder: Path | None = None
     #: the network that this one is another order of, without what lies outside of its layers
     before: "Network | None" = None
+
+    def __repr__(self) -> str:
+        stacks = ", ".join(f"{s.name} of {len(s.wiring)} layers" for s in self.stacks)
+        kind, dtype = type(self.module).__name__, str(self.dtype).removeprefix("torch.")
+        where = f" of {self.folder}" if self.folder else ""
+        return f"<Network {kind}{where}: {stacks}; {self.task}, {dtype} on {self.device}>"
 
     @property
     def stack(self) -> Stack:

@@ -26,12 +26,13 @@ from layerwise.core.visits import check_alike, parse_wiring, read_folded
 from layerwise.core.wiring import edited_config
 
 
-def choose_device(name: str = "auto") -> torch.device:
-    """`auto` is CUDA if present.
+def choose_device(name: str | torch.device = "auto") -> torch.device:
+    """The device of a name, or itself; `auto` is CUDA if present.
 
     Raises:
         LayerwiseError: this machine has no such device.
     """
+    name = str(name)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     count = torch.cuda.device_count()
@@ -50,13 +51,16 @@ def choose_device(name: str = "auto") -> torch.device:
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
-def choose_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """`stored` is the checkpoint's, but float16 becomes float32 on a CPU; `auto` is the same, but
+def choose_dtype(name: str | torch.dtype, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type of a name, or itself.
+
+    `stored` is the checkpoint's, but float16 becomes float32 on a CPU; `auto` is the same, but
     bfloat16 becomes float32 on a CPU that does not multiply in it.
 
     Raises:
         LayerwiseError: it is none to compute in.
     """
+    name = str(name).removeprefix("torch.")
     if name in DTYPES:
         return getattr(torch, name)
     if name not in ("auto", "stored"):
@@ -84,8 +88,8 @@ def open_network(
     *,
     inputs: Mapping[str, Tensor] | None = None,
     wiring: Mapping[str, Sequence[Any]] | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
 ) -> Network:
     """Open a model folder, hub id or module as stacks of layers.
 

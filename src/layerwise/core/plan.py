@@ -127,14 +127,14 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
         write_whole(path, self.to_yaml())
 
 
-def read_plan(path: Path) -> Plan:
+def read_plan(path: str | Path) -> Plan:
     """Read and validate a plan.
 
     Raises:
         LayerwiseError: the file is no YAML, has an unknown key, or a value of the wrong type.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise LayerwiseError(
             f"plan {path}",

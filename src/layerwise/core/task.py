@@ -13,6 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from layerwise.core.errors import LayerwiseError
+
 #: `causal`: the next token; `masked`: the hidden tokens; `seq2seq`: the next token of the target;
 #: `classify`: one class per input; `embed`: no head, so the answer is who is nearest to whom.
 Task = Literal["causal", "masked", "seq2seq", "classify", "embed"]
@@ -37,7 +39,18 @@ def takes_images(module: nn.Module) -> bool:
 
 
 def example_inputs(module: nn.Module) -> dict[str, Tensor]:
-    """Two short inputs, for trial forwards of a hollow model; sizes differ on every axis."""
+    """Two short inputs, for trial forwards of a hollow model; sizes differ on every axis.
+
+    Raises:
+        LayerwiseError: a module without a configuration, of which nobody knows what it reads.
+    """
+    if not hasattr(module, "config"):
+        raise LayerwiseError(
+            type(module).__name__,
+            allowed="a transformers model, or any module with example inputs",
+            found="a module without a configuration, and no inputs",
+            fix='say what it reads, such as inputs={"x": torch.randn(2, 16)}',
+        )
     known = inspect.signature(module.forward).parameters
     config: Any = module.config
     if takes_images(module):
