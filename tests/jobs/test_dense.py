@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 from layerwise.cli import app
 from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.plan import read_plan
+from layerwise.core.width import Cut, Width
+from layerwise.jobs.narrow import levels
 
 SMALL = "--samples 2 --length 32 --json"
 
@@ -46,6 +48,14 @@ def test_the_planned_bytes_are_written_and_compared(
     naive = found["rows"][-1]
     assert naive["name"] == "naive" and "healed equally" in naive["what"]
     AutoModelForCausalLM.from_pretrained(out)
+
+
+@pytest.mark.parametrize(
+    ("units", "block", "step"), [(96, 1, 8), (100, 1, 4), (99, 1, 1), (4, 64, 1), (4096, 1, 32)]
+)
+def test_rows_stay_aligned(units: int, block: int, step: int) -> None:
+    width = Width({"n": units}, units, {"w": Cut(-1, (block,))}, "w")
+    assert levels(width) == [units, *range((units - 1) // step * step, 0, -step)]
 
 
 def test_pinned_parts_keep_their_width(tiny: Callable[..., Path], tmp_path: Path) -> None:

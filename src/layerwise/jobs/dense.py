@@ -12,7 +12,7 @@ from layerwise.core.select import selects
 from layerwise.core.width import Width
 from layerwise.jobs.contest import Contest, contest_on
 from layerwise.jobs.joint import MOST, layers_alone, tried
-from layerwise.jobs.narrow import Candidate, Dense
+from layerwise.jobs.narrow import Candidate, Dense, levels
 from layerwise.jobs.request import Planned, Request
 from layerwise.jobs.session import Progress
 from layerwise.jobs.timed import CLOSE, Clock
@@ -152,7 +152,7 @@ def _curves(dense: Dense, contest: Contest, progress: Progress) -> dict[str, Any
     for width in dense.widths:
         points = {width.units: 0.0}
         for share in SHARES:
-            units = min(dense.levels(width), key=lambda n: abs(n - share * width.units))
+            units = min(levels(width), key=lambda n: abs(n - share * width.units))
             if units not in points:
                 plan = dense.plan(Candidate((), full | {width.name: units}))
                 points[units] = contest.roughly(plan).estimate("kl").value
@@ -209,7 +209,7 @@ def _planned(
 
 
 def _impossible(dense: Dense, sets: Sequence[tuple[str, ...]]) -> LayerwiseError:
-    least = {w.name: dense.levels(w)[-1] for w in dense.widths}
+    least = {w.name: levels(w)[-1] for w in dense.widths}
     smallest = [Candidate(gone, least) for gone in sets]
     whole, nbytes = dense.network.checkpoint.nbytes, min(map(dense.nbytes, smallest))
     products = min(map(dense.products, smallest)) / dense.products(dense.whole)

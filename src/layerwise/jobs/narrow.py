@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
+from math import gcd
 from typing import NamedTuple
 
 from msgspec import structs
@@ -19,6 +20,8 @@ from layerwise.jobs.units import layer_bytes, wiring_without
 
 #: into how many steps a width is cut at most
 LEVELS = 64
+#: entries of two bytes that fill the sixteen by which grouped products of experts go
+ALIGNED = 8
 
 
 class Candidate(NamedTuple):
@@ -26,6 +29,17 @@ class Candidate(NamedTuple):
 
     gone: tuple[str, ...]
     units: Mapping[str, int]
+
+
+def levels(width: Width) -> list[int]:
+    """How many units a width may have, all of them first.
+
+    Rows stay multiples of `ALIGNED` entries if they were: kernels of stock code want them so.
+    """
+    step, aligned = 1, gcd(ALIGNED, width.units * width.block)
+    while 2 * step * LEVELS <= width.units or step * width.block % aligned:
+        step *= 2
+    return [width.units, *range((width.units - 1) // step * step, 0, -step)]
 
 
 @dataclass(frozen=True)
@@ -79,13 +93,6 @@ class Dense:
             fields |= width.values(units) if units < width.units else {}
         return fields
 
-    def levels(self, width: Width) -> list[int]:
-        """How many units a width may have, all of them first."""
-        step = 1
-        while 2 * step * LEVELS <= width.units:
-            step *= 2
-        return [width.units, *range((width.units - 1) // step * step, 0, -step)]
-
     def candidates(
         self, gone: tuple[str, ...], fits: Callable[[Candidate], bool]
     ) -> list[Candidate]:
@@ -95,9 +102,9 @@ class Dense:
             return [alone] if fits(alone) else []
         found = []
         first, *others = self.widths
-        for chosen in product(*(self.levels(width) for width in others)):
+        for chosen in product(*(levels(width) for width in others)):
             held = dict(zip((w.name for w in others), chosen, strict=True))
-            for units in self.levels(first):
+            for units in levels(first):
                 candidate = Candidate(gone, {first.name: units, **held})
                 if fits(candidate):
                     found.append(candidate)

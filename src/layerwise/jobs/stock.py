@@ -25,7 +25,7 @@ from layerwise.core.weight import Weight
 from layerwise.export.compressed_tensors import packed_linears
 from layerwise.run.kernels import Quickened, quicken
 
-DENSE = "some architectures cannot use packed weights there: choose --target hf for this one"
+DENSE = "choose --target hf where weights are packed, and another size where layers are narrower"
 
 
 def load_stock(folder: Path, dtype: str, device: torch.device) -> nn.Module:
