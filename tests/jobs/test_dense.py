@@ -51,7 +51,7 @@ def test_the_planned_bytes_are_written_and_compared(
 
 
 @pytest.mark.parametrize(
-    ("units", "block", "step"), [(96, 1, 8), (100, 1, 4), (99, 1, 1), (4, 64, 1), (4096, 1, 32)]
+    ("units", "block", "step"), [(96, 1, 8), (100, 1, 4), (99, 1, 1), (4, 64, 1), (4096, 1, 64)]
 )
 def test_rows_stay_aligned(units: int, block: int, step: int) -> None:
     width = Width({"n": units}, units, {"w": Cut(-1, (block,))}, "w")
