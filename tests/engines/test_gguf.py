@@ -18,7 +18,7 @@ from layerwise.core.folder import find_folder
 from layerwise.core.llama import Llama
 from layerwise.core.open import open_network
 from layerwise.core.plan import Edit, Plan, Step, read_plan
-from layerwise.export import _gguf_models
+from layerwise.export import _gguf_folds, _gguf_models
 from layerwise.export._gguf_file import FILE, GgufFile
 from layerwise.jobs import engine
 from layerwise.jobs.apply import apply_plan
@@ -57,6 +57,12 @@ SSM = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "state_size
 HYBRID = ["conv", "full_attention"]
 HYBRIDS: dict[str, Any] = {"layer_types": ["mamba", "attention"], "shared_intermediate_size": 64}
 HYBRIDS |= {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1}
+FALCON_H1: dict[str, Any] = {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_n_groups": 2}
+FALCON_H1 |= {"mamba_d_state": 16, "mlp_multipliers": [0.6, 1.4], "key_multiplier": 2.5}
+FALCON_H1 |= {"ssm_multipliers": [0.7, 1.5, 0.4, 1.8, 1.2], "ssm_in_multiplier": 1.3}
+FALCON_H1 |= {"ssm_out_multiplier": 0.8, "attention_in_multiplier": 1.6, "head_dim": 16}
+FALCON_H1 |= {"attention_out_multiplier": 0.9, "lm_head_multiplier": 0.5}
+FALCON_H1 |= {"embedding_multiplier": 3.0}
 NEMOTRON: dict[str, Any] = {k: v for k, v in FEW.items() if k != "num_hidden_layers"}
 NEMOTRON |= {"mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 2}
 NEMOTRON |= {"head_dim": 16}
@@ -67,6 +73,10 @@ MANY |= {"linear_key_head_dim": 32}
 RANKS = {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
 RANKS |= {"q_lora_rank": 32, "kv_lora_rank": 32}
 INDEX = {"index_topk": 64, "index_head_dim": 64, "index_n_heads": 4}
+GEMMA3N: dict[str, Any] = COMMON | {"num_hidden_layers": 25, "num_kv_shared_layers": 5}
+GEMMA3N |= {"intermediate_size": 2048, "laurel_rank": 64, "hidden_size_per_layer_input": 256}
+GEMMA3N |= {"head_dim": 16, "sliding_window": 8, "vocab_size_per_layer_input": 64}
+GEMMA3N |= {"pad_token_id": None, "initializer_range": 0.05}
 GEMMA4 = {"head_dim": 16, "sliding_window": 8, "vocab_size_per_layer_input": 128}
 GEMMA4 |= {"hidden_size_per_layer_input": 32}
 EXPERTS = {"hidden_size_per_layer_input": 0, "enable_moe_block": True, "num_experts": 4}
@@ -200,6 +210,15 @@ MODELS: dict[str, Callable[[], Any]] = {
     "lfm2_moe": lambda: t.Lfm2MoeConfig(**FEW, **MOE, num_dense_layers=1, layer_types=HYBRID),
     "mamba": lambda: t.MambaConfig(**SSM, time_step_rank=4),
     "falcon_mamba": lambda: t.FalconMambaConfig(**SSM, time_step_rank=4),
+    "falcon_h1": lambda: t.FalconH1Config(**FEW, **FALCON_H1),
+    "falcon_h1 with a norm": lambda: t.FalconH1Config(
+        **FEW,
+        **FALCON_H1,
+        mamba_rms_norm=True,
+        mlp_bias=True,
+        mamba_norm_before_gate=False,
+        tie_word_embeddings=True,
+    ),
     "granitemoehybrid": lambda: t.GraniteMoeHybridConfig(**FEW, **HYBRIDS, num_local_experts=0),
     "bamba": lambda: t.BambaConfig(
         **FEW,
@@ -276,6 +295,13 @@ MODELS: dict[str, Callable[[], Any]] = {
     "glm4_moe_lite": lambda: t.Glm4MoeLiteConfig(**FEW | ROUTED | RANKS),
     "minicpm3": lambda: t.MiniCPM3Config(**FEW | RANKS | {"num_key_value_heads": 4}),
     "youtu": lambda: t.YoutuConfig(**FEW | RANKS | {"num_key_value_heads": 4}),
+    "gemma3n_text": lambda: t.Gemma3nTextConfig(
+        **GEMMA3N,
+        rope_parameters={
+            "full_attention": {"rope_type": "default", "rope_theta": 3e4},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 2e3},
+        },
+    ),
     "gemma4_text": lambda: t.Gemma4TextConfig(**COMMON, **GEMMA4),
     "gemma4 with experts": lambda: t.Gemma4TextConfig(**COMMON, **GEMMA4 | EXPERTS),
     "gemma4 with shared keys": lambda: t.Gemma4TextConfig(
@@ -296,6 +322,13 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
 }
 
+#: what is packed where it is not all of the feed-forward parts, by how names begin
+SELECTED = dict.fromkeys(
+    ("mamba", "falcon_mamba", "nemotron_h", "falcon_h1 with"), "*/*/mixer.in_proj"
+)
+SELECTED |= {"gemma3n": "*/20-24/mlp.*_proj"}
+#: options of the export, for what makes much of little that changes in front
+EXPORTED = {"gemma3n_text": {"embedding": "F32"}}
 #: of types that the automatic class does not know
 CLASSES = {"mistral4": t.Mistral4ForCausalLM}
 
@@ -337,8 +370,9 @@ def test_llama_cpp_gives_our_logits(
 ) -> None:
     """`apply` runs the file, which holds packed and plain matrices, in llama.cpp, or refuses it."""
     model = folder_of(name)
-    select = "*/*/mixer.in_proj" if "mamba" in name or "nemotron_h" in name else "*/*/mlp"
-    applied = apply_plan(model, plan_of(model, select=select), tmp_path / "out")
+    select = next((s for n, s in SELECTED.items() if name.startswith(n)), "*/*/mlp")
+    plan = plan_of(model, select=select, export=EXPORTED.get(name, {}))
+    applied = apply_plan(model, plan, tmp_path / "out")
     file = GgufFile(tmp_path / "out" / FILE)
     assert applied.nbytes == file.nbytes
     ids = (torch.arange(32) * 7 % 128)[None]
@@ -351,6 +385,26 @@ def test_llama_cpp_gives_our_logits(
     with engine.in_llama(file.path, batches) as answers:
         near = engine.agreement([wanted], map(answers, batches))
     assert near.kl < 2e-2, "eight bits change little: the original's logits are near as well"
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("falcon_h1 with a norm", "mamba_norm_before_gate", True),
+        ("falcon_h1", "time_step_limit", [0.0, 1.0]),
+        ("gemma3n_text", "final_logit_softcapping", 20.0),
+        ("gemma3n_text", "num_kv_shared_layers", 10),
+        ("gemma3n_text", "activation_sparsity_pattern", [0.5] * 25),
+    ],
+)
+def test_what_llama_cpp_computes_otherwise_is_refused(
+    name: str, field: str, value: Any, tmp_path: Path
+) -> None:
+    config = MODELS[name]()
+    setattr(config, field, value)
+    t.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(LayerwiseError, match=rf"target gguf, {field}: .*use --target hf"):
+        make_plan(Request(tmp_path, Budget(bits=6.0), target="gguf", data=SMALL))
 
 
 @pytest.mark.parametrize(
@@ -409,6 +463,17 @@ def test_a_file_that_says_something_else_is_refused(
     monkeypatch.setattr(_gguf_models, "KNOWN", wrong)
     with pytest.raises(LayerwiseError, match=r"dequantized model.*not sound"):
         apply_plan(model, plan_of(model), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_multiplier_that_is_forgotten_is_refused(
+    folder_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, whole = folder_of("falcon_h1"), _gguf_folds.FACTORS["falcon_h1"]
+    some = lambda config: (f for f in whole(config) if "k_proj" not in f.part)  # noqa: E731
+    monkeypatch.setitem(_gguf_folds.FACTORS, "falcon_h1", some)
+    with pytest.raises(LayerwiseError, match=r"target gguf: .*change no logit.*--target hf"):
+        apply_plan(model, plan_of(model, select="*/*/mlp"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

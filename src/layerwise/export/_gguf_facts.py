@@ -14,6 +14,7 @@ from layerwise.export._gguf_embedding import embedding_facts
 from layerwise.export._gguf_fields import (
     CHOSEN,
     CONSTANT,
+    LIMITS,
     OWN,
     REAL,
     SCORES,
@@ -48,6 +49,7 @@ def hyper_parameters(network: Network) -> dict[str, Any]:
         LayerwiseError: the configuration says something that llama.cpp cannot do.
     """
     config, entry, said = text_config(network), known(network), _said(network)
+    _must_hold(config, entry)
     found: dict[str, Any] = {"block_count": len(network.layers()), "context_length": UNBOUND}
     found |= {**dict(_fields(network)), **constants(network)}
     size = said.get("qk_rope_head_dim") or (head_size(config) if _heads(said) else 0)
@@ -61,6 +63,17 @@ def hyper_parameters(network: Network) -> dict[str, Any]:
         found[YARN["mscale_all_dim"]] /= 10
     found |= embedding_facts(network) if network.task == "embed" else {}
     return found | (_by_kind(network) if entry.sized else {})
+
+
+def _must_hold(config: Any, entry: Known) -> None:
+    for field, allowed, holds in LIMITS.get(config.model_type, ()):
+        if not holds(config):
+            raise LayerwiseError(
+                f"target gguf, {field}",
+                allowed=f"{allowed}, as {entry.name} has it in llama.cpp",
+                found=vars(config)[field],
+                fix="use --target hf",
+            )
 
 
 def _said(network: Network) -> dict[str, Any]:
@@ -111,7 +124,7 @@ def _attention(network: Network, size: int) -> Iterator[tuple[str, Any]]:
     )
     if len({*filter(None, queries)}) > 1 and not entry.sized:
         yield "attention.head_count", queries
-    if len(set(keys)) > 1 and "linear_num_key_heads" not in said:
+    if len(set(keys)) > 1 and "linear_num_key_heads" not in said and not entry.filled:
         yield "attention.head_count_kv", keys  # convolutions and recurrences have none
 
 

@@ -1,6 +1,7 @@
 """Which hyper-parameters of a GGUF file are which fields of a configuration."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 #: key of GGUF -> fields of a configuration, of which the first that is there counts
 WHOLE = {
@@ -116,4 +117,54 @@ CONSTANT: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {"rope.dimension_sections": [11, 11, 10, 0]},
     "solar_open": _SIGMOID,
     "youtu": _DENSE,
+}
+
+
+class Limit(NamedTuple):
+    """What a field must say, because llama.cpp computes nothing else."""
+
+    field: str
+    allowed: str
+    holds: Callable[[Any], bool]
+
+
+def _is(field: str, *values: Any) -> Limit:
+    """A field that has one of some values."""
+    return Limit(field, " or ".join(map(str, values)), lambda config: vars(config)[field] in values)
+
+
+#: layers whose gates are thinned out, by how much, and layers that have keys of their own
+_THINNED, _THIN, _KEYED = 10, 0.95, 20
+LIMITS: dict[str, tuple[Limit, ...]] = {
+    "falcon_h1": (
+        _is("hidden_act", "silu"),
+        _is("time_step_limit", (0.0, float("inf"))),
+        Limit(
+            "mamba_norm_before_gate",
+            "False where there is a norm",
+            lambda config: not config.mamba_norm_before_gate or not config.mamba_rms_norm,
+        ),
+    ),
+    "gemma3n_text": (
+        _is("hidden_activation", "gelu_pytorch_tanh"),
+        _is("altup_num_inputs", 4),
+        _is("altup_active_idx", 0),
+        _is("altup_correct_scale", True),
+        _is("final_logit_softcapping", 30.0),
+        _is("hidden_size_per_layer_input", 256),
+        _is("laurel_rank", 64),
+        Limit(
+            "activation_sparsity_pattern",
+            f"{_THIN} in the first {_THINNED} layers and 0 in all others",
+            lambda config: all(
+                share == (_THIN if i < _THINNED else 0)
+                for i, share in enumerate(config.activation_sparsity_pattern)
+            ),
+        ),
+        Limit(
+            "num_kv_shared_layers",
+            f"all layers but the first {_KEYED}",
+            lambda config: config.num_kv_shared_layers == max(0, config.num_hidden_layers - _KEYED),
+        ),
+    ),
 }

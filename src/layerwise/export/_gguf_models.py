@@ -56,10 +56,13 @@ class Known(NamedTuple):
     padded: bool = False
     #: llama.cpp takes its GELU from a table in half precision
     rough: bool = False
+    #: tensors that llama.cpp loads for every layer, though it has no use for those that some lack
+    filled: tuple[str, ...] = ()
     #: beginnings of the names of tensors that the format has no place for, nor any need
     without: tuple[str, ...] = ()
 
 
+_KEYS_AND_VALUES = ("attn_k.weight", "attn_k_norm.weight", "attn_v.weight")
 #: model_type of a configuration -> what GGUF calls it, and what llama.cpp expects of its weights
 KNOWN = {
     # queries and keys are rotated as they are, or not at all
@@ -108,6 +111,7 @@ KNOWN = {
     "cohere2": Known("cohere2", period=4),
     "granite_swa": Known("granite_swa", halves=True, listed=True, like="mimo2"),
     "exaone4": Known("exaone4", period=4, depth=64),
+    "gemma3n_text": Known("gemma3n", period=5, filled=_KEYS_AND_VALUES),
     "gemma4_text": Known("gemma4", listed=True, sized=True),
     "olmo3": Known("olmo2", period=4),
     # experts
@@ -142,6 +146,7 @@ KNOWN = {
     "youtu": Known("deepseek2", tenth=True),
     # convolutions and recurrences
     "bamba": Known("granitehybrid", halves=True, columns=True),
+    "falcon_h1": Known("falcon-h1", columns=True, bare="ffn_norm"),
     "falcon_mamba": Known("mamba"),
     "granitemoehybrid": Known("granitehybrid", halves=True, columns=True),
     "jamba": Known("jamba"),
@@ -191,6 +196,11 @@ _ALSO = {
     ".router.scale": ".router.proj.scale",
     ".router.per_expert_scale": ".experts.down_proj.scale",
     ".gate.moe_statics.": ".moe_statics.",
+    **{
+        f".{x}_projections.{n}.": f".{x}_projections."
+        for n in range(3)
+        for x in ("altup", "altup_unembed")
+    },
 }
 #: an architecture that others are like -> what they call a part -> what it is called there
 _AS_IN = {
@@ -259,6 +269,7 @@ class Names:
         shared = {".shared_mlp.": ".mlp." if alone else ".mlp.shared_mlp."}
         self._also = {**_ALSO, **shared, ".output_linear.": ".down_proj."}
         self._also |= _AS_IN.get(self.known.like, {})
+        self._tokens = said.get("vocab_size", 0)
         self._padded = 1 + (said["pad_token_id"] or 0) if self.known.padded else 0
 
     def __call__(self, name: str) -> str:
@@ -302,11 +313,16 @@ class Names:
         if self.known.absorbed and name.endswith((f"{MAKES_KEYS}weight", ".attn_v_b.weight")):
             heads, keys, values, rank = self.compressed
             return (heads, rank, keys) if MAKES_KEYS in name else (heads, values, rank)
-        return (shape[0] - self.unused(name), *shape[1:])
+        rows = shape[0] - self.unused(name)
+        return (rows + self.repeated(name, rows), *shape[1:])
 
     def unused(self, name: str) -> int:
         """Rows that a tensor, by its name in GGUF, begins with and that no token comes to."""
         return self._padded if name == "position_embd.weight" else 0
+
+    def repeated(self, name: str, rows: int) -> int:
+        """Rows that a tensor, by its name in GGUF, has for tokens that its first one stands for."""
+        return self._tokens - rows if name == "per_layer_token_embd.weight" else 0
 
     def _find(self, name: str) -> str | None:
         """One name; some are known without that of the base model, parameters of experts bare."""

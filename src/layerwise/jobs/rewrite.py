@@ -86,8 +86,9 @@ def rewrite(
         folds, rows = joined(folds, found), rows + own
     if not folds:
         return Rewritten(folds, rows, network)
-    must_keep(network, folds, batches[0])
-    return Rewritten(folds, rows, refolded(network, folds))
+    done = refolded(network, folds)
+    must_keep(network, done, batches[0])
+    return Rewritten(folds, rows, done)
 
 
 def told(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -248,20 +249,26 @@ def _rounded(chain: Sequence[Step], weight: Tensor) -> Tensor:
     return run_chain(weight, {}, nearest(chain)).dense().float()
 
 
-def must_keep(network: Network, folds: Folds, batch: Batch) -> None:
+def must_keep(
+    network: Network,
+    changed: Network,
+    batch: Batch,
+    what: str = "rewrites of the plan",
+    fix: str = "leave them out: layers of this network hand each other more than their output",
+) -> None:
     """Refuse folds that change what the network computes, in float32.
 
     Raises:
         LayerwiseError: they do.
     """
-    plain, changed = widened(network), refolded(network, folds, exact=True)
-    with streamed(plain, [batch]) as before, streamed(changed, [batch]) as after:
+    plain, exact = widened(network), refolded(changed, {}, exact=True)
+    with streamed(plain, [batch]) as before, streamed(exact, [batch]) as after:
         wanted, found = before(batch).float(), after(batch).float()
     off = ((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)).item()
     if not off <= ALLOWED:
         raise LayerwiseError(
-            "rewrites of the plan",
+            what,
             allowed=f"folds that change no logit by more than {ALLOWED:.0e} of the largest",
             found=f"{off:.1e}",
-            fix="leave them out: layers of this network hand each other more than their output",
+            fix=fix,
         )

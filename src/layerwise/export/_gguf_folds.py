@@ -1,0 +1,72 @@
+"""Multipliers of a configuration that a GGUF file has no place for: its weights hold them."""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from layerwise.core.fold import Fold, joined
+from layerwise.core.network import Network
+from layerwise.core.open import refolded
+from layerwise.export._gguf_models import text_config
+
+
+class Factor(NamedTuple):
+    """What multiplies the rows of all tensors whose names hold a part: a number or one for each."""
+
+    part: str
+    value: float | Tensor
+
+
+def _falcon_h1(config: Any) -> Iterator[Factor]:
+    """Those of a network whose layers mix by attention and by a recurrence side by side.
+
+    The head is multiplied by way of the norm in front of it, so that it may be the embedding.
+    """
+    gate, down = config.mlp_multipliers
+    inner, states = (
+        config.mamba_n_heads * config.mamba_d_head,
+        config.mamba_n_groups * config.mamba_d_state,
+    )
+    rows = torch.tensor([inner, inner, states, states, config.mamba_n_heads])
+    parts = torch.tensor(config.ssm_multipliers).repeat_interleave(rows)
+    head = config.lm_head_multiplier
+    tied = config.embedding_multiplier if config.tie_word_embeddings else 1.0
+    yield Factor("embed_tokens.weight", config.embedding_multiplier)
+    yield Factor("final_layernorm.weight", head / tied)
+    for matrix in ("q_proj", "k_proj", "v_proj"):
+        yield Factor(f"self_attn.{matrix}.weight", config.attention_in_multiplier)
+    yield Factor("self_attn.k_proj.", config.key_multiplier)
+    yield Factor("self_attn.o_proj.", config.attention_out_multiplier)
+    yield Factor("mamba.in_proj.weight", config.ssm_in_multiplier)
+    yield Factor("mamba.in_proj.", parts)
+    yield Factor("mamba.out_proj.", config.ssm_out_multiplier)
+    yield Factor("feed_forward.gate_proj.", gate)
+    yield Factor("feed_forward.down_proj.", down)
+
+
+#: type of a configuration -> what its multipliers do to weights
+FACTORS: dict[str, Callable[[Any], Iterator[Factor]]] = {"falcon_h1": _falcon_h1}
+
+
+def folded(network: Network) -> Network:
+    """The same network with its multipliers in its weights, where GGUF does not know them."""
+    config = text_config(network)
+    factors = FACTORS.get(config.model_type, lambda config: iter(()))(config)
+    names = network.stored.model.state_dict()
+    folds = joined(
+        *(
+            {n: (Fold(0, torch.as_tensor(f.value).reshape(-1)),) for n in names if f.part in n}
+            for f in factors
+        )
+    )
+    if not folds:
+        return network
+    without = copy.deepcopy(network.model.config)
+    text = without.get_text_config(decoder=True)
+    for field, value in config.to_dict().items():
+        if "multiplier" in field:
+            setattr(text, field, [1.0] * len(value) if isinstance(value, list) else 1.0)
+    return refolded(network, folds, config=without)
