@@ -278,7 +278,7 @@ def test_folds_that_are_no_pair_are_refused(folder_of) -> None:
     """The whole network is asked, whatever its layers said."""
     network = open_network(folder_of("llama"))
     half = {"model.layers.1.mlp.up_proj.weight": (Fold(-2, factors(96)),)}
-    with pytest.raises(LayerwiseError, match=r"rewrites of the plan.*change no logit"):
+    with pytest.raises(LayerwiseError, match=r"rewrites of the plan.*change no number"):
         must_keep(network, refolded(network, half), {"input_ids": IDS[:1]})
 
 

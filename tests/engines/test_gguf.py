@@ -1,6 +1,8 @@
 """GGUF files in llama.cpp: every architecture of the table, depth, types, tokens, and back."""
 
+import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as t
+from torch import Tensor
 from typer.testing import CliRunner
 from written import SMALL, given_back, plan_of
 
@@ -18,6 +21,7 @@ from layerwise.core.folder import find_folder
 from layerwise.core.llama import Llama
 from layerwise.core.open import open_network
 from layerwise.core.plan import Edit, Plan, Step, read_plan
+from layerwise.core.task import token_rows
 from layerwise.export import _gguf_folds, _gguf_models
 from layerwise.export._gguf_file import FILE, GgufFile
 from layerwise.jobs import engine
@@ -387,6 +391,60 @@ def test_llama_cpp_gives_our_logits(
     assert near.kl < 2e-2, "eight bits change little: the original's logits are near as well"
 
 
+#: types of which there are sentence encoders, and some others
+HEADLESS = ("cohere", "falcon_h1", "gemma", "gemma2", "gemma3_text", "granite", "lfm2", "llama")
+HEADLESS += ("mistral", "phi3", "qwen2", "qwen3", "smollm3")
+#: how states become one -> what sentence-transformers calls it
+POOLED: dict[str, Callable[[Tensor], Tensor]] = {
+    "lasttoken": lambda states: states[-1],
+    "cls_token": lambda states: states[0],
+    "mean_tokens": lambda states: states.mean(0),
+}
+
+
+@pytest.mark.parametrize("name", HEADLESS)
+def test_hidden_states_without_a_head(
+    name: str, folder_of: Callable[[str], Path], tokenizer_into: Any, tmp_path: Path
+) -> None:
+    ids = (torch.arange(32) * 7 % 128)[None]
+    model = t.AutoModel.from_pretrained(folder_of(name), dtype=torch.float32).eval()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer_into(tmp_path / "model")
+    with torch.no_grad():
+        wanted = model(ids).last_hidden_state[0]
+    plan = plan_of(tmp_path / "model", "", export={"embedding": "F32"})
+    apply_plan(tmp_path / "model", plan, tmp_path / "out")
+    batches = [{"input_ids": ids}]
+    with engine.in_llama(tmp_path / "out" / FILE, batches, token_rows, embeds=True) as answers:
+        assert engine.distance([wanted], map(answers, batches)).worst < 1e-2
+
+
+def test_a_head_that_llama_cpp_asks_for(tmp_path: Path) -> None:
+    t.AutoModel.from_config(MODELS["olmo2"]()).save_pretrained(tmp_path)
+    with pytest.raises(LayerwiseError, match=r"olmo2: allowed is a network with its head"):
+        make_plan(Request(tmp_path, Budget(bits=6.0), target="gguf", data=SMALL))
+
+
+@pytest.mark.parametrize("mode", POOLED)
+@pytest.mark.parametrize("name", ["gemma3_text", "qwen3"])
+def test_llama_cpp_pools_as_the_folder_says(
+    name: str, mode: str, folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A causal network of sentence-transformers, saved with its head: logits, and one state."""
+    model, ids = tmp_path / "model", torch.arange(10, 30)
+    shutil.copytree(folder_of(name), model)
+    (model / "1_Pooling").mkdir()
+    said = {f"pooling_mode_{mode}": True, "include_prompt": True}
+    (model / "1_Pooling" / "config.json").write_text(json.dumps(said))
+    apply_plan(model, plan_of(model, "", export={"embedding": "F32"}), tmp_path / "out")
+    with torch.no_grad():
+        found = t.AutoModel.from_pretrained(model, dtype=torch.float32).eval()(ids[None])
+    wanted = POOLED[mode](found.last_hidden_state[0])
+    with Llama(tmp_path / "out" / FILE, 32, pooled=True) as loaded:
+        one = loaded.embedding(ids.tolist())
+    assert (one - wanted).norm() < 1e-2 * wanted.norm()
+
+
 @pytest.mark.parametrize(
     ("name", "field", "value"),
     [
@@ -470,9 +528,9 @@ def test_a_multiplier_that_is_forgotten_is_refused(
     folder_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, whole = folder_of("falcon_h1"), _gguf_folds.FACTORS["falcon_h1"]
-    some = lambda config: (f for f in whole(config) if "k_proj" not in f.part)  # noqa: E731
+    some = lambda *said: (f for f in whole(*said) if "k_proj" not in f.part)  # noqa: E731
     monkeypatch.setitem(_gguf_folds.FACTORS, "falcon_h1", some)
-    with pytest.raises(LayerwiseError, match=r"target gguf: .*change no logit.*--target hf"):
+    with pytest.raises(LayerwiseError, match=r"target gguf: .*change no number.*--target hf"):
         apply_plan(model, plan_of(model, select="*/*/mlp"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -50,8 +50,16 @@ DISTIL: dict[str, Any] = {
 MODELS: dict[str, Callable[[], Any]] = {
     "bert": lambda: t.BertConfig(**COMMON),
     "camembert": lambda: t.CamembertConfig(**COMMON),
+    "data2vec-text": lambda: t.Data2VecTextConfig(**COMMON),
     "distilbert": lambda: t.DistilBertConfig(**DISTIL, initializer_range=0.1),
+    "electra": lambda: t.ElectraConfig(**COMMON, embedding_size=64),
+    "ernie": lambda: t.ErnieConfig(**COMMON),
     "eurobert": lambda: t.EuroBertConfig(**COMMON, head_dim=16, num_key_value_heads=2),
+    "gemma3_text": lambda: t.Gemma3TextConfig(
+        **COMMON | {"num_hidden_layers": 6, "num_key_value_heads": 2},
+        **{"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8},
+        use_bidirectional_attention=True,
+    ),
     "jina_embeddings_v3": lambda: t.JinaEmbeddingsV3Config(**COMMON),
     "modernbert": lambda: t.ModernBertConfig(**COMMON, local_attention=8),
     "modernbert without windows": lambda: t.ModernBertConfig(

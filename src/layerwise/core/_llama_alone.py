@@ -69,6 +69,7 @@ def _llama(path: str) -> Any:
         "llama_model_n_embd": (whole, (where,)),
         "llama_set_embeddings": (None, (where, ctypes.c_bool)),
         "llama_get_embeddings": (ctypes.POINTER(ctypes.c_float), (where,)),
+        "llama_get_embeddings_seq": (ctypes.POINTER(ctypes.c_float), (where, whole)),
         "llama_get_logits": (ctypes.POINTER(ctypes.c_float), (where,)),
         "llama_tokenize": (
             whole,
@@ -84,20 +85,26 @@ def _llama(path: str) -> Any:
     return found
 
 
-def _exactly(settings: Any) -> None:
-    """Ask for the state of every token, not for a mean of them, and for attention in float32.
+def _exactly(settings: Any, pooled: bool, embeds: bool) -> None:
+    """Unless `pooled`, ask for the state of every token, not for one of all of them; and, of an
+    encoder, for attention in float32.
 
     Of the parameters that llama.cpp chooses itself unless told, -1, the second is the pooling and
     the fourth flash attention, which would round keys and values to half precision.
     """
     open_ = [i for i, word in enumerate(settings.words) if word == _UNTOLD]
-    settings.words[open_[1]] = settings.words[open_[3]] = 0
+    if not pooled:
+        settings.words[open_[1]] = 0
+    if embeds:
+        settings.words[open_[3]] = 0
 
 
 class _Loaded:
     """A GGUF file, loaded; `ValueError` where llama.cpp refuses it."""
 
-    def __init__(self, library: Any, path: str, length: int, threads: int) -> None:
+    def __init__(
+        self, library: Any, path: str, length: int, threads: int, pooled: bool = False
+    ) -> None:
         self.library, context = library, None
         model = library.llama_model_load_from_file(
             path.encode(), library.llama_model_default_params()
@@ -105,9 +112,8 @@ class _Loaded:
         settings = library.llama_context_default_params()
         settings.words[0] = settings.words[1] = settings.words[2] = length
         self.model = model
-        if model and self.embeds():
-            _exactly(settings)
         if model:
+            _exactly(settings, pooled, self.embeds())
             context = library.llama_init_from_model(model, settings)
         if not context:
             raise ValueError("; ".join(_SAID) or "an error without a word")
@@ -131,6 +137,13 @@ class _Loaded:
         self._run(tokens)
         size = 4 * len(tokens) * self.library.llama_model_n_embd(self.model)
         return ctypes.string_at(self.library.llama_get_embeddings(self.context), size)
+
+    def embedding(self, tokens: Sequence[int]) -> bytes:
+        """float32 `[width]`: the one state of a whole sequence."""
+        self.library.llama_set_embeddings(self.context, True)
+        self._run(tokens)
+        size = 4 * self.library.llama_model_n_embd(self.model)
+        return ctypes.string_at(self.library.llama_get_embeddings_seq(self.context, 0), size)
 
     def embeds(self) -> bool:
         """Whether the file says that every token sees all others: it gives states, no logits."""

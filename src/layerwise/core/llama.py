@@ -27,12 +27,13 @@ class Llama(AbstractContextManager["Llama"]):
     Args:
         path: of the file.
         length: tokens of the longest input.
+        pooled: load it for one state of a whole sequence, by the pooling that the file names.
 
     Raises:
         LayerwiseError: llama.cpp cannot load it.
     """
 
-    def __init__(self, path: Path, length: int = 512) -> None:
+    def __init__(self, path: Path, length: int = 512, pooled: bool = False) -> None:
         self.length, self.path = length, path
         self.said = TemporaryFile()  # noqa: SIM115, closed on leaving
         self.process = subprocess.Popen(
@@ -43,7 +44,7 @@ class Llama(AbstractContextManager["Llama"]):
             env={**os.environ, "GGML_NO_BACKTRACE": "1"},
         )
         try:
-            self._ask("load", str(path), length, torch.get_num_threads())
+            self._ask("load", str(path), length, torch.get_num_threads(), pooled)
         except LayerwiseError:
             self.__exit__()
             raise
@@ -62,8 +63,13 @@ class Llama(AbstractContextManager["Llama"]):
         return self._rows("logits", tokens)
 
     def states(self, tokens: Sequence[int]) -> Float[Tensor, "seq hidden"]:
-        """The last hidden state of every token of one sequence, for a file that embeds."""
+        """The last hidden state of every token of one sequence."""
         return self._rows("states", tokens)
+
+    def embedding(self, tokens: Sequence[int]) -> Float[Tensor, " hidden"]:
+        """The one state of a whole sequence, of a file that was loaded `pooled`."""
+        found = self._ask("embedding", list(map(int, tokens)))
+        return torch.frombuffer(found, dtype=torch.float32)
 
     def value_of(self, key: str) -> str:
         """What the file says under a key, in words; nothing where it does not."""

@@ -22,7 +22,8 @@ from layerwise.export._gguf_fields import (
     WHOLE,
     YARN,
 )
-from layerwise.export._gguf_models import SINGLE, Known, Names, known, text_config
+from layerwise.export._gguf_models import Known, known, text_config
+from layerwise.export._gguf_names import SINGLE, Names
 
 #: positions where a model does not limit them
 UNBOUND = 2048
@@ -61,7 +62,7 @@ def hyper_parameters(network: Network) -> dict[str, Any]:
         found["attention.indexer.types"] = [int(kind == "full") for kind in said["indexer_types"]]
     if entry.tenth and YARN["mscale_all_dim"] in found:
         found[YARN["mscale_all_dim"]] /= 10
-    found |= embedding_facts(network) if network.task == "embed" else {}
+    found |= embedding_facts(network)
     return found | (_by_kind(network) if entry.sized else {})
 
 
@@ -224,7 +225,8 @@ def _rotary(config: Any, size: int) -> Iterator[tuple[str, Any]]:
 
 def _windows(config: Any, entry: Known) -> Iterator[tuple[str, Any]]:
     """The window of layers that do not attend to all positions, in the rhythm llama.cpp knows."""
-    window = vars(config).get("sliding_window") or vars(config).get("local_attention")
+    said = config.to_dict()  # a window on both sides is stored in another way than it is computed
+    window = said.get("sliding_window") or said.get("local_attention")
     kinds = vars(config).get("layer_types") or []
     narrow = [kind == "sliding_attention" for kind in kinds]
     if entry.asked:

@@ -14,7 +14,7 @@ from layerwise.core.ggml import FLOATS, decode, needing_gguf
 from layerwise.core.network import Network
 from layerwise.core.stack import Layer
 from layerwise.core.weight import Dense, Packed, Weight
-from layerwise.export._gguf_models import Names
+from layerwise.export._gguf_names import Names
 from layerwise.export._gguf_outside import EMBEDDINGS, outside_shapes
 from layerwise.export._gguf_rows import reordered, together
 from layerwise.export.gguf import FILE

@@ -20,7 +20,7 @@ class Factor(NamedTuple):
     value: float | Tensor
 
 
-def _falcon_h1(config: Any) -> Iterator[Factor]:
+def _falcon_h1(config: Any, head: bool) -> Iterator[Factor]:
     """Those of a network whose layers mix by attention and by a recurrence side by side.
 
     The head is multiplied by way of the norm in front of it, so that it may be the embedding.
@@ -32,10 +32,10 @@ def _falcon_h1(config: Any) -> Iterator[Factor]:
     )
     rows = torch.tensor([inner, inner, states, states, config.mamba_n_heads])
     parts = torch.tensor(config.ssm_multipliers).repeat_interleave(rows)
-    head = config.lm_head_multiplier
     tied = config.embedding_multiplier if config.tie_word_embeddings else 1.0
     yield Factor("embed_tokens.weight", config.embedding_multiplier)
-    yield Factor("final_layernorm.weight", head / tied)
+    if head:
+        yield Factor("final_layernorm.weight", config.lm_head_multiplier / tied)
     for matrix in ("q_proj", "k_proj", "v_proj"):
         yield Factor(f"self_attn.{matrix}.weight", config.attention_in_multiplier)
     yield Factor("self_attn.k_proj.", config.key_multiplier)
@@ -47,14 +47,16 @@ def _falcon_h1(config: Any) -> Iterator[Factor]:
     yield Factor("feed_forward.down_proj.", down)
 
 
-#: type of a configuration -> what its multipliers do to weights
-FACTORS: dict[str, Callable[[Any], Iterator[Factor]]] = {"falcon_h1": _falcon_h1}
+#: type of a configuration -> what its multipliers do to weights, with or without a head
+FACTORS: dict[str, Callable[[Any, bool], Iterator[Factor]]] = {"falcon_h1": _falcon_h1}
 
 
 def folded(network: Network) -> Network:
     """The same network with its multipliers in its weights, where GGUF does not know them."""
     config = text_config(network)
-    factors = FACTORS.get(config.model_type, lambda config: iter(()))(config)
+    if config.model_type not in FACTORS:
+        return network
+    factors = FACTORS[config.model_type](config, network.task == "causal")
     names = network.stored.model.state_dict()
     folds = joined(
         *(
@@ -62,8 +64,6 @@ def folded(network: Network) -> Network:
             for f in factors
         )
     )
-    if not folds:
-        return network
     without = copy.deepcopy(network.model.config)
     text = without.get_text_config(decoder=True)
     for field, value in config.to_dict().items():

@@ -10,7 +10,8 @@ from layerwise.core.method import find
 from layerwise.core.network import Network
 from layerwise.core.weight import Packed, Weight
 from layerwise.export._gguf_facts import rope_factors
-from layerwise.export._gguf_models import Names, known, text_config
+from layerwise.export._gguf_models import known, text_config
+from layerwise.export._gguf_names import Names
 from layerwise.export._gguf_rows import plain
 
 #: tables of tokens, one for the network and one for all of its layers

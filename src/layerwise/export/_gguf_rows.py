@@ -11,7 +11,8 @@ from layerwise.core.network import Network
 from layerwise.core.stack import Layer, Matrix
 from layerwise.core.weight import Packed, Weight
 from layerwise.export._gguf_facts import head_size, heads_of, turned
-from layerwise.export._gguf_models import MAKES_KEYS, Names, known, text_config
+from layerwise.export._gguf_models import known, text_config
+from layerwise.export._gguf_names import MAKES_KEYS, Names
 
 #: weights of the smallest block of a packed type
 BLOCK = 32

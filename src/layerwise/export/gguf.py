@@ -21,7 +21,8 @@ from layerwise.core.weight import Packed, Weight
 from layerwise.export._gguf_facts import NAMED, constants, hyper_parameters, numbers, rope_factors
 from layerwise.export._gguf_folds import folded
 from layerwise.export._gguf_measured import Place, measured, rows_of
-from layerwise.export._gguf_models import Names, known
+from layerwise.export._gguf_models import known
+from layerwise.export._gguf_names import Names
 from layerwise.export._gguf_outside import (
     bytes_outside,
     made_outside,

@@ -21,6 +21,7 @@ from layerwise.core.seam import Place, Seam, find_seams
 from layerwise.core.stack import Layer
 from layerwise.core.stats import Gathering, observe
 from layerwise.core.stops import Batch
+from layerwise.core.task import token_rows
 from layerwise.core.trial import Trial
 from layerwise.core.weight import Dense
 from layerwise.jobs.session import Progress, silent
@@ -262,13 +263,14 @@ def must_keep(
         LayerwiseError: they do.
     """
     plain, exact = widened(network), refolded(changed, {}, exact=True)
-    with streamed(plain, [batch]) as before, streamed(exact, [batch]) as after:
+    answers = streamed(plain, [batch], read=token_rows), streamed(exact, [batch], read=token_rows)
+    with answers[0] as before, answers[1] as after:
         wanted, found = before(batch).float(), after(batch).float()
     off = ((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)).item()
     if not off <= ALLOWED:
         raise LayerwiseError(
             what,
-            allowed=f"folds that change no logit by more than {ALLOWED:.0e} of the largest",
+            allowed=f"folds that change no number by more than {ALLOWED:.0e} of the largest",
             found=f"{off:.1e}",
             fix=fix,
         )
