@@ -58,6 +58,7 @@ ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_siz
 ROUTED |= {"n_shared_experts": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4}
 HEAD = {"head_dim": 16}
 SSM = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}
+DBRX = {"hidden_size": 64, "ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2}
 HYBRID = ["conv", "full_attention"]
 HYBRIDS: dict[str, Any] = {"layer_types": ["mamba", "attention"], "shared_intermediate_size": 64}
 HYBRIDS |= {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1}
@@ -272,6 +273,13 @@ MODELS: dict[str, Callable[[], Any]] = {
     "qwen3_5_text with more values": lambda: t.Qwen3_5TextConfig(
         **COMMON | {"num_hidden_layers": 4}, head_dim=64, **LINEAR | MANY
     ),
+    "dbrx": lambda: t.DbrxConfig(
+        **{"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 512, "vocab_size": 128},
+        attn_config={"kv_n_heads": 2, "clip_qkv": 0.5, "rope_theta": 3e4},
+        ffn_config=DBRX,
+        rope_parameters={"rope_type": "default", "rope_theta": 3e4},
+        initializer_range=0.1,
+    ),
     "deepseek_v2": lambda: t.DeepseekV2Config(**FEW | ROUTED | RANKS),
     "deepseek_v3": lambda: t.DeepseekV3Config(**FEW | ROUTED | RANKS, n_group=2, topk_group=1),
     "deepseek_v3 with yarn": lambda: t.DeepseekV3Config(
@@ -448,6 +456,7 @@ def test_llama_cpp_pools_as_the_folder_says(
 @pytest.mark.parametrize(
     ("name", "field", "value"),
     [
+        ("dbrx", "ffn_config", DBRX | {"moe_normalize_expert_weights": None}),
         ("falcon_h1 with a norm", "mamba_norm_before_gate", True),
         ("falcon_h1", "time_step_limit", [0.0, 1.0]),
         ("gemma3n_text", "final_logit_softcapping", 20.0),
@@ -458,8 +467,7 @@ def test_llama_cpp_pools_as_the_folder_says(
 def test_what_llama_cpp_computes_otherwise_is_refused(
     name: str, field: str, value: Any, tmp_path: Path
 ) -> None:
-    config = MODELS[name]()
-    setattr(config, field, value)
+    config = type(MODELS[name]()).from_dict(MODELS[name]().to_dict() | {field: value})
     t.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(LayerwiseError, match=rf"target gguf, {field}: .*use --target hf"):
         make_plan(Request(tmp_path, Budget(bits=6.0), target="gguf", data=SMALL))
@@ -527,9 +535,9 @@ def test_a_file_that_says_something_else_is_refused(
 def test_a_multiplier_that_is_forgotten_is_refused(
     folder_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, whole = folder_of("falcon_h1"), _gguf_folds.FACTORS["falcon_h1"]
+    model, (whole, fields) = folder_of("falcon_h1"), _gguf_folds.FACTORS["falcon_h1"]
     some = lambda *said: (f for f in whole(*said) if "k_proj" not in f.part)  # noqa: E731
-    monkeypatch.setitem(_gguf_folds.FACTORS, "falcon_h1", some)
+    monkeypatch.setitem(_gguf_folds.FACTORS, "falcon_h1", (some, fields))
     with pytest.raises(LayerwiseError, match=r"target gguf: .*change no number.*--target hf"):
         apply_plan(model, plan_of(model, select="*/*/mlp"), tmp_path / "out")
     assert not (tmp_path / "out").exists()

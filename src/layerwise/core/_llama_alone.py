@@ -65,6 +65,7 @@ def _llama(path: str) -> Any:
         "llama_set_n_threads": (None, (where, whole, whole)),
         "llama_batch_init": (_Batch, (whole, whole, whole)),
         "llama_decode": (whole, (where, _Batch)),
+        "llama_encode": (whole, (where, _Batch)),
         "llama_model_meta_val_str": (whole, (where, ctypes.c_char_p, ctypes.c_char_p, size)),
         "llama_model_n_embd": (whole, (where,)),
         "llama_set_embeddings": (None, (where, ctypes.c_bool)),
@@ -131,6 +132,11 @@ class _Loaded:
         size = 4 * len(tokens) * self.library.llama_vocab_n_tokens(self.vocabulary)
         return ctypes.string_at(self.library.llama_get_logits(self.context), size)
 
+    def answers(self, source: Sequence[int], target: Sequence[int]) -> bytes:
+        """float32 `[seq, vocabulary]` after every token of the target of an encoder's source."""
+        self._run(source, self.library.llama_encode)
+        return self.logits(target)
+
     def states(self, tokens: Sequence[int]) -> bytes:
         """float32 `[seq, hidden]`: what comes out of the last layer and norm for every token."""
         self.library.llama_set_embeddings(self.context, True)
@@ -156,8 +162,8 @@ class _Loaded:
         self.library.llama_model_meta_val_str(self.model, key.encode(), room, len(room))
         return room.value.decode()
 
-    def _run(self, tokens: Sequence[int]) -> None:
-        """Compute one batch without a past."""
+    def _run(self, tokens: Sequence[int], compute: Any = None) -> None:
+        """Compute one batch without a past, by `llama_decode` unless told."""
         memory = self.library.llama_get_memory(self.context)
         if memory:
             self.library.llama_memory_clear(memory, True)
@@ -166,7 +172,7 @@ class _Loaded:
             self.batch.token[i], self.batch.pos[i] = token, i
             self.batch.n_seq_id[i], self.batch.seq_id[i][0] = 1, 0
             self.batch.logits[i] = 1
-        if self.library.llama_decode(self.context, self.batch):
+        if (compute or self.library.llama_decode)(self.context, self.batch):
             raise ValueError("; ".join(_SAID) or "an error without a word")
 
     def tokenize(self, text: str) -> list[int]:

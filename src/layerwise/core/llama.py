@@ -62,6 +62,12 @@ class Llama(AbstractContextManager["Llama"]):
         """Logits after every token of one sequence, computed in one batch without a past."""
         return self._rows("logits", tokens)
 
+    def answers(
+        self, source: Sequence[int], target: Sequence[int]
+    ) -> Float[Tensor, "seq vocabulary"]:
+        """Logits after every token of a target, of a file that encodes a source for its decoder."""
+        return self._rows("answers", source, target)
+
     def states(self, tokens: Sequence[int]) -> Float[Tensor, "seq hidden"]:
         """The last hidden state of every token of one sequence."""
         return self._rows("states", tokens)
@@ -79,16 +85,19 @@ class Llama(AbstractContextManager["Llama"]):
         """Whether the file is an encoder's, which gives hidden states in place of logits."""
         return self._ask("embeds")
 
-    def _rows(self, name: str, tokens: Sequence[int]) -> Float[Tensor, "seq width"]:
-        if len(tokens) > self.length:
+    def _rows(self, name: str, *sequences: Sequence[int]) -> Float[Tensor, "seq width"]:
+        """What a request gives for every token of the last sequence."""
+        longest = max(map(len, sequences))
+        if longest > self.length:
             raise LayerwiseError(
                 f"{self.path} in llama.cpp",
                 allowed=f"at most {self.length} tokens",
-                found=len(tokens),
+                found=longest,
                 fix="ask for a longer context",
             )
-        found = torch.frombuffer(self._ask(name, list(map(int, tokens))), dtype=torch.float32)
-        return found.reshape(len(tokens), -1)
+        asked = [list(map(int, tokens)) for tokens in sequences]
+        found = torch.frombuffer(self._ask(name, *asked), dtype=torch.float32)
+        return found.reshape(len(asked[-1]), -1)
 
     def tokenize(self, text: str) -> list[int]:
         """Tokens of a text by llama.cpp's own tokenizer, with those that mark its ends."""

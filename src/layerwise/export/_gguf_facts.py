@@ -33,7 +33,7 @@ NAMED = {"phi": "<|endoftext|>"}
 
 def head_size(config: Any) -> int:
     """Width of an attention head."""
-    own = vars(config).get("head_dim")
+    own = vars(config).get(config.attribute_map.get("head_dim", "head_dim"))
     return own or config.hidden_size // config.num_attention_heads
 
 
@@ -51,7 +51,9 @@ def hyper_parameters(network: Network) -> dict[str, Any]:
     """
     config, entry, said = text_config(network), known(network), _said(network)
     _must_hold(config, entry)
-    found: dict[str, Any] = {"block_count": len(network.layers()), "context_length": UNBOUND}
+    depths = [len(stack.layers) for stack in network.stacks]
+    keys = ("block_count", "decoder_block_count")
+    found: dict[str, Any] = {"context_length": UNBOUND, **dict(zip(keys, depths, strict=False))}
     found |= {**dict(_fields(network)), **constants(network)}
     size = said.get("qk_rope_head_dim") or (head_size(config) if _heads(said) else 0)
     found |= dict(_attention(network, size)) | dict(_rotary(config, size))
@@ -80,7 +82,8 @@ def _must_hold(config: Any, entry: Known) -> None:
 def _said(network: Network) -> dict[str, Any]:
     """The fields of the configuration, by its own names and by those that it shares with others."""
     config = text_config(network)
-    said = config.to_dict() | (config.to_dict().get("attn_config") or {})
+    said = config.to_dict()
+    said |= (said.get("attn_config") or {}) | (said.get("ffn_config") or {})
     return {f: said[own] for f, own in config.attribute_map.items() if own in said} | said
 
 

@@ -11,7 +11,13 @@ WHOLE = {
     "attention.head_count_kv": ("num_key_value_heads",),
     "vocab_size": ("vocab_size",),
     "expert_count": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
-    "expert_used_count": ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"),
+    "expert_used_count": (
+        "num_experts_per_tok",
+        "moe_topk",
+        "moe_k",
+        "top_k_experts",
+        "moe_top_k",
+    ),
     "expert_shared_count": ("n_shared_experts", "moe_num_shared_experts", "num_shared_experts"),
     "leading_dense_block_count": (
         "first_k_dense_replace",
@@ -27,6 +33,8 @@ WHOLE = {
     "attention.indexer.head_count": ("index_n_heads",),
     "attention.indexer.key_length": ("index_head_dim",),
     "attention.indexer.top_k": ("index_topk",),
+    "attention.relative_buckets_count": ("relative_attention_num_buckets",),
+    "decoder_start_token_id": ("decoder_start_token_id",),
     "embedding_length_per_layer_input": ("hidden_size_per_layer_input",),
     "shortconv.l_cache": ("conv_L_cache",),
     "ssm.conv_kernel": ("conv_kernel", "linear_conv_kernel_dim", "mamba_d_conv"),
@@ -95,6 +103,7 @@ _DENSE |= {"leading_dense_block_count": 2**16}
 #: what is a constant of a model's code
 CONSTANT: dict[str, dict[str, Any]] = {
     "afmoe": _SIGMOID,
+    "dbrx": {"attention.layer_norm_epsilon": 1e-5},
     "deepseek_v2": {"expert_gating_func": SCORES["softmax"]},
     "deepseek_v3": _SIGMOID,
     "deepseek_v32": _SIGMOID,
@@ -135,7 +144,32 @@ def _is(field: str, *values: Any) -> Limit:
 
 #: layers whose gates are thinned out, by how much, and layers that have keys of their own
 _THINNED, _THIN, _KEYED = 10, 0.95, 20
+_T5 = (
+    _is("relative_attention_max_distance", 128),
+    _is("feed_forward_proj", "relu", "gated-gelu"),
+    Limit(
+        "num_decoder_layers",
+        "at most as many as num_layers",
+        lambda config: config.num_decoder_layers <= config.num_layers,
+    ),
+)
 LIMITS: dict[str, tuple[Limit, ...]] = {
+    **dict.fromkeys(("mt5", "t5", "umt5"), _T5),
+    "dbrx": (
+        Limit(
+            "attn_config",
+            "clip_qkv that is a number",
+            lambda config: config.attn_config.clip_qkv is not None,
+        ),
+        Limit(
+            "ffn_config",
+            "moe_normalize_expert_weights of 1 and ffn_act_fn silu",
+            lambda config: (
+                config.ffn_config.moe_normalize_expert_weights == 1
+                and config.ffn_config.ffn_act_fn["name"] == "silu"
+            ),
+        ),
+    ),
     "falcon_h1": (
         _is("hidden_act", "silu"),
         _is("time_step_limit", (0.0, float("inf"))),

@@ -1,7 +1,7 @@
-"""Multipliers of a configuration that a GGUF file has no place for: its weights hold them."""
+"""What a configuration multiplies with and a GGUF file has no place for: its weights hold it."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from layerwise.core.fold import Fold, joined
 from layerwise.core.network import Network
 from layerwise.core.open import refolded
-from layerwise.export._gguf_models import text_config
+from layerwise.export._gguf_models import text_config, text_of
 
 
 class Factor(NamedTuple):
@@ -18,6 +18,14 @@ class Factor(NamedTuple):
 
     part: str
     value: float | Tensor
+
+
+_ONE: dict[str, Any] = {
+    **{f"{x}_multiplier": 1.0 for x in ("embedding", "lm_head", "key", "attention_in")},
+    **{f"{x}_multiplier": 1.0 for x in ("attention_out", "ssm_in", "ssm_out")},
+    "mlp_multipliers": [1.0] * 2,
+    "ssm_multipliers": [1.0] * 5,
+}
 
 
 def _falcon_h1(config: Any, head: bool) -> Iterator[Factor]:
@@ -47,26 +55,27 @@ def _falcon_h1(config: Any, head: bool) -> Iterator[Factor]:
     yield Factor("feed_forward.down_proj.", down)
 
 
-#: type of a configuration -> what its multipliers do to weights, with or without a head
-FACTORS: dict[str, Callable[[Any, bool], Iterator[Factor]]] = {"falcon_h1": _falcon_h1}
+#: type of a configuration -> what it does to weights, with or without a head, and the fields that
+#: then do nothing more
+FACTORS: dict[str, tuple[Callable[[Any, bool], Iterator[Factor]], Mapping[str, Any]]] = {
+    "falcon_h1": (_falcon_h1, _ONE),
+}
 
 
 def folded(network: Network) -> Network:
-    """The same network with its multipliers in its weights, where GGUF does not know them."""
+    """The same network whose weights hold what of its configuration GGUF has no place for."""
     config = text_config(network)
-    if config.model_type not in FACTORS:
-        return network
-    factors = FACTORS[config.model_type](config, network.task == "causal")
+    multiplied, neutral = FACTORS.get(config.model_type, (lambda config, head: iter(()), {}))
     names = network.stored.model.state_dict()
     folds = joined(
         *(
             {n: (Fold(0, torch.as_tensor(f.value).reshape(-1)),) for n in names if f.part in n}
-            for f in factors
+            for f in multiplied(config, network.task != "embed")
         )
     )
+    if not folds:
+        return network
     without = copy.deepcopy(network.model.config)
-    text = without.get_text_config(decoder=True)
-    for field, value in config.to_dict().items():
-        if "multiplier" in field:
-            setattr(text, field, [1.0] * len(value) if isinstance(value, list) else 1.0)
+    for field, value in neutral.items():
+        setattr(text_of(without), field, value)
     return refolded(network, folds, config=without)

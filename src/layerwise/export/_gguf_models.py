@@ -49,6 +49,8 @@ class Known(NamedTuple):
     padded: bool = False
     #: llama.cpp takes its GELU from a table in half precision
     rough: bool = False
+    #: the field that says that states are divided by the root of their width before the head
+    scaled: str = ""
     #: llama.cpp asks for a head, of what embeds as well
     headed: bool = False
     #: tensors that llama.cpp loads for every layer, though it has no use for those that some lack
@@ -112,6 +114,7 @@ KNOWN = {
     # experts
     "afmoe": Known("afmoe", period=4),
     "cohere2_moe": Known("cohere2moe", listed=True, like="dots1"),
+    "dbrx": Known("dbrx", headed=True),
     "deepseek_v2": Known("deepseek2", tenth=True),
     "deepseek_v3": Known("deepseek2", tenth=True),
     "deepseek_v32": Known("deepseek32", tenth=True, absorbed=True, like="glm-dsa"),
@@ -156,6 +159,13 @@ KNOWN = {
     "qwen3_next": Known("qwen3next", shift=1.0),
 }
 
+#: the same of an encoder and a decoder that looks at it
+PAIRS = {
+    "mt5": Known("t5", rough=True),
+    "t5": Known("t5", rough=True, scaled="scale_decoder_outputs"),
+    "umt5": Known("t5", rough=True, scaled="tie_word_embeddings"),
+}
+
 _POOLER = ("pooler.",)
 #: the same of networks without a head whose tokens see all others; every token's last hidden state
 #: is the answer, as it is for those without a head of the types above
@@ -174,11 +184,18 @@ ENCODERS = {
     "roberta": Known("bert", rough=True, padded=True, without=_POOLER),
     "xlm-roberta": Known("bert", rough=True, padded=True, without=_POOLER),
 }
+ENCODERS |= dict.fromkeys(PAIRS, Known("t5encoder", rough=True))
+
+
+def text_of(config: Any) -> Any:
+    """The configuration of what reads and writes text, in one that also sees or hears."""
+    found = config.get_text_config(decoder=True)  # of an encoder with a decoder, a changed copy
+    return config if found.model_type == config.model_type else found
 
 
 def text_config(network: Network) -> Any:
-    """The configuration of what reads and writes text, in one that also sees or hears."""
-    return network.model.config.get_text_config(decoder=True)
+    """The configuration of what reads and writes text in a network."""
+    return text_of(network.model.config)
 
 
 def sees_all(network: Network) -> bool:
@@ -194,15 +211,16 @@ def known(network: Network) -> Known:
     """
     kind = str(text_config(network).model_type)
     bare = ENCODERS if sees_all(network) else KNOWN
-    found = {"causal": KNOWN, "embed": bare}.get(network.task, {}).get(kind)
+    found = {"causal": KNOWN, "embed": bare, "seq2seq": PAIRS}.get(network.task, {}).get(kind)
     lists = {stack.container for stack in network.stacks}
-    if found is None or len(lists) != 1:
+    if found is None or len(lists) != 1 + (network.task == "seq2seq"):
         embeds = kind in ENCODERS
         raise LayerwiseError(
             "target gguf",
             allowed=f"encoders without a head, of type {', '.join(ENCODERS)}"
             if embeds
-            else f"causal models of type {', '.join(KNOWN)}, encoders of {', '.join(ENCODERS)}",
+            else f"causal models of type {', '.join(KNOWN)}, encoders of {', '.join(ENCODERS)}, "
+            f"encoders with a decoder of {', '.join(PAIRS)}",
             found=f"{kind}, {type(network.module).__name__}",
             fix="save it without its head: AutoModel.from_pretrained(FOLDER).save_pretrained(OTHER)"
             if embeds

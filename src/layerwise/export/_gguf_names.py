@@ -72,6 +72,9 @@ class Names:
         shared = {".shared_mlp.": ".mlp." if alone else ".mlp.shared_mlp."}
         self._also = {**_ALSO, **shared, ".output_linear.": ".down_proj."}
         self._also |= _AS_IN.get(self.known.like, {})
+        scaled = said.get(self.known.scaled)
+        #: what the norm in front of the head is multiplied with
+        self.scale = text_config(network).hidden_size ** -0.5 if scaled else 1.0
         self._tokens = said.get("vocab_size", 0)
         self._padded = 1 + (said["pad_token_id"] or 0) if self.known.padded else 0
 

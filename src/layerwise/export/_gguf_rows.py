@@ -88,8 +88,9 @@ def together(parts: Sequence[Tensor], pieces: Sequence[str], names: Names, dim: 
 def plain(tensor: Tensor, name: str, names: Names) -> Tensor:
     """A tensor that is no matrix, in float32; norms as llama.cpp multiplies with them."""
     shift = names.known.shift if name.endswith("norm.weight") and ".ssm_" not in name else 0.0
+    scale = names.scale if name.endswith("output_norm.weight") and "enc." not in name else 1.0
     used = tensor[names.unused(name) :].float()
-    return (used + shift).contiguous().cpu().view(torch.uint8)
+    return ((used + shift) * scale).contiguous().cpu().view(torch.uint8)
 
 
 def is_filter(matrix: Matrix) -> bool:

@@ -100,7 +100,8 @@ def in_llama(
     """Batch -> what `read` makes of the output for it of a GGUF file as llama.cpp runs it: of
     logits, or of hidden states where it `embeds` or is an encoder.
     """
-    length = max(batch["input_ids"].shape[1] for batch in batches)
+    asked = ("input_ids", "decoder_input_ids")
+    length = max(ids.shape[1] for batch in batches for name, ids in batch.items() if name in asked)
     with Llama(file, length) as engine:
         states = embeds or engine.embeds()
         yield lambda batch: read(_output(batch, engine, states), batch)
@@ -110,6 +111,10 @@ def _output(batch: Any, engine: Llama, embeds: bool) -> Any:
     """Logits, or last hidden states, as a network gives them; zeros where a row is padded."""
     ids = batch["input_ids"]
     kept = batch.get("attention_mask", torch.ones_like(ids)).bool()
+    if "decoder_input_ids" in batch:
+        pairs = zip(ids, kept, batch["decoder_input_ids"], strict=True)
+        found = [engine.answers(row[own].tolist(), target.tolist()) for row, own, target in pairs]
+        return {"logits": torch.stack(found)}
     run = engine.states if embeds else engine.logits
     rows = [run(row[own].tolist()) for row, own in zip(ids, kept, strict=True)]
     found = rows[0].new_zeros(*ids.shape, rows[0].shape[-1])  # [inputs, seq, width]
