@@ -89,6 +89,26 @@ EXPERTS |= {"top_k_experts": 2, "moe_intermediate_size": 32}
 SEES: dict[str, Any] = {"vision_config": {"hidden_size": 32, "intermediate_size": 32}}
 SEES["vision_config"] |= {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28}
 SEES["vision_config"] |= {"patch_size": 14}
+DEEP = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "depth": 2,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+}
+DEEP |= {"deepstack_visual_indexes": [0]}
+TURN = {"rope_parameters": {"rope_type": "default", "rope_theta": 3e4, "mrope_section": [2, 3, 3]}}
+HALF = {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
+EYES = {"qwen2_vl": {"embed_dim": 32, "depth": 2, "num_heads": 2, "hidden_size": 64}}
+EYES["qwen2_5_vl"] = EYES["glm4v_moe"] = {k: v for k, v in DEEP.items() if k[:4] != "deep"}
+#: of what has three positions for every token, of a text the same one three times
+TURNED = {
+    "glm4v_moe": (t.Glm4vMoeConfig, ROUTED | {"rope_parameters": TURN["rope_parameters"] | HALF}),
+    "qwen2_5_vl": (t.Qwen2_5_VLConfig, TURN),
+    "qwen2_vl": (t.Qwen2VLConfig, TURN),
+    "qwen3_vl": (t.Qwen3VLConfig, TURN),
+    "qwen3_vl_moe": (t.Qwen3VLMoeConfig, MOE | TURN),
+}
 
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: t.LlamaConfig(**FEW, tie_word_embeddings=True),
@@ -167,6 +187,18 @@ MODELS: dict[str, Callable[[], Any]] = {
     "exaone_moe": lambda: t.ExaoneMoeConfig(**COMMON, **HEAD, **MOE, sliding_window=8),
     "afmoe": lambda: t.AfmoeConfig(
         **COMMON, **HEAD, **MOE, num_shared_experts=1, sliding_window=8, mup_enabled=True
+    ),
+    "aria_text": lambda: t.AriaTextConfig(
+        **FEW, moe_num_experts=4, moe_topk=2, moe_num_shared_experts=2
+    ),
+    "cohere_compass_text": lambda: t.CohereCompassTextConfig(
+        **COMMON,
+        **{"sliding_window": 8, "logit_scale": 0.3},
+        layer_types=["sliding_attention"] * 3 + ["full_attention"] + ["sliding_attention"] * 2,
+        rope_parameters={
+            "full_attention": None,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 3e4},
+        },
     ),
     "cohere2_moe": lambda: t.Cohere2MoeConfig(
         **COMMON, **HEAD, num_experts=4, num_shared_experts=1, sliding_window=8
@@ -315,6 +347,9 @@ MODELS: dict[str, Callable[[], Any]] = {
         },
     ),
     "gemma4_text": lambda: t.Gemma4TextConfig(**COMMON, **GEMMA4),
+    "gemma4_unified_text": lambda: t.Gemma4UnifiedTextConfig(
+        **COMMON, **HEAD, sliding_window=8, final_logit_softcapping=5.0
+    ),
     "gemma4 with experts": lambda: t.Gemma4TextConfig(**COMMON, **GEMMA4 | EXPERTS),
     "gemma4 with shared keys": lambda: t.Gemma4TextConfig(
         **COMMON | {"num_hidden_layers": 12},
@@ -325,6 +360,15 @@ MODELS: dict[str, Callable[[], Any]] = {
     "gemma4 that sees": lambda: t.Gemma4Config(
         text_config=COMMON | GEMMA4, audio_config=None, **SEES, image_token_id=3, video_token_id=4
     ),
+    **{
+        f"{name} that sees": lambda name=name, config=config, words=words: config(
+            text_config=FEW | HEAD | words,
+            vision_config=EYES.get(name, DEEP),
+            image_token_id=3,
+            video_token_id=4,
+        )
+        for name, (config, words) in TURNED.items()
+    },
     "gemma3 that sees": lambda: t.Gemma3Config(
         text_config=COMMON | WINDOWS, **SEES, mm_tokens_per_image=4, image_token_index=3
     ),
@@ -343,6 +387,13 @@ SELECTED |= {"gemma3n": "*/20-24/mlp.*_proj"}
 EXPORTED = {"gemma3n_text": {"embedding": "F32"}}
 #: of types that the automatic class does not know
 CLASSES = {"mistral4": t.Mistral4ForCausalLM}
+CLASSES |= {
+    "glm4v_moe that sees": t.Glm4vMoeForConditionalGeneration,
+    "qwen2_5_vl that sees": t.Qwen2_5_VLForConditionalGeneration,
+    "qwen2_vl that sees": t.Qwen2VLForConditionalGeneration,
+    "qwen3_vl that sees": t.Qwen3VLForConditionalGeneration,
+    "qwen3_vl_moe that sees": t.Qwen3VLMoeForConditionalGeneration,
+}
 
 
 @pytest.fixture(scope="module")

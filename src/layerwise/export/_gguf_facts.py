@@ -1,6 +1,7 @@
 """The hyper-parameters of a GGUF file, read from a model's configuration."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -51,13 +52,16 @@ def hyper_parameters(network: Network) -> dict[str, Any]:
     """
     config, entry, said = text_config(network), known(network), _said(network)
     _must_hold(config, entry)
-    depths = [len(stack.layers) for stack in network.stacks]
+    depths = Counter(layer.path.rpartition(".")[0] for layer in network.layers()).values()
     keys = ("block_count", "decoder_block_count")
     found: dict[str, Any] = {"context_length": UNBOUND, **dict(zip(keys, depths, strict=False))}
     found |= {**dict(_fields(network)), **constants(network)}
     size = said.get("qk_rope_head_dim") or (head_size(config) if _heads(said) else 0)
     found |= dict(_attention(network, size)) | dict(_rotary(config, size))
     found |= dict(_windows(config, entry))
+    deep = vars(vars(network.model.config).get("vision_config") or config)
+    if "deepstack_visual_indexes" in deep:
+        found["n_deepstack_layers"] = len(deep["deepstack_visual_indexes"])
     if "position_embedding_type" in said:
         found["rope.scaling.finetuned"] = said["position_embedding_type"] == "rope"
     if said.get("indexer_types"):
@@ -175,9 +179,13 @@ def _by_kind(network: Network) -> dict[str, Any]:
 
 
 def rope_of(config: Any, kind: str = "full_attention") -> Mapping[str, Any]:
-    """The rotary parameters of layers of a kind; those that attend to all positions mostly."""
+    """The rotary parameters of layers of a kind; those that attend to all positions mostly.
+
+    Where these are not rotated, those of the others.
+    """
     found = vars(config).get("rope_parameters") or {}
-    return found.get(kind, found)
+    others = (value for value in found.values() if isinstance(value, dict))
+    return found.get(kind) or next(others, found)
 
 
 def turned(config: Any, size: int, kind: str = "full_attention") -> int:
@@ -205,6 +213,8 @@ def _rotary(config: Any, size: int) -> Iterator[tuple[str, Any]]:
     if min(each) == 0:
         yield "attention.rope_pattern", [theta > 0 for theta in each]
     yield "rope.dimension_count", turned(config, size)
+    if "mrope_section" in rope:  # of a text, all three positions are one
+        yield "rope.dimension_sections", [*rope["mrope_section"], 0]
     whole = vars(config).get("rope_parameters", {})
     if "sliding_attention" in whole:
         yield "rope.freq_base_swa", float(whole["sliding_attention"]["rope_theta"])

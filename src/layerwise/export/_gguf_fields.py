@@ -103,6 +103,7 @@ _DENSE |= {"leading_dense_block_count": 2**16}
 #: what is a constant of a model's code
 CONSTANT: dict[str, dict[str, Any]] = {
     "afmoe": _SIGMOID,
+    "aria_text": dict.fromkeys(("embedding_scale", "logit_scale", "residual_scale"), 1.0),
     "dbrx": {"attention.layer_norm_epsilon": 1e-5},
     "deepseek_v2": {"expert_gating_func": SCORES["softmax"]},
     "deepseek_v3": _SIGMOID,
@@ -111,8 +112,10 @@ CONSTANT: dict[str, dict[str, Any]] = {
     "dots1": _SIGMOID,
     "exaone_moe": _SIGMOID,
     "falcon_mamba": {"ssm.dt_b_c_rms": True},
+    "gemma4_unified_text": {"embedding_length_per_layer_input": 0},
     "glm4_moe": _SIGMOID,
     "glm4_moe_lite": _SIGMOID,
+    "glm4v_moe_text": _SIGMOID,
     "glm_moe_dsa": _SIGMOID,
     "hy_v3": _SIGMOID | {"expert_weights_norm": True},
     "kimi_linear": _SIGMOID,
@@ -155,6 +158,13 @@ _T5 = (
 )
 LIMITS: dict[str, tuple[Limit, ...]] = {
     **dict.fromkeys(("mt5", "t5", "umt5"), _T5),
+    "cohere_compass_text": (
+        Limit(
+            "rope_parameters",
+            "nothing for full_attention",
+            lambda config: config.rope_parameters.get("full_attention") is None,
+        ),
+    ),
     "dbrx": (
         Limit(
             "attn_config",
