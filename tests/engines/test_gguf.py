@@ -98,11 +98,15 @@ DEEP = {
 }
 DEEP |= {"deepstack_visual_indexes": [0]}
 TURN = {"rope_parameters": {"rope_type": "default", "rope_theta": 3e4, "mrope_section": [2, 3, 3]}}
+FOUR = {"rope_parameters": TURN["rope_parameters"] | {"mrope_section": [2, 2, 2, 2]}}
 HALF = {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
 EYES = {"qwen2_vl": {"embed_dim": 32, "depth": 2, "num_heads": 2, "hidden_size": 64}}
 EYES["qwen2_5_vl"] = EYES["glm4v_moe"] = {k: v for k, v in DEEP.items() if k[:4] != "deep"}
-#: of what has three positions for every token, of a text the same one three times
+EYES["paddleocr_vl"] = SEES["vision_config"]
+#: of what has three positions for every token or four, of a text the same one each time
 TURNED = {
+    "hunyuan_vl": (t.HunYuanVLConfig, FOUR),
+    "paddleocr_vl": (t.PaddleOCRVLConfig, TURN),
     "glm4v_moe": (t.Glm4vMoeConfig, ROUTED | {"rope_parameters": TURN["rope_parameters"] | HALF}),
     "qwen2_5_vl": (t.Qwen2_5_VLConfig, TURN),
     "qwen2_vl": (t.Qwen2VLConfig, TURN),
@@ -388,6 +392,8 @@ EXPORTED = {"gemma3n_text": {"embedding": "F32"}}
 #: of types that the automatic class does not know
 CLASSES = {"mistral4": t.Mistral4ForCausalLM}
 CLASSES |= {
+    "hunyuan_vl that sees": t.HunYuanVLForConditionalGeneration,
+    "paddleocr_vl that sees": t.PaddleOCRVLForConditionalGeneration,
     "glm4v_moe that sees": t.Glm4vMoeForConditionalGeneration,
     "qwen2_5_vl that sees": t.Qwen2_5_VLForConditionalGeneration,
     "qwen2_vl that sees": t.Qwen2VLForConditionalGeneration,

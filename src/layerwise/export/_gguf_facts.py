@@ -214,7 +214,7 @@ def _rotary(config: Any, size: int) -> Iterator[tuple[str, Any]]:
         yield "attention.rope_pattern", [theta > 0 for theta in each]
     yield "rope.dimension_count", turned(config, size)
     if "mrope_section" in rope:  # of a text, all three positions are one
-        yield "rope.dimension_sections", [*rope["mrope_section"], 0]
+        yield "rope.dimension_sections", [*rope["mrope_section"], 0][:4]
     whole = vars(config).get("rope_parameters", {})
     if "sliding_attention" in whole:
         yield "rope.freq_base_swa", float(whole["sliding_attention"]["rope_theta"])
