@@ -99,15 +99,19 @@ DEEP = {
 DEEP |= {"deepstack_visual_indexes": [0]}
 TURN = {"rope_parameters": {"rope_type": "default", "rope_theta": 3e4, "mrope_section": [2, 3, 3]}}
 FOUR = {"rope_parameters": TURN["rope_parameters"] | {"mrope_section": [2, 2, 2, 2]}}
-HALF = {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
+TURNED_HALF = {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
+TURNED_HALF = {"rope_parameters": TURN["rope_parameters"] | TURNED_HALF}
 EYES = {"qwen2_vl": {"embed_dim": 32, "depth": 2, "num_heads": 2, "hidden_size": 64}}
-EYES["qwen2_5_vl"] = EYES["glm4v_moe"] = {k: v for k, v in DEEP.items() if k[:4] != "deep"}
+FLAT = {k: v for k, v in DEEP.items() if k[:4] != "deep"}
+EYES |= dict.fromkeys(("qwen2_5_vl", "glm4v", "glm4v_moe", "glm_ocr"), FLAT)
 EYES["paddleocr_vl"] = SEES["vision_config"]
 #: of what has three positions for every token or four, of a text the same one each time
 TURNED = {
     "hunyuan_vl": (t.HunYuanVLConfig, FOUR),
     "paddleocr_vl": (t.PaddleOCRVLConfig, TURN),
-    "glm4v_moe": (t.Glm4vMoeConfig, ROUTED | {"rope_parameters": TURN["rope_parameters"] | HALF}),
+    "glm4v": (t.Glm4vConfig, TURNED_HALF),
+    "glm_ocr": (t.GlmOcrConfig, TURNED_HALF),
+    "glm4v_moe": (t.Glm4vMoeConfig, ROUTED | TURNED_HALF),
     "qwen2_5_vl": (t.Qwen2_5_VLConfig, TURN),
     "qwen2_vl": (t.Qwen2VLConfig, TURN),
     "qwen3_vl": (t.Qwen3VLConfig, TURN),
@@ -394,6 +398,8 @@ CLASSES = {"mistral4": t.Mistral4ForCausalLM}
 CLASSES |= {
     "hunyuan_vl that sees": t.HunYuanVLForConditionalGeneration,
     "paddleocr_vl that sees": t.PaddleOCRVLForConditionalGeneration,
+    "glm4v that sees": t.Glm4vForConditionalGeneration,
+    "glm_ocr that sees": t.GlmOcrForConditionalGeneration,
     "glm4v_moe that sees": t.Glm4vMoeForConditionalGeneration,
     "qwen2_5_vl that sees": t.Qwen2_5_VLForConditionalGeneration,
     "qwen2_vl that sees": t.Qwen2VLForConditionalGeneration,

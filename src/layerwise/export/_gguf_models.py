@@ -12,6 +12,8 @@ class Known(NamedTuple):
     name: str
     #: rows of queries and keys go from two halves per head, as transformers rotates them, to pairs
     halves: bool = False
+    #: they go from pairs, as transformers rotates them there, to two halves per head
+    unpaired: bool = False
     #: fused rows of queries, keys and values come head by head
     woven: bool = False
     #: added to the weights of norms
@@ -68,6 +70,8 @@ KNOWN = {
     "ernie4_5": Known("ernie4_5"),
     "glm": Known("chatglm"),
     "glm4": Known("glm4"),
+    "glm4v_text": Known("glm4", unpaired=True),
+    "glm_ocr_text": Known("glm4", unpaired=True),
     "gpt2": Known("gpt2"),
     "helium": Known("llama"),
     "hunyuan_v1_dense": Known("hunyuan-dense"),

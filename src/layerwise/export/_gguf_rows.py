@@ -115,8 +115,8 @@ def reordered(rows: Tensor, name: str, network: Network, back: bool = False) -> 
         back: from the order of llama.cpp to that of transformers.
     """
     entry = known(network)
-    if entry.halves and any(f".attn_{x}." in name for x in "qk"):
-        config = text_config(network)
+    if (entry.halves or entry.unpaired) and any(f".attn_{x}." in name for x in "qk"):
+        config, back = text_config(network), back != entry.unpaired
         return _in_pairs(rows, heads_of(config, name), turned(config, head_size(config)), back)
     if entry.woven and ".attn_qkv." in name:
         return _apart(rows, network, back)
