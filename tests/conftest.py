@@ -82,6 +82,12 @@ def _config(kind: str) -> Any:
     makers: dict[str, Callable[[], Any]] = {
         "llama": lambda: t.LlamaConfig(**llama, tie_word_embeddings=True),
         "mixtral": lambda: t.MixtralConfig(**llama | experts),
+        "dbrx": lambda: t.DbrxConfig(
+            **{"vocab_size": VOCABULARY, "d_model": 64, "n_layers": 3, "n_heads": 4},
+            attn_config={"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+            ffn_config=dict(hidden_size=64, ffn_hidden_size=96, moe_num_experts=4, moe_top_k=2),
+            initializer_range=0.1,
+        ),
         "gpt2": lambda: t.GPT2Config(**common, **gpt2),
         "opt": lambda: t.OPTConfig(**common, **few, ffn_dim=96, word_embed_proj_dim=64),
         "falcon": lambda: t.FalconConfig(**common, **few),
@@ -124,7 +130,7 @@ def tiny(
 ) -> Callable[..., Path]:
     """`tiny(kind, dtype)`: the folder of a tiny random model with a tokenizer, made once.
 
-    Kinds: llama (grouped heads, tied), mixtral, gpt2, opt, falcon, neox, mamba; `dtype` is
+    Kinds: llama (grouped heads, tied), mixtral, dbrx, gpt2, opt, falcon, neox, mamba; `dtype` is
     `float32` or `bfloat16`. Only read the folder; it is shared.
     """
     made: dict[tuple[str, str], Path] = {}

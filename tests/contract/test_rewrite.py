@@ -278,8 +278,8 @@ def test_folds_that_are_no_pair_are_refused(folder_of) -> None:
     """The whole network is asked, whatever its layers said."""
     network = open_network(folder_of("llama"))
     half = {"model.layers.1.mlp.up_proj.weight": (Fold(-2, factors(96)),)}
-    with pytest.raises(LayerwiseError, match=r"rewrites of the plan.*change no logit"):
-        must_keep(network, half, {"input_ids": IDS[:1]})
+    with pytest.raises(LayerwiseError, match=r"rewrites of the plan.*change no number"):
+        must_keep(network, refolded(network, half), {"input_ids": IDS[:1]})
 
 
 def test_what_is_not_rounded_is_left_alone(folder_of, tmp_path: Path) -> None:

@@ -78,8 +78,10 @@ def test_a_stream_of_several_states_reads_from_left_to_right() -> None:
     assert network.task == "causal" and [stack.name for stack in network.stacks] == ["decoder"]
 
 
-def test_experts_are_matrices(tiny: Callable[..., Path]) -> None:
-    layer = open_network(tiny("mixtral")).stack.layers[0]
+@pytest.mark.parametrize("kind", ["mixtral", "dbrx"])
+def test_experts_are_matrices(kind: str, tiny: Callable[..., Path]) -> None:
+    """Along an axis of their own, or one below the other in the rows of a parameter."""
+    layer = open_network(tiny(kind)).stack.layers[0]
     roles = {(m.role, m.expert) for m in layer.matrices}
     assert ("router", None) in roles
     assert {e for role, e in roles if role == "down"} == set(range(4))

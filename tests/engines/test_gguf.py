@@ -1,6 +1,8 @@
 """GGUF files in llama.cpp: every architecture of the table, depth, types, tokens, and back."""
 
+import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as t
+from torch import Tensor
 from typer.testing import CliRunner
 from written import SMALL, given_back, plan_of
 
@@ -18,7 +21,8 @@ from layerwise.core.folder import find_folder
 from layerwise.core.llama import Llama
 from layerwise.core.open import open_network
 from layerwise.core.plan import Edit, Plan, Step, read_plan
-from layerwise.export import _gguf_models
+from layerwise.core.task import token_rows
+from layerwise.export import _gguf_folds, _gguf_models
 from layerwise.export._gguf_file import FILE, GgufFile
 from layerwise.jobs import engine
 from layerwise.jobs.apply import apply_plan
@@ -54,9 +58,16 @@ ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_siz
 ROUTED |= {"n_shared_experts": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4}
 HEAD = {"head_dim": 16}
 SSM = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}
+DBRX = {"hidden_size": 64, "ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2}
 HYBRID = ["conv", "full_attention"]
 HYBRIDS: dict[str, Any] = {"layer_types": ["mamba", "attention"], "shared_intermediate_size": 64}
 HYBRIDS |= {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1}
+FALCON_H1: dict[str, Any] = {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_n_groups": 2}
+FALCON_H1 |= {"mamba_d_state": 16, "mlp_multipliers": [0.6, 1.4], "key_multiplier": 2.5}
+FALCON_H1 |= {"ssm_multipliers": [0.7, 1.5, 0.4, 1.8, 1.2], "ssm_in_multiplier": 1.3}
+FALCON_H1 |= {"ssm_out_multiplier": 0.8, "attention_in_multiplier": 1.6, "head_dim": 16}
+FALCON_H1 |= {"attention_out_multiplier": 0.9, "lm_head_multiplier": 0.5}
+FALCON_H1 |= {"embedding_multiplier": 3.0}
 NEMOTRON: dict[str, Any] = {k: v for k, v in FEW.items() if k != "num_hidden_layers"}
 NEMOTRON |= {"mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 2}
 NEMOTRON |= {"head_dim": 16}
@@ -67,6 +78,10 @@ MANY |= {"linear_key_head_dim": 32}
 RANKS = {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
 RANKS |= {"q_lora_rank": 32, "kv_lora_rank": 32}
 INDEX = {"index_topk": 64, "index_head_dim": 64, "index_n_heads": 4}
+GEMMA3N: dict[str, Any] = COMMON | {"num_hidden_layers": 25, "num_kv_shared_layers": 5}
+GEMMA3N |= {"intermediate_size": 2048, "laurel_rank": 64, "hidden_size_per_layer_input": 256}
+GEMMA3N |= {"head_dim": 16, "sliding_window": 8, "vocab_size_per_layer_input": 64}
+GEMMA3N |= {"pad_token_id": None, "initializer_range": 0.05}
 GEMMA4 = {"head_dim": 16, "sliding_window": 8, "vocab_size_per_layer_input": 128}
 GEMMA4 |= {"hidden_size_per_layer_input": 32}
 EXPERTS = {"hidden_size_per_layer_input": 0, "enable_moe_block": True, "num_experts": 4}
@@ -74,6 +89,34 @@ EXPERTS |= {"top_k_experts": 2, "moe_intermediate_size": 32}
 SEES: dict[str, Any] = {"vision_config": {"hidden_size": 32, "intermediate_size": 32}}
 SEES["vision_config"] |= {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28}
 SEES["vision_config"] |= {"patch_size": 14}
+DEEP = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "depth": 2,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+}
+DEEP |= {"deepstack_visual_indexes": [0]}
+TURN = {"rope_parameters": {"rope_type": "default", "rope_theta": 3e4, "mrope_section": [2, 3, 3]}}
+FOUR = {"rope_parameters": TURN["rope_parameters"] | {"mrope_section": [2, 2, 2, 2]}}
+TURNED_HALF = {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
+TURNED_HALF = {"rope_parameters": TURN["rope_parameters"] | TURNED_HALF}
+EYES = {"qwen2_vl": {"embed_dim": 32, "depth": 2, "num_heads": 2, "hidden_size": 64}}
+FLAT = {k: v for k, v in DEEP.items() if k[:4] != "deep"}
+EYES |= dict.fromkeys(("qwen2_5_vl", "glm4v", "glm4v_moe", "glm_ocr"), FLAT)
+EYES["paddleocr_vl"] = SEES["vision_config"]
+#: of what has three positions for every token or four, of a text the same one each time
+TURNED = {
+    "hunyuan_vl": (t.HunYuanVLConfig, FOUR),
+    "paddleocr_vl": (t.PaddleOCRVLConfig, TURN),
+    "glm4v": (t.Glm4vConfig, TURNED_HALF),
+    "glm_ocr": (t.GlmOcrConfig, TURNED_HALF),
+    "glm4v_moe": (t.Glm4vMoeConfig, ROUTED | TURNED_HALF),
+    "qwen2_5_vl": (t.Qwen2_5_VLConfig, TURN),
+    "qwen2_vl": (t.Qwen2VLConfig, TURN),
+    "qwen3_vl": (t.Qwen3VLConfig, TURN),
+    "qwen3_vl_moe": (t.Qwen3VLMoeConfig, MOE | TURN),
+}
 
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: t.LlamaConfig(**FEW, tie_word_embeddings=True),
@@ -153,6 +196,18 @@ MODELS: dict[str, Callable[[], Any]] = {
     "afmoe": lambda: t.AfmoeConfig(
         **COMMON, **HEAD, **MOE, num_shared_experts=1, sliding_window=8, mup_enabled=True
     ),
+    "aria_text": lambda: t.AriaTextConfig(
+        **FEW, moe_num_experts=4, moe_topk=2, moe_num_shared_experts=2
+    ),
+    "cohere_compass_text": lambda: t.CohereCompassTextConfig(
+        **COMMON,
+        **{"sliding_window": 8, "logit_scale": 0.3},
+        layer_types=["sliding_attention"] * 3 + ["full_attention"] + ["sliding_attention"] * 2,
+        rope_parameters={
+            "full_attention": None,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 3e4},
+        },
+    ),
     "cohere2_moe": lambda: t.Cohere2MoeConfig(
         **COMMON, **HEAD, num_experts=4, num_shared_experts=1, sliding_window=8
     ),
@@ -200,6 +255,15 @@ MODELS: dict[str, Callable[[], Any]] = {
     "lfm2_moe": lambda: t.Lfm2MoeConfig(**FEW, **MOE, num_dense_layers=1, layer_types=HYBRID),
     "mamba": lambda: t.MambaConfig(**SSM, time_step_rank=4),
     "falcon_mamba": lambda: t.FalconMambaConfig(**SSM, time_step_rank=4),
+    "falcon_h1": lambda: t.FalconH1Config(**FEW, **FALCON_H1),
+    "falcon_h1 with a norm": lambda: t.FalconH1Config(
+        **FEW,
+        **FALCON_H1,
+        mamba_rms_norm=True,
+        mlp_bias=True,
+        mamba_norm_before_gate=False,
+        tie_word_embeddings=True,
+    ),
     "granitemoehybrid": lambda: t.GraniteMoeHybridConfig(**FEW, **HYBRIDS, num_local_experts=0),
     "bamba": lambda: t.BambaConfig(
         **FEW,
@@ -249,6 +313,13 @@ MODELS: dict[str, Callable[[], Any]] = {
     "qwen3_5_text with more values": lambda: t.Qwen3_5TextConfig(
         **COMMON | {"num_hidden_layers": 4}, head_dim=64, **LINEAR | MANY
     ),
+    "dbrx": lambda: t.DbrxConfig(
+        **{"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 512, "vocab_size": 128},
+        attn_config={"kv_n_heads": 2, "clip_qkv": 0.5, "rope_theta": 3e4},
+        ffn_config=DBRX,
+        rope_parameters={"rope_type": "default", "rope_theta": 3e4},
+        initializer_range=0.1,
+    ),
     "deepseek_v2": lambda: t.DeepseekV2Config(**FEW | ROUTED | RANKS),
     "deepseek_v3": lambda: t.DeepseekV3Config(**FEW | ROUTED | RANKS, n_group=2, topk_group=1),
     "deepseek_v3 with yarn": lambda: t.DeepseekV3Config(
@@ -276,7 +347,17 @@ MODELS: dict[str, Callable[[], Any]] = {
     "glm4_moe_lite": lambda: t.Glm4MoeLiteConfig(**FEW | ROUTED | RANKS),
     "minicpm3": lambda: t.MiniCPM3Config(**FEW | RANKS | {"num_key_value_heads": 4}),
     "youtu": lambda: t.YoutuConfig(**FEW | RANKS | {"num_key_value_heads": 4}),
+    "gemma3n_text": lambda: t.Gemma3nTextConfig(
+        **GEMMA3N,
+        rope_parameters={
+            "full_attention": {"rope_type": "default", "rope_theta": 3e4},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 2e3},
+        },
+    ),
     "gemma4_text": lambda: t.Gemma4TextConfig(**COMMON, **GEMMA4),
+    "gemma4_unified_text": lambda: t.Gemma4UnifiedTextConfig(
+        **COMMON, **HEAD, sliding_window=8, final_logit_softcapping=5.0
+    ),
     "gemma4 with experts": lambda: t.Gemma4TextConfig(**COMMON, **GEMMA4 | EXPERTS),
     "gemma4 with shared keys": lambda: t.Gemma4TextConfig(
         **COMMON | {"num_hidden_layers": 12},
@@ -287,6 +368,15 @@ MODELS: dict[str, Callable[[], Any]] = {
     "gemma4 that sees": lambda: t.Gemma4Config(
         text_config=COMMON | GEMMA4, audio_config=None, **SEES, image_token_id=3, video_token_id=4
     ),
+    **{
+        f"{name} that sees": lambda name=name, config=config, words=words: config(
+            text_config=FEW | HEAD | words,
+            vision_config=EYES.get(name, DEEP),
+            image_token_id=3,
+            video_token_id=4,
+        )
+        for name, (config, words) in TURNED.items()
+    },
     "gemma3 that sees": lambda: t.Gemma3Config(
         text_config=COMMON | WINDOWS, **SEES, mm_tokens_per_image=4, image_token_index=3
     ),
@@ -296,8 +386,26 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
 }
 
+#: what is packed where it is not all of the feed-forward parts, by how names begin
+SELECTED = dict.fromkeys(
+    ("mamba", "falcon_mamba", "nemotron_h", "falcon_h1 with"), "*/*/mixer.in_proj"
+)
+SELECTED |= {"gemma3n": "*/20-24/mlp.*_proj"}
+#: options of the export, for what makes much of little that changes in front
+EXPORTED = {"gemma3n_text": {"embedding": "F32"}}
 #: of types that the automatic class does not know
 CLASSES = {"mistral4": t.Mistral4ForCausalLM}
+CLASSES |= {
+    "hunyuan_vl that sees": t.HunYuanVLForConditionalGeneration,
+    "paddleocr_vl that sees": t.PaddleOCRVLForConditionalGeneration,
+    "glm4v that sees": t.Glm4vForConditionalGeneration,
+    "glm_ocr that sees": t.GlmOcrForConditionalGeneration,
+    "glm4v_moe that sees": t.Glm4vMoeForConditionalGeneration,
+    "qwen2_5_vl that sees": t.Qwen2_5_VLForConditionalGeneration,
+    "qwen2_vl that sees": t.Qwen2VLForConditionalGeneration,
+    "qwen3_vl that sees": t.Qwen3VLForConditionalGeneration,
+    "qwen3_vl_moe that sees": t.Qwen3VLMoeForConditionalGeneration,
+}
 
 
 @pytest.fixture(scope="module")
@@ -337,8 +445,9 @@ def test_llama_cpp_gives_our_logits(
 ) -> None:
     """`apply` runs the file, which holds packed and plain matrices, in llama.cpp, or refuses it."""
     model = folder_of(name)
-    select = "*/*/mixer.in_proj" if "mamba" in name or "nemotron_h" in name else "*/*/mlp"
-    applied = apply_plan(model, plan_of(model, select=select), tmp_path / "out")
+    select = next((s for n, s in SELECTED.items() if name.startswith(n)), "*/*/mlp")
+    plan = plan_of(model, select=select, export=EXPORTED.get(name, {}))
+    applied = apply_plan(model, plan, tmp_path / "out")
     file = GgufFile(tmp_path / "out" / FILE)
     assert applied.nbytes == file.nbytes
     ids = (torch.arange(32) * 7 % 128)[None]
@@ -351,6 +460,80 @@ def test_llama_cpp_gives_our_logits(
     with engine.in_llama(file.path, batches) as answers:
         near = engine.agreement([wanted], map(answers, batches))
     assert near.kl < 2e-2, "eight bits change little: the original's logits are near as well"
+
+
+#: types of which there are sentence encoders, and some others
+HEADLESS = ("cohere", "falcon_h1", "gemma", "gemma2", "gemma3_text", "granite", "lfm2", "llama")
+HEADLESS += ("mistral", "phi3", "qwen2", "qwen3", "smollm3")
+#: how states become one -> what sentence-transformers calls it
+POOLED: dict[str, Callable[[Tensor], Tensor]] = {
+    "lasttoken": lambda states: states[-1],
+    "cls_token": lambda states: states[0],
+    "mean_tokens": lambda states: states.mean(0),
+}
+
+
+@pytest.mark.parametrize("name", HEADLESS)
+def test_hidden_states_without_a_head(
+    name: str, folder_of: Callable[[str], Path], tokenizer_into: Any, tmp_path: Path
+) -> None:
+    ids = (torch.arange(32) * 7 % 128)[None]
+    model = t.AutoModel.from_pretrained(folder_of(name), dtype=torch.float32).eval()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer_into(tmp_path / "model")
+    with torch.no_grad():
+        wanted = model(ids).last_hidden_state[0]
+    plan = plan_of(tmp_path / "model", "", export={"embedding": "F32"})
+    apply_plan(tmp_path / "model", plan, tmp_path / "out")
+    batches = [{"input_ids": ids}]
+    with engine.in_llama(tmp_path / "out" / FILE, batches, token_rows, embeds=True) as answers:
+        assert engine.distance([wanted], map(answers, batches)).worst < 1e-2
+
+
+def test_a_head_that_llama_cpp_asks_for(tmp_path: Path) -> None:
+    t.AutoModel.from_config(MODELS["olmo2"]()).save_pretrained(tmp_path)
+    with pytest.raises(LayerwiseError, match=r"olmo2: allowed is a network with its head"):
+        make_plan(Request(tmp_path, Budget(bits=6.0), target="gguf", data=SMALL))
+
+
+@pytest.mark.parametrize("mode", POOLED)
+@pytest.mark.parametrize("name", ["gemma3_text", "qwen3"])
+def test_llama_cpp_pools_as_the_folder_says(
+    name: str, mode: str, folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A causal network of sentence-transformers, saved with its head: logits, and one state."""
+    model, ids = tmp_path / "model", torch.arange(10, 30)
+    shutil.copytree(folder_of(name), model)
+    (model / "1_Pooling").mkdir()
+    said = {f"pooling_mode_{mode}": True, "include_prompt": True}
+    (model / "1_Pooling" / "config.json").write_text(json.dumps(said))
+    apply_plan(model, plan_of(model, "", export={"embedding": "F32"}), tmp_path / "out")
+    with torch.no_grad():
+        found = t.AutoModel.from_pretrained(model, dtype=torch.float32).eval()(ids[None])
+    wanted = POOLED[mode](found.last_hidden_state[0])
+    with Llama(tmp_path / "out" / FILE, 32, pooled=True) as loaded:
+        one = loaded.embedding(ids.tolist())
+    assert (one - wanted).norm() < 1e-2 * wanted.norm()
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("dbrx", "ffn_config", DBRX | {"moe_normalize_expert_weights": None}),
+        ("falcon_h1 with a norm", "mamba_norm_before_gate", True),
+        ("falcon_h1", "time_step_limit", [0.0, 1.0]),
+        ("gemma3n_text", "final_logit_softcapping", 20.0),
+        ("gemma3n_text", "num_kv_shared_layers", 10),
+        ("gemma3n_text", "activation_sparsity_pattern", [0.5] * 25),
+    ],
+)
+def test_what_llama_cpp_computes_otherwise_is_refused(
+    name: str, field: str, value: Any, tmp_path: Path
+) -> None:
+    config = type(MODELS[name]()).from_dict(MODELS[name]().to_dict() | {field: value})
+    t.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(LayerwiseError, match=rf"target gguf, {field}: .*use --target hf"):
+        make_plan(Request(tmp_path, Budget(bits=6.0), target="gguf", data=SMALL))
 
 
 @pytest.mark.parametrize(
@@ -409,6 +592,17 @@ def test_a_file_that_says_something_else_is_refused(
     monkeypatch.setattr(_gguf_models, "KNOWN", wrong)
     with pytest.raises(LayerwiseError, match=r"dequantized model.*not sound"):
         apply_plan(model, plan_of(model), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_multiplier_that_is_forgotten_is_refused(
+    folder_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, (whole, fields) = folder_of("falcon_h1"), _gguf_folds.FACTORS["falcon_h1"]
+    some = lambda *said: (f for f in whole(*said) if "k_proj" not in f.part)  # noqa: E731
+    monkeypatch.setitem(_gguf_folds.FACTORS, "falcon_h1", (some, fields))
+    with pytest.raises(LayerwiseError, match=r"target gguf: .*change no number.*--target hf"):
+        apply_plan(model, plan_of(model, select="*/*/mlp"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

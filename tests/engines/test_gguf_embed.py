@@ -46,12 +46,22 @@ DISTIL: dict[str, Any] = {
     "n_layers": 4,
     "n_heads": 4,
 }
+T5: dict[str, Any] = {"vocab_size": 128, "d_model": 64, "d_kv": 32, "d_ff": 96, "num_layers": 4}
+T5 |= {"num_heads": 4}
 
 MODELS: dict[str, Callable[[], Any]] = {
     "bert": lambda: t.BertConfig(**COMMON),
     "camembert": lambda: t.CamembertConfig(**COMMON),
+    "data2vec-text": lambda: t.Data2VecTextConfig(**COMMON),
     "distilbert": lambda: t.DistilBertConfig(**DISTIL, initializer_range=0.1),
+    "electra": lambda: t.ElectraConfig(**COMMON, embedding_size=64),
+    "ernie": lambda: t.ErnieConfig(**COMMON),
     "eurobert": lambda: t.EuroBertConfig(**COMMON, head_dim=16, num_key_value_heads=2),
+    "gemma3_text": lambda: t.Gemma3TextConfig(
+        **COMMON | {"num_hidden_layers": 6, "num_key_value_heads": 2},
+        **{"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8},
+        use_bidirectional_attention=True,
+    ),
     "jina_embeddings_v3": lambda: t.JinaEmbeddingsV3Config(**COMMON),
     "modernbert": lambda: t.ModernBertConfig(**COMMON, local_attention=8),
     "modernbert without windows": lambda: t.ModernBertConfig(
@@ -62,8 +72,14 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
     "nomic_bert": lambda: t.NomicBertConfig(**COMMON, head_dim=16),
     "roberta": lambda: t.RobertaConfig(**COMMON, type_vocab_size=1),
+    "mt5": lambda: t.MT5Config(**T5),
+    "t5": lambda: t.T5Config(**T5),
+    "umt5": lambda: t.UMT5Config(**T5),
     "xlm-roberta": lambda: t.XLMRobertaConfig(**XLM),
 }
+
+#: of types whose automatic class is one with a decoder
+CLASSES = {"mt5": t.MT5EncoderModel, "t5": t.T5EncoderModel, "umt5": t.UMT5EncoderModel}
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +94,8 @@ def folder_of(
             folder = tmp_path_factory.mktemp("model")
             with torch.random.fork_rng():
                 torch.manual_seed(0)
-                model = kind.from_config(MODELS[name]())
+                build = CLASSES.get(name, kind.from_config)
+                model = build(MODELS[name]())
                 for key, parameter in model.named_parameters():
                     if "norm" in key.lower() or "bias" in key:
                         parameter.data.add_(0.2 * torch.randn_like(parameter))
@@ -92,7 +109,8 @@ def folder_of(
 
 def states_of(model: Path, ids: Tensor) -> Tensor:
     """Of every token, by stock transformers."""
-    found = t.AutoModel.from_pretrained(model, dtype=torch.float32).eval()
+    kind = getattr(t, t.AutoConfig.from_pretrained(model).architectures[0])
+    found = kind.from_pretrained(model, dtype=torch.float32).eval()
     with torch.no_grad():
         return found(ids).last_hidden_state.flatten(0, 1)
 

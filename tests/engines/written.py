@@ -7,6 +7,7 @@ from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.folder import find_folder
 from layerwise.core.network import Network
 from layerwise.core.plan import DataSpec, Edit, Identity, Plan, Step
+from layerwise.export import TARGETS
 from layerwise.export._gguf_file import GgufFile
 
 SMALL = DataSpec(samples=4, length=64)
@@ -22,6 +23,7 @@ def plan_of(model: str | Path, type_: str = "Q8_0", select: str = "*", **fields:
 
 def given_back(file: GgufFile, network: Network) -> None:
     """Every matrix comes back as it is in the network, but for the rounding of eight bits."""
+    network = TARGETS["gguf"].folded(network)
     for layer in network.layers():
         tensors, back = network.fetch(layer), file.records(network, layer)
         for matrix in layer.matrices:

@@ -65,10 +65,12 @@ def _llama(path: str) -> Any:
         "llama_set_n_threads": (None, (where, whole, whole)),
         "llama_batch_init": (_Batch, (whole, whole, whole)),
         "llama_decode": (whole, (where, _Batch)),
+        "llama_encode": (whole, (where, _Batch)),
         "llama_model_meta_val_str": (whole, (where, ctypes.c_char_p, ctypes.c_char_p, size)),
         "llama_model_n_embd": (whole, (where,)),
         "llama_set_embeddings": (None, (where, ctypes.c_bool)),
         "llama_get_embeddings": (ctypes.POINTER(ctypes.c_float), (where,)),
+        "llama_get_embeddings_seq": (ctypes.POINTER(ctypes.c_float), (where, whole)),
         "llama_get_logits": (ctypes.POINTER(ctypes.c_float), (where,)),
         "llama_tokenize": (
             whole,
@@ -84,20 +86,26 @@ def _llama(path: str) -> Any:
     return found
 
 
-def _exactly(settings: Any) -> None:
-    """Ask for the state of every token, not for a mean of them, and for attention in float32.
+def _exactly(settings: Any, pooled: bool, embeds: bool) -> None:
+    """Unless `pooled`, ask for the state of every token, not for one of all of them; and, of an
+    encoder, for attention in float32.
 
     Of the parameters that llama.cpp chooses itself unless told, -1, the second is the pooling and
     the fourth flash attention, which would round keys and values to half precision.
     """
     open_ = [i for i, word in enumerate(settings.words) if word == _UNTOLD]
-    settings.words[open_[1]] = settings.words[open_[3]] = 0
+    if not pooled:
+        settings.words[open_[1]] = 0
+    if embeds:
+        settings.words[open_[3]] = 0
 
 
 class _Loaded:
     """A GGUF file, loaded; `ValueError` where llama.cpp refuses it."""
 
-    def __init__(self, library: Any, path: str, length: int, threads: int) -> None:
+    def __init__(
+        self, library: Any, path: str, length: int, threads: int, pooled: bool = False
+    ) -> None:
         self.library, context = library, None
         model = library.llama_model_load_from_file(
             path.encode(), library.llama_model_default_params()
@@ -105,9 +113,8 @@ class _Loaded:
         settings = library.llama_context_default_params()
         settings.words[0] = settings.words[1] = settings.words[2] = length
         self.model = model
-        if model and self.embeds():
-            _exactly(settings)
         if model:
+            _exactly(settings, pooled, self.embeds())
             context = library.llama_init_from_model(model, settings)
         if not context:
             raise ValueError("; ".join(_SAID) or "an error without a word")
@@ -125,12 +132,24 @@ class _Loaded:
         size = 4 * len(tokens) * self.library.llama_vocab_n_tokens(self.vocabulary)
         return ctypes.string_at(self.library.llama_get_logits(self.context), size)
 
+    def answers(self, source: Sequence[int], target: Sequence[int]) -> bytes:
+        """float32 `[seq, vocabulary]` after every token of the target of an encoder's source."""
+        self._run(source, self.library.llama_encode)
+        return self.logits(target)
+
     def states(self, tokens: Sequence[int]) -> bytes:
         """float32 `[seq, hidden]`: what comes out of the last layer and norm for every token."""
         self.library.llama_set_embeddings(self.context, True)
         self._run(tokens)
         size = 4 * len(tokens) * self.library.llama_model_n_embd(self.model)
         return ctypes.string_at(self.library.llama_get_embeddings(self.context), size)
+
+    def embedding(self, tokens: Sequence[int]) -> bytes:
+        """float32 `[width]`: the one state of a whole sequence."""
+        self.library.llama_set_embeddings(self.context, True)
+        self._run(tokens)
+        size = 4 * self.library.llama_model_n_embd(self.model)
+        return ctypes.string_at(self.library.llama_get_embeddings_seq(self.context, 0), size)
 
     def embeds(self) -> bool:
         """Whether the file says that every token sees all others: it gives states, no logits."""
@@ -143,8 +162,8 @@ class _Loaded:
         self.library.llama_model_meta_val_str(self.model, key.encode(), room, len(room))
         return room.value.decode()
 
-    def _run(self, tokens: Sequence[int]) -> None:
-        """Compute one batch without a past."""
+    def _run(self, tokens: Sequence[int], compute: Any = None) -> None:
+        """Compute one batch without a past, by `llama_decode` unless told."""
         memory = self.library.llama_get_memory(self.context)
         if memory:
             self.library.llama_memory_clear(memory, True)
@@ -153,7 +172,7 @@ class _Loaded:
             self.batch.token[i], self.batch.pos[i] = token, i
             self.batch.n_seq_id[i], self.batch.seq_id[i][0] = 1, 0
             self.batch.logits[i] = 1
-        if self.library.llama_decode(self.context, self.batch):
+        if (compute or self.library.llama_decode)(self.context, self.batch):
             raise ValueError("; ".join(_SAID) or "an error without a word")
 
     def tokenize(self, text: str) -> list[int]:

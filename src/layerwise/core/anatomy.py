@@ -25,12 +25,15 @@ HINTS = {
 
 
 class Use(NamedTuple):
-    """One use of a weight: its parameter's path in the layer, input, output, orientation."""
+    """One use of a weight: its parameter's path in the layer, input, output, orientation, and how
+    many numbers of the parameter it takes.
+    """
 
     parameter: str
     x: Tensor
     output: Tensor
     consumed_transposed: bool
+    size: int
     conv: bool = False
 
 
@@ -44,7 +47,7 @@ def dissect(call: Call) -> tuple[tuple[Part, ...], list[Matrix]]:
     def seen(x: Tensor, weight: Tensor, transposed: bool, output: Tensor, conv: bool) -> None:
         name = where.get(weight.untyped_storage().data_ptr())
         if name is not None and all(u.parameter != name for u in uses):
-            uses.append(Use(name, x, output, transposed, conv))
+            uses.append(Use(name, x, output, transposed, weight.numel(), conv))
 
     with torch.no_grad(), ShortCircuit(seen):
         children = dict(_members(layer))
@@ -177,13 +180,14 @@ def _matrices(uses: list[Use], names: dict[str, str], shapes: dict) -> list[Matr
         ]
         part = names.get(_owner(use.parameter, names), "other")
         rows.append((use, part, alike[0].parameter, (fused or [use])[0].parameter))
-    roles = _roles(rows, shapes)
+    counts = {use.parameter: _experts(use, uses, shapes[use.parameter]) for use in uses}
+    roles = _roles(rows, counts)
     matrices = []
     for (use, part, inputs, fusion), role in zip(rows, roles, strict=True):
-        shape = shapes[use.parameter]
-        stacked = len(shape) == 3 and not use.conv
-        experts = range(shape[0]) if stacked else [None]
-        tail = shape[1:] if stacked else shape
+        shape, count = shapes[use.parameter], counts[use.parameter]
+        experts = range(count) if count else [None]
+        below = [shape[0] // max(count, 1), *shape[1:]]
+        tail = shape[1:] if count and len(shape) == 3 else below
         out, in_ = tail[0], math.prod(tail[1:])
         size = (in_, out) if use.consumed_transposed else (out, in_)
         for expert in experts:
@@ -204,6 +208,17 @@ def _matrices(uses: list[Use], names: dict[str, str], shapes: dict) -> list[Matr
     return matrices
 
 
+def _experts(use: Use, uses: list[Use], shape: torch.Size) -> int:
+    """How many experts a parameter holds: along an axis of its own, or one below the other where
+    something else gives so many numbers for every token; 0 where it is one matrix.
+    """
+    if use.conv or len(shape) == 3:
+        return 0 if use.conv else shape[0]
+    count = shape.numel() // use.size
+    routed = any(u.output.shape[-1] == count for u in uses if u.parameter != use.parameter)
+    return count if routed and count > 1 and shape[0] % count == 0 else 0
+
+
 def _same_memory(a: Tensor, b: Tensor) -> bool:
     return a is b or (
         a.data_ptr() == b.data_ptr()
@@ -220,7 +235,7 @@ def _title(rows: list, roles: list[str], parameter: str) -> str:
     return parameter
 
 
-def _roles(rows: list[tuple[Use, str, str, str]], shapes: dict) -> list[str]:
+def _roles(rows: list[tuple[Use, str, str, str]], counts: dict[str, int]) -> list[str]:
     """Roles by order in the part and by sharing an input; names only break ties."""
     roles: list[str] = []
     for use, part, _, fusion in rows:
@@ -231,10 +246,8 @@ def _roles(rows: list[tuple[Use, str, str, str]], shapes: dict) -> list[str]:
         last = mine[-1][0] is use and len(mine) > 1
         if part == "mlp":
             gated = hinted == "gate_up" or (hinted in ("gate", "up") and len(peers) > 1)
-            routes = len(shapes[use.parameter]) == 2 and any(
-                len(shapes[r[0].parameter]) == 3
-                and shapes[r[0].parameter][0] == use.output.shape[-1]
-                for r in mine
+            routes = not counts[use.parameter] and any(
+                counts[r[0].parameter] == use.output.shape[-1] for r in mine
             )
             role = "router" if routes else "down" if last else "up"
             role = hinted if gated and hinted and role == "up" else role

@@ -27,12 +27,13 @@ class Llama(AbstractContextManager["Llama"]):
     Args:
         path: of the file.
         length: tokens of the longest input.
+        pooled: load it for one state of a whole sequence, by the pooling that the file names.
 
     Raises:
         LayerwiseError: llama.cpp cannot load it.
     """
 
-    def __init__(self, path: Path, length: int = 512) -> None:
+    def __init__(self, path: Path, length: int = 512, pooled: bool = False) -> None:
         self.length, self.path = length, path
         self.said = TemporaryFile()  # noqa: SIM115, closed on leaving
         self.process = subprocess.Popen(
@@ -43,7 +44,7 @@ class Llama(AbstractContextManager["Llama"]):
             env={**os.environ, "GGML_NO_BACKTRACE": "1"},
         )
         try:
-            self._ask("load", str(path), length, torch.get_num_threads())
+            self._ask("load", str(path), length, torch.get_num_threads(), pooled)
         except LayerwiseError:
             self.__exit__()
             raise
@@ -61,9 +62,20 @@ class Llama(AbstractContextManager["Llama"]):
         """Logits after every token of one sequence, computed in one batch without a past."""
         return self._rows("logits", tokens)
 
+    def answers(
+        self, source: Sequence[int], target: Sequence[int]
+    ) -> Float[Tensor, "seq vocabulary"]:
+        """Logits after every token of a target, of a file that encodes a source for its decoder."""
+        return self._rows("answers", source, target)
+
     def states(self, tokens: Sequence[int]) -> Float[Tensor, "seq hidden"]:
-        """The last hidden state of every token of one sequence, for a file that embeds."""
+        """The last hidden state of every token of one sequence."""
         return self._rows("states", tokens)
+
+    def embedding(self, tokens: Sequence[int]) -> Float[Tensor, " hidden"]:
+        """The one state of a whole sequence, of a file that was loaded `pooled`."""
+        found = self._ask("embedding", list(map(int, tokens)))
+        return torch.frombuffer(found, dtype=torch.float32)
 
     def value_of(self, key: str) -> str:
         """What the file says under a key, in words; nothing where it does not."""
@@ -73,16 +85,19 @@ class Llama(AbstractContextManager["Llama"]):
         """Whether the file is an encoder's, which gives hidden states in place of logits."""
         return self._ask("embeds")
 
-    def _rows(self, name: str, tokens: Sequence[int]) -> Float[Tensor, "seq width"]:
-        if len(tokens) > self.length:
+    def _rows(self, name: str, *sequences: Sequence[int]) -> Float[Tensor, "seq width"]:
+        """What a request gives for every token of the last sequence."""
+        longest = max(map(len, sequences))
+        if longest > self.length:
             raise LayerwiseError(
                 f"{self.path} in llama.cpp",
                 allowed=f"at most {self.length} tokens",
-                found=len(tokens),
+                found=longest,
                 fix="ask for a longer context",
             )
-        found = torch.frombuffer(self._ask(name, list(map(int, tokens))), dtype=torch.float32)
-        return found.reshape(len(tokens), -1)
+        asked = [list(map(int, tokens)) for tokens in sequences]
+        found = torch.frombuffer(self._ask(name, *asked), dtype=torch.float32)
+        return found.reshape(len(asked[-1]), -1)
 
     def tokenize(self, text: str) -> list[int]:
         """Tokens of a text by llama.cpp's own tokenizer, with those that mark its ends."""

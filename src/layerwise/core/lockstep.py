@@ -139,13 +139,23 @@ class Walk(TorchFunctionMode):
         return None
 
     def _stop_at(self, lane: Lane, name: str, weight: Tensor, pause: "Pause") -> None:
-        parameter = self.parameters[name]
-        if parameter.ndim == 3 and weight.ndim == 2:
+        parameter, step = self.parameters[name], self._step(name)
+        if step and weight.ndim == 2:
             offset = weight.storage_offset() - parameter.storage_offset()
-            pause.expert = offset // parameter.stride(0)
+            pause.expert = offset // step
         if self.needs_stop(lane, name, pause.expert):
             lane.pause = pause
             self.pause()
+
+    def _step(self, name: str) -> int:
+        """Numbers from one expert of a parameter to the next; 0 where it holds none."""
+        assert self.layer is not None
+        parameter = self.parameters[name]
+        each = (m for m in self.layer.matrices if m.parameter == name and m.expert is not None)
+        first = next(each, None)
+        if parameter.ndim == 3 or first is None:
+            return parameter.stride(0) if parameter.ndim == 3 else 0
+        return parameter.stride(0) * first.rows(parameter)
 
     def needs_stop(self, lane: Lane, name: str, expert: int | None) -> bool:
         """Once per lane and input group: what shares the memory shares the stop."""

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from layerwise.core.arrange import adapters_of, arrange, check_rebuilt, stacks_named, stored_as
 from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.config import model_class, read_config
 from layerwise.core.errors import LayerwiseError, nearest, refusing
 from layerwise.core.find import find_stacks
-from layerwise.core.fold import Folds
+from layerwise.core.fold import Folds, joined
 from layerwise.core.folder import find_folder
 from layerwise.core.hollow import build_hollow, hollow_parameter
 from layerwise.core.machine import has_bfloat16
@@ -136,10 +137,16 @@ def widened(network: Network) -> Network:
     return _rebuilt(network, torch.float32, network.stored)
 
 
-def refolded(network: Network, folds: Folds, exact: bool = False) -> Network:
-    """The same network with other folds in its weights; if `exact`, in float32 and not rounded."""
+def refolded(
+    network: Network, folds: Folds, exact: bool = False, config: PretrainedConfig | None = None
+) -> Network:
+    """The same network with more folds in its weights; if `exact`, in float32 and not rounded.
+
+    With another configuration, of which these folds make up for the difference.
+    """
     kind = torch.float32 if exact else network.dtype
-    return _rebuilt(network, kind, network.stored.with_folds(folds, exact))
+    source = network.stored.with_folds(joined(network.stored.folds, folds), exact)
+    return _rebuilt(network, kind, source, config)
 
 
 def unrolled(network: Network) -> Network:
@@ -149,8 +156,10 @@ def unrolled(network: Network) -> Network:
     return _rebuilt(replace(network, unrolled=True), network.dtype, network.stored)
 
 
-def _rebuilt(network: Network, kind: torch.dtype, source: Source) -> Network:
-    shape = copy.deepcopy(network.model.config)
+def _rebuilt(
+    network: Network, kind: torch.dtype, source: Source, config: PretrainedConfig | None = None
+) -> Network:
+    shape = copy.deepcopy(config or network.model.config)
     if (source.model.all_tied_weights_keys or {}).keys() & source.folds.keys():
         shape.tie_word_embeddings = False
     network = replace(network, source=source, dtype=kind)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 class Matrix:
     """A parameter, or one expert's slice of one, seen as `[out, in]`.
 
+    Experts of a parameter lie along an axis of their own, or one below the other in its rows.
+
     `inputs` names the set of matrices that receive the same memory (they share statistics);
     `fusion` the set that receives the very same tensor in one module (they share one option).
     """
@@ -39,9 +41,17 @@ class Matrix:
 
     def view(self, parameter: Tensor) -> Tensor:
         """This matrix as `[out, in]`, out of its parameter."""
-        slice_ = parameter if self.expert is None else parameter[self.expert]
+        slice_ = parameter
+        if self.expert is not None:
+            stacked = parameter.ndim > 2
+            each = parameter if stacked else parameter.unflatten(0, (-1, self.rows(parameter)))
+            slice_ = each[self.expert]
         slice_ = slice_.reshape(slice_.shape[0], -1) if slice_.ndim > 2 else slice_
         return slice_.T if self.transposed else slice_
+
+    def rows(self, parameter: Tensor) -> int:
+        """Rows of a parameter `[rows, columns]` that hold one expert."""
+        return self.size // parameter.shape[1]
 
     def put(self, value: Tensor, parameter: Tensor, room: Tensor | None = None) -> Tensor:
         """The parameter with this matrix replaced: the value itself, or in `room` or new memory."""

@@ -28,8 +28,9 @@ class Target(NamedTuple):
     options of the export, what is written of tensors that belong to no layer, by their name in
     memory, and `rest` the bytes of all that is no matrix of a layer; `limits` says why the network
     does not let a matrix take a chain that its own shape takes; `accepts` refuses networks that the
-    format does not know, and machines that lack what writes it. `engine` runs what was written:
-    transformers, llama.cpp, or layerwise itself.
+    format does not know, and machines that lack what writes it. `folded` is a network whose weights
+    hold what the format has no place for beside them. `engine` runs what was written: transformers,
+    llama.cpp, or layerwise itself.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Target(NamedTuple):
     engine: Literal["transformers", "llama.cpp", "layerwise"] = "transformers"
     limits: Callable[[Network, Matrix, Sequence[Step]], str | None] = lambda *_: None
     accepts: Callable[[Network], None] = lambda network: None
+    folded: Callable[[Network], Network] = lambda network: network
     rest: Callable[[Network, Mapping[str, Any]], int] | None = None
     outside: Callable[[Network, Mapping[str, Any]], dict[str, Weight]] = lambda network, options: {}
 

@@ -1,6 +1,7 @@
 """The hyper-parameters of a GGUF file, read from a model's configuration."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from layerwise.export._gguf_embedding import embedding_facts
 from layerwise.export._gguf_fields import (
     CHOSEN,
     CONSTANT,
+    LIMITS,
     OWN,
     REAL,
     SCORES,
@@ -21,7 +23,8 @@ from layerwise.export._gguf_fields import (
     WHOLE,
     YARN,
 )
-from layerwise.export._gguf_models import SINGLE, Known, Names, known, text_config
+from layerwise.export._gguf_models import Known, known, text_config
+from layerwise.export._gguf_names import SINGLE, Names
 
 #: positions where a model does not limit them
 UNBOUND = 2048
@@ -31,7 +34,7 @@ NAMED = {"phi": "<|endoftext|>"}
 
 def head_size(config: Any) -> int:
     """Width of an attention head."""
-    own = vars(config).get("head_dim")
+    own = vars(config).get(config.attribute_map.get("head_dim", "head_dim"))
     return own or config.hidden_size // config.num_attention_heads
 
 
@@ -48,25 +51,43 @@ def hyper_parameters(network: Network) -> dict[str, Any]:
         LayerwiseError: the configuration says something that llama.cpp cannot do.
     """
     config, entry, said = text_config(network), known(network), _said(network)
-    found: dict[str, Any] = {"block_count": len(network.layers()), "context_length": UNBOUND}
+    _must_hold(config, entry)
+    depths = Counter(layer.path.rpartition(".")[0] for layer in network.layers()).values()
+    keys = ("block_count", "decoder_block_count")
+    found: dict[str, Any] = {"context_length": UNBOUND, **dict(zip(keys, depths, strict=False))}
     found |= {**dict(_fields(network)), **constants(network)}
     size = said.get("qk_rope_head_dim") or (head_size(config) if _heads(said) else 0)
     found |= dict(_attention(network, size)) | dict(_rotary(config, size))
     found |= dict(_windows(config, entry))
+    deep = vars(vars(network.model.config).get("vision_config") or config)
+    if "deepstack_visual_indexes" in deep:
+        found["n_deepstack_layers"] = len(deep["deepstack_visual_indexes"])
     if "position_embedding_type" in said:
         found["rope.scaling.finetuned"] = said["position_embedding_type"] == "rope"
     if said.get("indexer_types"):
         found["attention.indexer.types"] = [int(kind == "full") for kind in said["indexer_types"]]
     if entry.tenth and YARN["mscale_all_dim"] in found:
         found[YARN["mscale_all_dim"]] /= 10
-    found |= embedding_facts(network) if network.task == "embed" else {}
+    found |= embedding_facts(network)
     return found | (_by_kind(network) if entry.sized else {})
+
+
+def _must_hold(config: Any, entry: Known) -> None:
+    for field, allowed, holds in LIMITS.get(config.model_type, ()):
+        if not holds(config):
+            raise LayerwiseError(
+                f"target gguf, {field}",
+                allowed=f"{allowed}, as {entry.name} has it in llama.cpp",
+                found=vars(config)[field],
+                fix="use --target hf",
+            )
 
 
 def _said(network: Network) -> dict[str, Any]:
     """The fields of the configuration, by its own names and by those that it shares with others."""
     config = text_config(network)
-    said = config.to_dict() | (config.to_dict().get("attn_config") or {})
+    said = config.to_dict()
+    said |= (said.get("attn_config") or {}) | (said.get("ffn_config") or {})
     return {f: said[own] for f, own in config.attribute_map.items() if own in said} | said
 
 
@@ -111,7 +132,7 @@ def _attention(network: Network, size: int) -> Iterator[tuple[str, Any]]:
     )
     if len({*filter(None, queries)}) > 1 and not entry.sized:
         yield "attention.head_count", queries
-    if len(set(keys)) > 1 and "linear_num_key_heads" not in said:
+    if len(set(keys)) > 1 and "linear_num_key_heads" not in said and not entry.filled:
         yield "attention.head_count_kv", keys  # convolutions and recurrences have none
 
 
@@ -158,9 +179,13 @@ def _by_kind(network: Network) -> dict[str, Any]:
 
 
 def rope_of(config: Any, kind: str = "full_attention") -> Mapping[str, Any]:
-    """The rotary parameters of layers of a kind; those that attend to all positions mostly."""
+    """The rotary parameters of layers of a kind; those that attend to all positions mostly.
+
+    Where these are not rotated, those of the others.
+    """
     found = vars(config).get("rope_parameters") or {}
-    return found.get(kind, found)
+    others = (value for value in found.values() if isinstance(value, dict))
+    return found.get(kind) or next(others, found)
 
 
 def turned(config: Any, size: int, kind: str = "full_attention") -> int:
@@ -188,6 +213,8 @@ def _rotary(config: Any, size: int) -> Iterator[tuple[str, Any]]:
     if min(each) == 0:
         yield "attention.rope_pattern", [theta > 0 for theta in each]
     yield "rope.dimension_count", turned(config, size)
+    if "mrope_section" in rope:  # of a text, all three positions are one
+        yield "rope.dimension_sections", [*rope["mrope_section"], 0][:4]
     whole = vars(config).get("rope_parameters", {})
     if "sliding_attention" in whole:
         yield "rope.freq_base_swa", float(whole["sliding_attention"]["rope_theta"])
@@ -211,7 +238,8 @@ def _rotary(config: Any, size: int) -> Iterator[tuple[str, Any]]:
 
 def _windows(config: Any, entry: Known) -> Iterator[tuple[str, Any]]:
     """The window of layers that do not attend to all positions, in the rhythm llama.cpp knows."""
-    window = vars(config).get("sliding_window") or vars(config).get("local_attention")
+    said = config.to_dict()  # a window on both sides is stored in another way than it is computed
+    window = said.get("sliding_window") or said.get("local_attention")
     kinds = vars(config).get("layer_types") or []
     narrow = [kind == "sliding_attention" for kind in kinds]
     if entry.asked:

@@ -14,9 +14,10 @@ from layerwise.core.ggml import FLOATS, decode, needing_gguf
 from layerwise.core.network import Network
 from layerwise.core.stack import Layer
 from layerwise.core.weight import Dense, Packed, Weight
-from layerwise.export._gguf_models import Names
+from layerwise.export._gguf_names import Names
+from layerwise.export._gguf_outside import EMBEDDINGS, outside_shapes
 from layerwise.export._gguf_rows import reordered, together
-from layerwise.export.gguf import EMBEDDINGS, FILE, outside_shapes
+from layerwise.export.gguf import FILE
 
 __all__ = ["FILE", "GgufFile"]
 
@@ -105,14 +106,13 @@ class GgufFile:
 
     def outside(self, network: Network) -> dict[str, Weight]:
         """What the file holds of the embedding and the head, by their name in memory."""
-        names = Names(network)
-        found = ((name, names(name)) for name in outside_shapes(network))
-        kept = (pair for pair in found if pair[1] in self.tensors)
-        return {
-            name: _record(self.rows(own, network))
-            for name, own in kept
-            if own in (*EMBEDDINGS, "output.weight")
-        }
+        names, found = Names(network), {}
+        for name, shape in outside_shapes(network).items():
+            own = names(name)
+            if own in self.tensors and own in (*EMBEDDINGS, "output.weight"):
+                rows = self.rows(own, network)
+                found[name] = _record(replace(rows, data=rows.data[: shape[0]]))
+        return found
 
 
 def _record(rows: Packed) -> Weight:

@@ -1,15 +1,8 @@
-"""Which architectures GGUF knows, and what it calls them and their tensors.
+"""Which architectures GGUF knows, and what llama.cpp expects of their weights."""
 
-The names of tensors come from the `gguf` package.
-"""
-
-import math
-from functools import reduce
-from itertools import product
 from typing import Any, NamedTuple
 
 from layerwise.core.errors import LayerwiseError, nearest
-from layerwise.core.ggml import needing_gguf
 from layerwise.core.network import Network
 
 
@@ -19,6 +12,8 @@ class Known(NamedTuple):
     name: str
     #: rows of queries and keys go from two halves per head, as transformers rotates them, to pairs
     halves: bool = False
+    #: they go from pairs, as transformers rotates them there, to two halves per head
+    unpaired: bool = False
     #: fused rows of queries, keys and values come head by head
     woven: bool = False
     #: added to the weights of norms
@@ -56,31 +51,45 @@ class Known(NamedTuple):
     padded: bool = False
     #: llama.cpp takes its GELU from a table in half precision
     rough: bool = False
+    #: the field that says that states are divided by the root of their width before the head
+    scaled: str = ""
+    #: llama.cpp asks for a head, of what embeds as well
+    headed: bool = False
+    #: tensors that llama.cpp loads for every layer, though it has no use for those that some lack
+    filled: tuple[str, ...] = ()
     #: beginnings of the names of tensors that the format has no place for, nor any need
     without: tuple[str, ...] = ()
 
 
+_KEYS_AND_VALUES = ("attn_k.weight", "attn_k_norm.weight", "attn_v.weight")
 #: model_type of a configuration -> what GGUF calls it, and what llama.cpp expects of its weights
 KNOWN = {
     # queries and keys are rotated as they are, or not at all
-    "apertus": Known("apertus"),
+    "apertus": Known("apertus", headed=True),
     "cohere": Known("command-r"),
     "ernie4_5": Known("ernie4_5"),
     "glm": Known("chatglm"),
     "glm4": Known("glm4"),
+    "glm4v_text": Known("glm4", unpaired=True),
+    "glm_ocr_text": Known("glm4", unpaired=True),
     "gpt2": Known("gpt2"),
     "helium": Known("llama"),
     "hunyuan_v1_dense": Known("hunyuan-dense"),
+    "hunyuan_vl_text": Known("hunyuan_vl"),
     "jais2": Known("jais2"),
     "minicpm3": Known("minicpm3"),
     "mpt": Known("mpt"),
-    "olmo2": Known("olmo2"),
-    "phi": Known("phi2"),
+    "olmo2": Known("olmo2", headed=True),
+    "paddleocr_vl_text": Known("paddleocr"),
+    "phi": Known("phi2", headed=True),
     "phi3": Known("phi3", asked=True),
     "qwen2": Known("qwen2"),
+    "qwen2_5_vl_text": Known("qwen2vl"),
+    "qwen2_vl_text": Known("qwen2vl"),
     "qwen3": Known("qwen3"),
+    "qwen3_vl_text": Known("qwen3vl"),
     "seed_oss": Known("seed_oss"),
-    "stablelm": Known("stablelm"),
+    "stablelm": Known("stablelm", headed=True),
     "starcoder2": Known("starcoder2"),
     # queries and keys are rotated in halves by transformers, in pairs by llama.cpp
     "arcee": Known("arcee", halves=True),
@@ -103,26 +112,32 @@ KNOWN = {
     "gemma": Known("gemma", shift=1.0),
     "gemma2": Known("gemma2", shift=1.0, period=2),
     "gemma3_text": Known("gemma3", shift=1.0, period=6),
-    "nemotron": Known("nemotron", shift=1.0),
+    "nemotron": Known("nemotron", shift=1.0, headed=True),
     # windows, and layers that see everything
     "cohere2": Known("cohere2", period=4),
     "granite_swa": Known("granite_swa", halves=True, listed=True, like="mimo2"),
+    "cohere_compass_text": Known("cohere2", period=4, halves=True),
     "exaone4": Known("exaone4", period=4, depth=64),
+    "gemma3n_text": Known("gemma3n", period=5, filled=_KEYS_AND_VALUES),
     "gemma4_text": Known("gemma4", listed=True, sized=True),
-    "olmo3": Known("olmo2", period=4),
+    "gemma4_unified_text": Known("gemma4", listed=True, sized=True),
+    "olmo3": Known("olmo2", period=4, headed=True),
     # experts
     "afmoe": Known("afmoe", period=4),
+    "aria_text": Known("granitemoe", halves=True),
     "cohere2_moe": Known("cohere2moe", listed=True, like="dots1"),
+    "dbrx": Known("dbrx", headed=True),
     "deepseek_v2": Known("deepseek2", tenth=True),
     "deepseek_v3": Known("deepseek2", tenth=True),
     "deepseek_v32": Known("deepseek32", tenth=True, absorbed=True, like="glm-dsa"),
-    "dots1": Known("dots1"),
+    "dots1": Known("dots1", headed=True),
     "ernie4_5_moe": Known("ernie4_5-moe"),
-    "exaone_moe": Known("exaone-moe", period=4),
+    "exaone_moe": Known("exaone-moe", period=4, headed=True),
     "glm4_moe": Known("glm4moe"),
+    "glm4v_moe_text": Known("glm4moe"),
     "glm4_moe_lite": Known("deepseek2", tenth=True),
     "glm_moe_dsa": Known("glm-dsa", tenth=True, absorbed=True),
-    "gpt_oss": Known("gpt-oss", period=2, paired=True),
+    "gpt_oss": Known("gpt-oss", period=2, paired=True, headed=True),
     "granitemoe": Known("granitemoe", halves=True),
     "granitemoe_swa": Known("granite_swa", halves=True, listed=True, like="mimo2"),
     "granitemoeshared": Known("granitemoe", halves=True),
@@ -130,22 +145,24 @@ KNOWN = {
     "hy_v3": Known("hy_v3", like="dots1", bare="exp_probs_b"),
     "laguna": Known("laguna", period=4, first=True, asked=True, like="step35"),
     "llama4_text": Known("llama4"),
-    "mellum": Known("mellum", listed=True, like="qwen3moe"),
-    "mimo_v2_flash": Known("mimo2", listed=True),
-    "minimax_m2": Known("minimax-m2"),
+    "mellum": Known("mellum", listed=True, like="qwen3moe", headed=True),
+    "mimo_v2_flash": Known("mimo2", listed=True, headed=True),
+    "minimax_m2": Known("minimax-m2", headed=True),
     "mistral4": Known("mistral4", tenth=True),
     "mixtral": Known("llama", halves=True),
-    "olmoe": Known("olmoe"),
-    "qwen2_moe": Known("qwen2moe"),
+    "olmoe": Known("olmoe", headed=True),
+    "qwen2_moe": Known("qwen2moe", headed=True),
     "qwen3_moe": Known("qwen3moe"),
+    "qwen3_vl_moe_text": Known("qwen3vlmoe"),
     "solar_open": Known("glm4moe"),
     "youtu": Known("deepseek2", tenth=True),
     # convolutions and recurrences
     "bamba": Known("granitehybrid", halves=True, columns=True),
+    "falcon_h1": Known("falcon-h1", columns=True, bare="ffn_norm"),
     "falcon_mamba": Known("mamba"),
     "granitemoehybrid": Known("granitehybrid", halves=True, columns=True),
     "jamba": Known("jamba"),
-    "kimi_linear": Known("kimi-linear", columns=True, absorbed=True),
+    "kimi_linear": Known("kimi-linear", columns=True, absorbed=True, headed=True),
     "lfm2": Known("lfm2"),
     "lfm2_moe": Known("lfm2moe"),
     "mamba": Known("mamba"),
@@ -156,60 +173,48 @@ KNOWN = {
     "qwen3_next": Known("qwen3next", shift=1.0),
 }
 
+#: the same of an encoder and a decoder that looks at it
+PAIRS = {
+    "mt5": Known("t5", rough=True),
+    "t5": Known("t5", rough=True, scaled="scale_decoder_outputs"),
+    "umt5": Known("t5", rough=True, scaled="tie_word_embeddings"),
+}
+
 _POOLER = ("pooler.",)
-#: the same of networks without a head, of which every token's last hidden state is the answer
+#: the same of networks without a head whose tokens see all others; every token's last hidden state
+#: is the answer, as it is for those without a head of the types above
 ENCODERS = {
     "bert": Known("bert", rough=True, without=_POOLER),
     "camembert": Known("bert", rough=True, padded=True, without=_POOLER),
+    "data2vec-text": Known("bert", rough=True, padded=True, without=_POOLER),
     "distilbert": Known("bert", rough=True),
+    "electra": Known("bert", rough=True),
+    "ernie": Known("bert", rough=True, without=_POOLER),
     "eurobert": Known("eurobert"),
+    "gemma3_text": Known("gemma-embedding", shift=1.0, period=6, rough=True),
     "jina_embeddings_v3": Known("jina-bert-v3", rough=True, like="bert", without=_POOLER),
     "modernbert": Known("modern-bert", period=3, first=True),
     "nomic_bert": Known("nomic-bert", like="bert"),
     "roberta": Known("bert", rough=True, padded=True, without=_POOLER),
     "xlm-roberta": Known("bert", rough=True, padded=True, without=_POOLER),
 }
+ENCODERS |= dict.fromkeys(PAIRS, Known("t5encoder", rough=True))
 
-#: a parameter that transformers fuses -> the names of what its rows hold, one after the other
-FUSED = dict.fromkeys(("gate_up_proj", "input_linear"), ("gate_proj", "up_proj"))
-FUSED |= {"conv1d": ("q_conv1d", "k_conv1d", "v_conv1d"), "kv_b_proj": ("k_b_proj", "v_b_proj")}
-#: what keys are made by, where it is a tensor of its own
-MAKES_KEYS = ".attn_k_b."
-SUFFIXES = (".weight", ".bias", ".scale")
-#: parameters of recurrences, which have a name of their own in GGUF
-NUMBERS = (".A_log", ".D")
-#: a parameter with one number -> the hyper-parameter that holds those of all layers
-SINGLE = {f"mlp.act_fn.{name}": f"xielu.{name}" for name in ("alpha_p", "alpha_n", "beta", "eps")}
-#: what transformers calls a part or a bias -> what the `gguf` package knows it as
-_ALSO = {
-    ".dt_bias": ".dt_proj.bias",
-    "_bias": ".bias",
-    ".block_sparse_moe.": ".mlp.",
-    ".forget_gate.": ".",
-    ".language_model.": ".",
-    ".mixer.experts.": ".mlp.experts.",
-    ".router.scale": ".router.proj.scale",
-    ".router.per_expert_scale": ".experts.down_proj.scale",
-    ".gate.moe_statics.": ".moe_statics.",
-}
-#: an architecture that others are like -> what they call a part -> what it is called there
-_AS_IN = {
-    "bert": {
-        "layers.": "encoder.layer.",
-        ".self_attn.q_proj.": ".attention.self.query.",
-        ".self_attn.k_proj.": ".attention.self.key.",
-        ".self_attn.v_proj.": ".attention.self.value.",
-        ".post_attention_layernorm.": ".attention.output.LayerNorm.",
-        ".mlp.fc1.": ".intermediate.dense.",
-        ".mlp.fc2.": ".output.dense.",
-        ".post_mlp_layernorm.": ".output.LayerNorm.",
-    }
-}
+
+def text_of(config: Any) -> Any:
+    """The configuration of what reads and writes text, in one that also sees or hears."""
+    found = config.get_text_config(decoder=True)  # of an encoder with a decoder, a changed copy
+    return config if found.model_type == config.model_type else found
 
 
 def text_config(network: Network) -> Any:
-    """The configuration of what reads and writes text, in one that also sees or hears."""
-    return network.model.config.get_text_config(decoder=True)
+    """The configuration of what reads and writes text in a network."""
+    return text_of(network.model.config)
+
+
+def sees_all(network: Network) -> bool:
+    """Whether tokens see those behind them as well."""
+    return network.stack.name.startswith("encoder")
 
 
 def known(network: Network) -> Known:
@@ -219,105 +224,29 @@ def known(network: Network) -> Known:
         LayerwiseError: it does not know the architecture.
     """
     kind = str(text_config(network).model_type)
-    found = {"causal": KNOWN, "embed": ENCODERS}.get(network.task, {}).get(kind)
+    bare = ENCODERS if sees_all(network) else KNOWN
+    found = {"causal": KNOWN, "embed": bare, "seq2seq": PAIRS}.get(network.task, {}).get(kind)
     lists = {stack.container for stack in network.stacks}
-    if found is None or len(lists) != 1:
+    if found is None or len(lists) != 1 + (network.task == "seq2seq"):
         embeds = kind in ENCODERS
         raise LayerwiseError(
             "target gguf",
             allowed=f"encoders without a head, of type {', '.join(ENCODERS)}"
             if embeds
-            else f"causal models of type {', '.join(KNOWN)}, encoders of {', '.join(ENCODERS)}",
+            else f"causal models of type {', '.join(KNOWN)}, encoders of {', '.join(ENCODERS)}, "
+            f"encoders with a decoder of {', '.join(PAIRS)}",
             found=f"{kind}, {type(network.module).__name__}",
             fix="save it without its head: AutoModel.from_pretrained(FOLDER).save_pretrained(OTHER)"
             if embeds
             else nearest(kind, [*KNOWN, *ENCODERS], "use --target hf or compressed-tensors"),
         )
+    if found.headed and network.task == "embed":
+        raise LayerwiseError(
+            f"target gguf, architecture {found.name}",
+            allowed="a network with its head, which llama.cpp asks for",
+            found=type(network.module).__name__,
+            fix="save it with the head that it was trained with, or use --target hf",
+        )
     if found.routed and any(".experts." in n for layer in network.layers() for n in layer.shapes):
         return found._replace(name=found.routed)
     return found
-
-
-class Names:
-    """From names in memory to names in GGUF, for one network."""
-
-    def __init__(self, network: Network) -> None:
-        with needing_gguf():
-            from gguf import MODEL_ARCH_NAMES, TensorNameMap
-        self.known = known(network)
-        numbers = {name: number for number, name in MODEL_ARCH_NAMES.items()}
-        kinds = (self.known.name, self.known.like)
-        self._maps = [
-            TensorNameMap(numbers[k], len(network.layers())) for k in kinds if k in numbers
-        ]
-        said = text_config(network).to_dict()
-        parts = ("num_attention_heads", "qk_nope_head_dim", "v_head_dim", "kv_lora_rank")
-        #: heads, numbers of a key and of a value that are made of what is compressed, and of that
-        self.compressed = tuple(said.get(part, 0) for part in parts)
-        self._groups = said.get("n_groups") or said.get("mamba_n_groups") or 1
-        alone = not said.get("num_local_experts")
-        shared = {".shared_mlp.": ".mlp." if alone else ".mlp.shared_mlp."}
-        self._also = {**_ALSO, **shared, ".output_linear.": ".down_proj."}
-        self._also |= _AS_IN.get(self.known.like, {})
-        self._padded = 1 + (said["pad_token_id"] or 0) if self.known.padded else 0
-
-    def __call__(self, name: str) -> str:
-        """The name of a tensor in GGUF, the first where it is cut.
-
-        Raises:
-            LayerwiseError: the format has no place for it.
-        """
-        return self.pieces(name)[0]
-
-    def pieces(self, name: str) -> tuple[str, ...]:
-        """Names in GGUF of the equal blocks of rows that a tensor is cut into; mostly one, none
-        for a number that is a hyper-parameter.
-
-        Raises:
-            LayerwiseError: the format has no place for it.
-        """
-        if name.endswith(tuple(SINGLE)):
-            return ()
-        fused, parts = next((f for f in FUSED.items() if f".{f[0]}" in name), ("", ()))
-        ways = ([name], [name.replace(fused, part) for part in parts])
-        for names in ways[::-1] if self.known.absorbed else ways:
-            found = [self._find(n) for n in names]
-            if found and all(found):
-                return tuple(filter(None, found))
-        raise LayerwiseError(
-            f"target gguf, architecture {self.known.name}",
-            allowed="the tensors that GGUF has names for",
-            found=name,
-            fix="this variant of the architecture cannot be written; use --target hf",
-        )
-
-    def shape_of(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape under which a tensor is written, by its name in GGUF."""
-        if self.known.columns and name.endswith((".ssm_a", ".ssm_d")):
-            return (math.prod(shape), 1)
-        if self.known.columns and name.endswith(".ssm_norm.weight"):
-            return (self._groups, math.prod(shape) // self._groups)
-        if ".ssm_conv1d_" in name:
-            return (shape[0], 1, shape[-1])
-        if self.known.absorbed and name.endswith((f"{MAKES_KEYS}weight", ".attn_v_b.weight")):
-            heads, keys, values, rank = self.compressed
-            return (heads, rank, keys) if MAKES_KEYS in name else (heads, values, rank)
-        return (shape[0] - self.unused(name), *shape[1:])
-
-    def unused(self, name: str) -> int:
-        """Rows that a tensor, by its name in GGUF, begins with and that no token comes to."""
-        return self._padded if name == "position_embd.weight" else 0
-
-    def _find(self, name: str) -> str | None:
-        """One name; some are known without that of the base model, parameters of experts bare."""
-        also = reduce(lambda n, pair: n.replace(*pair), self._also.items(), name)
-        rest = also.partition(".")[2]
-        tries = (also, name, name.partition(".")[2], f"backbone.{rest}")
-        for names, tried in product(self._maps, tries):
-            found = names.get_name(tried, try_suffixes=SUFFIXES)
-            if found is not None:
-                bare = found.endswith(SUFFIXES) or name.endswith(NUMBERS)
-                full = found if bare else f"{found}.{'bias' if name[-5:] == '_bias' else 'weight'}"
-                stem = full.rpartition(".")[0]
-                return stem if stem.endswith(f".{self.known.bare}") else full
-        return None

@@ -11,7 +11,8 @@ from layerwise.core.network import Network
 from layerwise.core.stack import Layer, Matrix
 from layerwise.core.weight import Packed, Weight
 from layerwise.export._gguf_facts import head_size, heads_of, turned
-from layerwise.export._gguf_models import MAKES_KEYS, Names, known, text_config
+from layerwise.export._gguf_models import known, text_config
+from layerwise.export._gguf_names import MAKES_KEYS, Names
 
 #: weights of the smallest block of a packed type
 BLOCK = 32
@@ -87,8 +88,9 @@ def together(parts: Sequence[Tensor], pieces: Sequence[str], names: Names, dim: 
 def plain(tensor: Tensor, name: str, names: Names) -> Tensor:
     """A tensor that is no matrix, in float32; norms as llama.cpp multiplies with them."""
     shift = names.known.shift if name.endswith("norm.weight") and ".ssm_" not in name else 0.0
+    scale = names.scale if name.endswith("output_norm.weight") and "enc." not in name else 1.0
     used = tensor[names.unused(name) :].float()
-    return (used + shift).contiguous().cpu().view(torch.uint8)
+    return ((used + shift) * scale).contiguous().cpu().view(torch.uint8)
 
 
 def is_filter(matrix: Matrix) -> bool:
@@ -113,8 +115,8 @@ def reordered(rows: Tensor, name: str, network: Network, back: bool = False) -> 
         back: from the order of llama.cpp to that of transformers.
     """
     entry = known(network)
-    if entry.halves and any(f".attn_{x}." in name for x in "qk"):
-        config = text_config(network)
+    if (entry.halves or entry.unpaired) and any(f".attn_{x}." in name for x in "qk"):
+        config, back = text_config(network), back != entry.unpaired
         return _in_pairs(rows, heads_of(config, name), turned(config, head_size(config)), back)
     if entry.woven and ".attn_qkv." in name:
         return _apart(rows, network, back)

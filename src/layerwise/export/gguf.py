@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from layerwise.core.chain import framed, kind_left, made_by
 from layerwise.core.dense import GGUF as FILE
 from layerwise.core.errors import LayerwiseError
-from layerwise.core.ggml import encode, fitting, format_of, needing_gguf
+from layerwise.core.ggml import fitting, format_of, needing_gguf
 from layerwise.core.ggml_codes import codes_of
 from layerwise.core.method import find, method
 from layerwise.core.network import Network
@@ -19,14 +19,22 @@ from layerwise.core.stack import Matrix, Stack
 from layerwise.core.target import Target
 from layerwise.core.weight import Packed, Weight
 from layerwise.export._gguf_facts import NAMED, constants, hyper_parameters, numbers, rope_factors
+from layerwise.export._gguf_folds import folded
 from layerwise.export._gguf_measured import Place, measured, rows_of
-from layerwise.export._gguf_models import Names, known, text_config
+from layerwise.export._gguf_models import known
+from layerwise.export._gguf_names import Names
+from layerwise.export._gguf_outside import (
+    bytes_outside,
+    made_outside,
+    names_outside,
+    outside_shapes,
+    type_outside,
+)
 from layerwise.export._gguf_rows import (
     blocks_of,
     is_filter,
     kept_type,
     moved_columns,
-    plain,
 )
 from layerwise.export._gguf_tokenizer import TOKENS, tokenizer_entries
 from layerwise.export._writer import Finished
@@ -74,26 +82,48 @@ def gguf(
     places = list(_places(network, plan.edits, names, options))
     facts = {"quantize.imatrix.file": Path(imatrix).name} if imatrix else {}
     writer = _opened(network, path / FILE, places, facts)
-    ends = _outside_bytes(network, names, outside)
+    ends = bytes_outside(network, names, outside)
     for place in places[: len(ends)]:
         writer.write_tensor_data(ends[place.name].numpy())
-    written = sum(t.nbytes for t in ends.values())
+    done = len(ends)
     for layer, tensors, records in layers:
         for name in layer.module.state_dict():
             for data in blocks_of(network, layer, name, tensors, records, names):
                 writer.write_tensor_data(data.numpy())
-                written += data.nbytes
+                done += 1
+    for place in places[done:]:  # no layer has them
+        writer.write_tensor_data(torch.zeros(place.nbytes, dtype=torch.uint8).numpy())
     writer.close()
-    return written
+    return sum(place.nbytes for place in places)
 
 
 def _places(
     network: Network, edits: Sequence[Edit], names: Names, options: Mapping[str, str]
 ) -> Iterator[Place]:
     """Every tensor of the file in order, known before any of it is computed."""
-    for name, shape in outside_shapes(network).items():
-        own = names(name)
-        yield Place(own, names.shape_of(own, shape), _outside_type(own, shape, options))
+    found = [*_held(network, edits, names, options)]
+    yield from found
+    yield from _filled(found, len(network.layers()), names.known.filled)
+
+
+def _filled(held: Sequence[Place], depth: int, wanted: Sequence[str]) -> Iterator[Place]:
+    """Zeros in place of tensors that llama.cpp loads for every layer and that some lack."""
+    shapes = {place.name: place.shape for place in held}
+    for end in wanted:
+        names = [f"blk.{i}.{end}" for i in range(depth)]
+        shape = next(shapes[name] for name in names if name in shapes)
+        kind = fitting(ZEROS, shape[-1]).name if len(shape) > 1 else "F32"
+        yield from (Place(name, shape, kind) for name in names if name not in shapes)
+
+
+def _held(
+    network: Network, edits: Sequence[Edit], names: Names, options: Mapping[str, str]
+) -> Iterator[Place]:
+    """Every tensor of the network, as it is written."""
+    shapes = outside_shapes(network)
+    for own, held in names_outside(network, names).items():
+        shape = shapes[held[0]] if len(held) == 1 else (len(held), *shapes[held[0]])
+        yield Place(own, names.shape_of(own, shape), type_outside(own, shape, options))
     for name, factors in rope_factors(network).items():
         yield Place(name, tuple(factors.shape), "F32")
     for layer in network.layers():
@@ -158,8 +188,8 @@ def _opened(network: Network, path: Path, places: Sequence[Place], facts: Mappin
     return writer
 
 
-#: tables of tokens, one for the network and one for all of its layers
-EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
+#: the type of matrices that nothing reads
+ZEROS = "Q4_0"
 #: how many kinds of tokens an encoder tells apart; llama.cpp takes all for the first
 KINDS = "tokenizer.ggml.token_type_count"
 #: any dtype of numpy but uint8: the shape is that of the weights, not of their bytes
@@ -171,58 +201,6 @@ def _add(writer: Any, key: str, value: Any) -> None:
     kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
     kinds |= {str: writer.add_string, list: writer.add_array, bytes: writer.add_array}
     kinds[type(value)](key, value)
-
-
-def outside_shapes(network: Network) -> dict[str, tuple[int, ...]]:
-    """Tensors that belong to no layer, each once, by their name in memory.
-
-    Those of what sees or hears, beside the model of text, are no part of the file.
-    """
-    inside = tuple(f"{layer.path}." for layer in network.layers())
-    whole = network.model.config is text_config(network)
-    text = "" if whole else network.stack.container.rpartition(".")[0]
-    tied = network.model.all_tied_weights_keys or {}
-    held, without = network.module.state_dict(), known(network).without
-    stored = {n: t for n, t in held.items() if network.stored.is_stored(n)}
-    return {
-        name: tuple(tensor.shape)
-        for name, tensor in stored.items()
-        if not name.startswith(inside) and tied.get(name) not in stored
-        if name.startswith((text, "lm_head.")) and not name.startswith(without)
-    }
-
-
-def _outside_type(name: str, shape: tuple[int, ...], options: Mapping[str, str]) -> str:
-    """The type of a tensor outside of the layers: only embedding and head are encoded."""
-    wanted = {**dict.fromkeys(EMBEDDINGS, "embedding"), "output.weight": "output"}.get(name)
-    if wanted is None:
-        return "F32"
-    return fitting(find("gguf", "export").values(options)[wanted], shape[1]).name
-
-
-def _outside(network: Network, options: Mapping[str, str]) -> dict[str, Weight]:
-    """Embedding and head as they are written, by their name in memory."""
-    names, found = Names(network), network.fetch_outside()
-    made: dict[str, Weight] = {}
-    for name, shape in outside_shapes(network).items():
-        kind = _outside_type(names(name), shape, options)
-        if len(shape) == 2 and kind != "F32":
-            made[name] = Packed(encode(found[name], kind), kind, shape[1])
-    return made
-
-
-def _outside_bytes(
-    network: Network, names: Names, encoded: Mapping[str, Weight]
-) -> dict[str, Tensor]:
-    """All tensors outside of the layers as bytes, by their name in the file."""
-    found = network.fetch_outside()
-    bytes_: dict[str, Tensor] = {}
-    for name in outside_shapes(network):
-        record = encoded.get(name)
-        own = names(name)
-        bytes_[own] = record.data if isinstance(record, Packed) else plain(found[name], own, names)
-    extra = rope_factors(network)
-    return bytes_ | {name: t.float().view(torch.uint8) for name, t in extra.items()}
 
 
 def _type(matrix: Matrix, chain: Sequence[Step], itemsize: int) -> str:
@@ -286,7 +264,8 @@ TARGET = Target(
     method="ggml",
     types=MENU,
     accepts=_accepts,
+    folded=folded,
     rest=_rest,
-    outside=_outside,
+    outside=made_outside,
     engine="llama.cpp",
 )

@@ -38,7 +38,7 @@ from layerwise.jobs.engine import must_run
 from layerwise.jobs.fates import labels_of
 from layerwise.jobs.forecast import disk_to_apply, memory_to_rewrite, memory_to_solve
 from layerwise.jobs.imatrix import given_by
-from layerwise.jobs.rewrite import as_rewritten, rewrite
+from layerwise.jobs.rewrite import as_rewritten, must_keep, rewrite
 from layerwise.jobs.session import Progress, check_new, load_reader, silent, texts_of
 from layerwise.jobs.solve import needs_of, put_outside, solve
 from layerwise.jobs.stock import streamed
@@ -99,8 +99,9 @@ def apply_plan(
             found=f"{trained.steps} steps",
             fix="call `layerwise.apply_plan`",
         )
-    network = opened_for(model, plan, device=device, dtype=dtype)
-    target = check_plan(network, plan, other_weights)
+    plain = opened_for(model, plan, device=device, dtype=dtype)
+    target = check_plan(plain, plan, other_weights)
+    network = target.folded(plain)
     given = given_by(network, plan.export.get("imatrix", ""))
     needs = [] if given else needs_of(plan.edits)
     asked = needs or plan.rewrites
@@ -111,6 +112,8 @@ def apply_plan(
     if not journal_folder.exists():
         check_disk(out.parent, disk_to_apply(as_rewritten(network, plan.rewrites), plan))
     batch = own_batch(network, plan)
+    if network is not plain:
+        must_keep(plain, network, batch, f"target {plan.target}", "use --target hf")
     with Journal(journal_folder, job_of(network, plan, batches, given)) as journal:
         done = rewrite(network, plan, batches, journal, progress)
         network = done.network

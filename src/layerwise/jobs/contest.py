@@ -50,7 +50,7 @@ class Contest(NamedTuple):
     ) -> Network:
         """The original, or what a wiring and folds make of it, to compute with."""
         found = open_network(self.model, wiring=wiring, device=self.device, dtype=self.dtype)
-        found = unrolled(found)
+        found = TARGETS[self.plan.target].folded(unrolled(found))
         return refolded(found, folds) if folds else found
 
     def qualities(
@@ -81,6 +81,7 @@ class Contest(NamedTuple):
     def solved(self, plan: Plan, progress: Progress = silent) -> Quality:
         """The original with the order and the edits of another plan, solved on that plan's data."""
         network = open_network(self.model, wiring=plan.wiring, device=self.device)
+        network = TARGETS[plan.target].folded(network)
         needs = needs_of(plan.edits)
         folds = self.folds if plan.rewrites else {}
         network = refolded(network, folds) if folds else network

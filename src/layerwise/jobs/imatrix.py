@@ -11,7 +11,7 @@ from layerwise.core.method import find
 from layerwise.core.network import Network
 from layerwise.core.reader import windows
 from layerwise.core.stats import observe
-from layerwise.export._gguf_models import Names
+from layerwise.export._gguf_names import Names
 from layerwise.jobs.session import Progress, load_reader, silent
 
 MEASURE = "second_moment_diagonal"

@@ -8,7 +8,8 @@ from layerwise.core.network import Network
 from layerwise.core.plan import DataSpec, Edit, Plan, Step, chain_for
 from layerwise.core.stack import Matrix
 from layerwise.export import TARGETS
-from layerwise.export._gguf_models import Names, text_config
+from layerwise.export._gguf_models import text_config
+from layerwise.export._gguf_names import Names
 from layerwise.jobs.request import identity
 
 #: a tensor's kind, its layer, how many layers there are, query heads per key -> its type

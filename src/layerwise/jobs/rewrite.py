@@ -21,6 +21,7 @@ from layerwise.core.seam import Place, Seam, find_seams
 from layerwise.core.stack import Layer
 from layerwise.core.stats import Gathering, observe
 from layerwise.core.stops import Batch
+from layerwise.core.task import token_rows
 from layerwise.core.trial import Trial
 from layerwise.core.weight import Dense
 from layerwise.jobs.session import Progress, silent
@@ -86,8 +87,9 @@ def rewrite(
         folds, rows = joined(folds, found), rows + own
     if not folds:
         return Rewritten(folds, rows, network)
-    must_keep(network, folds, batches[0])
-    return Rewritten(folds, rows, refolded(network, folds))
+    done = refolded(network, folds)
+    must_keep(network, done, batches[0])
+    return Rewritten(folds, rows, done)
 
 
 def told(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -248,20 +250,27 @@ def _rounded(chain: Sequence[Step], weight: Tensor) -> Tensor:
     return run_chain(weight, {}, nearest(chain)).dense().float()
 
 
-def must_keep(network: Network, folds: Folds, batch: Batch) -> None:
+def must_keep(
+    network: Network,
+    changed: Network,
+    batch: Batch,
+    what: str = "rewrites of the plan",
+    fix: str = "leave them out: layers of this network hand each other more than their output",
+) -> None:
     """Refuse folds that change what the network computes, in float32.
 
     Raises:
         LayerwiseError: they do.
     """
-    plain, changed = widened(network), refolded(network, folds, exact=True)
-    with streamed(plain, [batch]) as before, streamed(changed, [batch]) as after:
+    plain, exact = widened(network), refolded(changed, {}, exact=True)
+    answers = streamed(plain, [batch], read=token_rows), streamed(exact, [batch], read=token_rows)
+    with answers[0] as before, answers[1] as after:
         wanted, found = before(batch).float(), after(batch).float()
     off = ((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)).item()
     if not off <= ALLOWED:
         raise LayerwiseError(
-            "rewrites of the plan",
-            allowed=f"folds that change no logit by more than {ALLOWED:.0e} of the largest",
+            what,
+            allowed=f"folds that change no number by more than {ALLOWED:.0e} of the largest",
             found=f"{off:.1e}",
-            fix="leave them out: layers of this network hand each other more than their output",
+            fix=fix,
         )

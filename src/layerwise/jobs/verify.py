@@ -178,7 +178,7 @@ def _in_llama(case: Case) -> Measured:
     with (
         streamed(contest.opened(), batches) as original,
         streamed(edited, batches, partial(held.records, edited), read) as answers,
-        in_llama(held.path, batches) as theirs,
+        in_llama(held.path, batches, embeds=edited.task == "embed") as theirs,
     ):
         before, after, there = measure_quality(batches, original, answers, theirs)
     checks = engine_checks(held.path, batches[:CHECKED], ours, off=off_of(edited))
