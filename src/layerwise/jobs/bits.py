@@ -82,9 +82,14 @@ def priced(
         scores = scores_of(request, network, target, progress)
     errors = None if allocator.needs else {g: (0.0,) * len(m.options) for g, m in menus.items()}
     damage = predicted(network, menus, groups, scores, progress, errors)
-    if errors is None and len({kind_left(o.chain[-1]) for o in options_of(menus)}) > 1:
+    if errors is None and not of_one_kind(menus):
         damage = as_solved(damage, menus, request, network)
     return Offer(menus, damage, scores)
+
+
+def of_one_kind(menus: Mapping[str, Menu]) -> bool:
+    """Whether all options leave the same kind of record, so that errors before solving compare."""
+    return len({kind_left(o.chain[-1]) for o in options_of(menus)}) <= 1
 
 
 def chosen(request: Request, offer: Offer, limit: int) -> Choice:

@@ -17,7 +17,15 @@ from layerwise.core.open import rewired
 from layerwise.core.plan import Step
 from layerwise.core.stack import Group, Matrix
 from layerwise.core.target import Target
-from layerwise.jobs.bits import Offer, assemble, limit_for, outside_of, predicted, scores_of
+from layerwise.jobs.bits import (
+    Offer,
+    assemble,
+    limit_for,
+    of_one_kind,
+    outside_of,
+    predicted,
+    scores_of,
+)
 from layerwise.jobs.contest import contest_on
 from layerwise.jobs.gain import as_solved
 from layerwise.jobs.menus import make_menus, units, worth_it
@@ -55,10 +63,12 @@ def plan_joint(request: Request, network: Network, target: Target, progress: Pro
     names = part_names(network) if "part" in request.allow else ()
     most = int(MOST * len(units_of(network, names)))
     counts = range(most + 1) if wanted < 0 else [wanted]
+    alone = plain if of_one_kind(menus) else damage  # where all stay, the plan of bits alone
     found: list[Choice] = []
     for count in counts:
+        choose = allocator.bind(options | {"gone": count})
         try:
-            found.append(allocator.bind(options | {"gone": count})(damage, menus, limit))
+            found.append(choose(damage if count else alone, menus, limit))
         except LayerwiseError:
             continue
     if not found:
