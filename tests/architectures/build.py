@@ -87,7 +87,8 @@ WIDTHS = r"hidden_sizes|embed_dims"
 
 #: fields that may be None by default, where the model then fails
 NEEDED = (
-    r"head_dim|num_key_value_heads|num_attention_heads|n_routed_experts|vocab_size_per_layer_input"
+    r"head_dim|num_key_value_heads|num_attention_heads|n_routed_experts|vocab_size"
+    r"|vocab_size_per_layer_input"
 )
 
 #: The only data about single architectures: model type -> fields whose defaults or rule fail.
@@ -116,8 +117,32 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "xmod": {"default_language": "en_XX"},
     "esm": {"pad_token_id": 1, "mask_token_id": 2},
-    "dots1": {"first_k_dense_replace": 1, "n_routed_experts": 4, "n_shared_experts": 1},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            "full_attention": None,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        }
+    },
+    "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 1.0, "hidden_dim": 320},
+    "qwen4_exp_text": {
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+        "indexer_head_dim": 16,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+    },
+    "musicgen_decoder": {"num_codebooks": 1},
+    "musicgen_melody_decoder": {"num_codebooks": 1},
     "perceiver": {"num_self_attends_per_block": 4, "num_latents": 32, "d_latents": 64},
     "vibevoice_acoustic_tokenizer_encoder": {"downsampling_ratios": [2, 2], "depths": [2, 2, 2]},
     "textnet": {"image_size": [64, 64], "hidden_sizes": [64, 64, 128, 256, 512]},
@@ -221,7 +246,7 @@ def build(entry: Entry) -> nn.Module:
     model = kind(config).float().eval()
     with torch.no_grad():
         for p in model.parameters():
-            if p.ndim > 1:
+            if p.ndim > 1 and p.numel():
                 p.copy_(torch.randn_like(p) * (0.5 / p[0].numel() ** 0.5))
     return model
 
