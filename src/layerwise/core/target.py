@@ -1,6 +1,6 @@
 """What a target can hold, and what that costs in bytes."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -22,7 +22,9 @@ class Target(NamedTuple):
     of a matrix under a chain; `by_bits` tells whether fewer bits are fewer bytes; `bare` tells
     whether stock transformers loads what was edited as modules without a `weight`.
 
-    `fused` tells whether matrices of a fusion group must share their option. `method` edits
+    `fused` tells whether matrices of a fusion group must share their option; `alike` gives what a
+    chain must come to for all matrices of the network for which it gives something, and for others
+    nothing: those share one option. `method` edits
     matrices where nobody names another one; without it a plan leaves layers out instead. `types`
     are what a menu offers in place of bits and groups. `outside` gives, of a network and the plan's
     options of the export, what is written of tensors that belong to no layer, by their name in
@@ -39,6 +41,7 @@ class Target(NamedTuple):
     nbytes: Callable[[Matrix, Sequence[Step], int], int]
     bare: bool = False
     fused: bool = True
+    alike: Callable[[Matrix, Sequence[Step]], Hashable] = lambda *_: None
     method: str = "gptq"
     types: tuple[str, ...] = ()
     engine: Literal["transformers", "llama.cpp", "layerwise"] = "transformers"
