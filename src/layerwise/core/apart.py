@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
 from layerwise.core.source import Source
-from layerwise.core.stack import Layer, Matrix, Stack
+from layerwise.core.stack import Layer, Stack
 
 _WEIGHT = ".weight"
 

@@ -40,8 +40,9 @@ def write_folder(
 ) -> int:
     """Write weights, configuration and the files that come along; returns the tensor bytes.
 
-    `beside` gives what else is stored of a layer, under its names on disk; `extra` gives further entries of the configuration, asked for when all layers are written;
-    `config` takes the place of the network's own, where layers are written in another shape.
+    `beside` gives what else is stored of a layer, under its names on disk. `extra` gives further
+    entries of the configuration, asked for when all layers are written; `config` takes the place
+    of the network's own, where layers are written in another shape.
     """
     path.mkdir(parents=True, exist_ok=True)
     writer = ShardWriter(path)

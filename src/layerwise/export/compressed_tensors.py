@@ -99,9 +99,7 @@ def _convert(
     return result
 
 
-def _pack_apart(
-    network: Network, layer: Layer, records: Mapping[str, Weight]
-) -> dict[str, Tensor]:
+def _pack_apart(network: Network, layer: Layer, records: Mapping[str, Weight]) -> dict[str, Tensor]:
     """The experts that are packed under names of their own, by their names on disk."""
     result: dict[str, Tensor] = {}
     packed = [matrix for matrix, _ in _schemes(layer, records) if matrix.apart]
