@@ -40,9 +40,7 @@ def merges(source: Source) -> list[WeightConverter]:
     ]
 
 
-def pieces(
-    model: PreTrainedModel, source: Source, layer: Layer, parameter: str
-) -> dict[int, list[Piece]]:
+def pieces(source: Source, layer: Layer, parameter: str) -> dict[int, list[Piece]]:
     """Where the experts of a parameter `[experts, rows, columns]` are stored, by their numbers.
 
     Found by the numbers of the rows, which are sent through the conversion that stores them.
@@ -53,7 +51,7 @@ def pieces(
         return {}
     numbers = torch.arange(shape[0] * shape[1]).reshape(shape[0], shape[1], 1)
     try:
-        stored = on_disk(model, source, {f"{layer.path}.{parameter}": numbers})
+        stored = on_disk(source.model, source, {f"{layer.path}.{parameter}": numbers})
     except (RuntimeError, ValueError, IndexError, KeyError):
         return {}  # it is not made of rows
     found: dict[int, list[Piece]] = {}
@@ -66,27 +64,22 @@ def pieces(
     return found
 
 
-def tell_apart(
-    stacks: Sequence[Stack], model: PreTrainedModel, source: Source
-) -> tuple[Stack, ...]:
+def tell_apart(stacks: Sequence[Stack], source: Source) -> tuple[Stack, ...]:
     """Stacks whose matrices know in how many modules of its own a checkpoint stores an expert."""
     if not merges(source):
         return tuple(stacks)
     return tuple(
-        replace(stack, layers=tuple(_told(layer, model, source) for layer in stack.layers))
+        replace(stack, layers=tuple(_told(layer, source) for layer in stack.layers))
         for stack in stacks
     )
 
 
-def _told(layer: Layer, model: PreTrainedModel, source: Source) -> Layer:
+def _told(layer: Layer, source: Source) -> Layer:
     held = {m.parameter for m in layer.matrices if m.expert is not None and not m.transposed}
-    counts = {name: pieces(model, source, layer, name) for name in held}
-    return replace(
-        layer,
-        matrices=tuple(
-            replace(m, apart=len(counts.get(m.parameter, {}).get(m.expert, ())))
-            if m.expert is not None
-            else m
-            for m in layer.matrices
-        ),
-    )
+    counts: dict[tuple[str, int | None], int] = {
+        (name, expert): len(own)
+        for name in held
+        for expert, own in pieces(source, layer, name).items()
+    }
+    matrices = (replace(m, apart=counts.get((m.parameter, m.expert), 0)) for m in layer.matrices)
+    return replace(layer, matrices=tuple(matrices))

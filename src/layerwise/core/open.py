@@ -123,7 +123,7 @@ def open_network(
         check_stored(source)
         module = build_hollow(kind, copy.deepcopy(config), kept, source.is_stored)
         stacks, task = _examine(module)
-        stacks = tell_apart(stacks, source.model, source)
+        stacks = tell_apart(stacks, source)
     network = Network(module, stacks, where, kept, task, source, folder=checkpoint.folder)
     paths = tuple(layer.path for stack in stacks for layer in stack.layers)
     network = replace(network, stored_layers=paths)

@@ -115,7 +115,7 @@ def _pieces(
 ) -> list[tuple[Matrix, list[Piece]]]:
     """The modules on disk of experts that are stored one by one, and the rows that these hold."""
     parameters = {m.parameter for m in matrices}
-    found = {p: pieces(network.model, network.stored, layer, p) for p in parameters}
+    found = {p: pieces(network.stored, layer, p) for p in parameters}
     return [(m, found[m.parameter][m.expert]) for m in matrices if m.expert is not None]
 
 
@@ -217,6 +217,11 @@ def _alike(matrix: Matrix, chain: Sequence[Step]) -> Hashable:
     return (scheme_after(chain),) if matrix.apart else None
 
 
+def _rounds(matrix: Matrix, record: Weight) -> bool:
+    """Stock transformers multiplies the integers of such experts with scales as they are stored."""
+    return matrix.apart > 0 and isinstance(record, Quantized)
+
+
 def _limits(network: Network, matrix: Matrix, chain: Sequence[Step]) -> str | None:
     if not matrix.apart or not chain:
         return None
@@ -264,6 +269,7 @@ TARGET = Target(
     bare=True,
     alike=_alike,
     limits=_limits,
+    rounds=_rounds,
     accepts=_accepts,
 )
 
