@@ -22,18 +22,18 @@ class Target(NamedTuple):
     of a matrix under a chain; `by_bits` tells whether fewer bits are fewer bytes; `bare` tells
     whether stock transformers loads what was edited as modules without a `weight`.
 
-    `fused` tells whether matrices of a fusion group must share their option; `alike` gives what a
-    chain must come to for all matrices of the network for which it gives something, and for others
-    nothing: those share one option. `method` edits
-    matrices where nobody names another one; without it a plan leaves layers out instead. `types`
-    are what a menu offers in place of bits and groups. `outside` gives, of a network and the plan's
-    options of the export, what is written of tensors that belong to no layer, by their name in
-    memory, and `rest` the bytes of all that is no matrix of a layer; `limits` says why the network
-    does not let a matrix take a chain that its own shape takes; `accepts` refuses networks that the
-    format does not know, and machines that lack what writes it. `folded` is a network whose weights
-    hold what the format has no place for beside them. `rounds` tells whether readers round what an
-    edit left of a matrix to the dtype of the weights, in whichever they compute. `engine` runs what
-    was written: transformers, llama.cpp, or layerwise itself.
+    `fused` tells whether matrices of a fusion group must share their option; `alike` gives what the
+    chains of some matrices must have in common over the whole network, where these share one, and
+    nothing for others. `method` edits matrices where nobody names another one; without it a plan
+    leaves layers out instead. `types` are what a menu offers in place of bits and groups. `outside`
+    gives, of a network and the plan's options of the export, what is written of tensors that belong
+    to no layer, by their name in memory, and `rest` the bytes of all that is no matrix of a layer;
+    `limits` says why the network does not let a matrix take a chain that its own shape takes;
+    `accepts` refuses networks that the format does not know, and machines that lack what writes it.
+    `folded` is a network whose weights hold what the format has no place for beside them. `rounds`
+    tells whether readers round what an edit left of a matrix to the dtype of the weights, in
+    whichever they compute. `engine` runs what was written: transformers, llama.cpp, or layerwise
+    itself.
     """
 
     name: str
