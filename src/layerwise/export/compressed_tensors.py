@@ -4,6 +4,7 @@ import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from os.path import commonpath
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from layerwise.core.errors import refusing
 from layerwise.core.method import method
 from layerwise.core.network import Network
 from layerwise.core.plan import Edit, Plan, Step, chain_for, read_plan
-from layerwise.core.source import Source
 from layerwise.core.stack import Layer, Matrix, Stack
 from layerwise.core.target import Target
 from layerwise.core.weight import Codebook, Quantized, Weight
@@ -57,7 +57,7 @@ def compressed_tensors(
         Bytes of all tensors.
     """
     schemes: Schemes = {}
-    experts = _experts(network.stored)
+    experts = _experts(network)
 
     def convert(layer: Layer, tensors: dict[str, Tensor], records: Mapping[str, Weight]) -> Any:
         for matrix, scheme in _schemes(layer, records):
@@ -67,7 +67,7 @@ def compressed_tensors(
         return _convert(layer, tensors, records)
 
     def extra() -> dict[str, Any]:
-        return {"quantization_config": _config(schemes, network)} if schemes else {}
+        return {"quantization_config": _config(schemes, network, experts)} if schemes else {}
 
     beside = partial(_pack_apart, network)
     return write_folder(network, path, layers, convert, extra, beside=beside)
@@ -179,20 +179,25 @@ def _read(folder: Checkpoint, module: str, name: str) -> Tensor:
     return folder.read([f"{module}.{name}"])[f"{module}.{name}"]
 
 
-def _experts(source: Source) -> list[str]:
+def _experts(network: Network) -> list[str]:
     """Targets that match the modules on disk of experts that are stored one by one."""
-    patterns = (p for conversion in merges(source) for p in conversion.source_patterns)
-    heads = [pattern.partition("*")[0] for pattern in patterns if "*" in pattern]
-    return [f"re:.*{re.escape(head)}[0-9]+[.].+" for head in dict.fromkeys(heads)]
+    found: dict[str, None] = {}
+    for layer in network.layers():
+        apart = [matrix for matrix in layer.matrices if matrix.apart]
+        modules = [piece.module for _, held in _pieces(network, layer, apart) for piece in held]
+        if modules:
+            head = commonpath(name.replace(".", "/") for name in modules).replace("/", ".")
+            inside = re.split("[0-9]+", head)[-1]  # of whichever layer
+            found[f"re:.*{re.escape(inside)}[.][0-9]+[.].+"] = None
+    return [*found]
 
 
-def _config(schemes: Schemes, network: Network) -> dict[str, Any]:
+def _config(schemes: Schemes, network: Network, experts: Sequence[str]) -> dict[str, Any]:
     packed = {name for names in schemes.values() for name in names}
     linears = [name for name, m in network.module.named_modules() if isinstance(m, nn.Linear)]
-    linears += _experts(network.stored)
-    if merges(network.stored) and not packed.intersection(_experts(network.stored)):
-        # Stock transformers takes what it merges to be packed by the group that names experts, and
-        # hands dense weights on only if those are 8-bit floats.
+    if merges(network.stored) and packed.isdisjoint(experts):
+        # Stock transformers takes all that it merges to be packed like the group that names
+        # experts; only where these are 8-bit floats, it lets dense weights pass.
         schemes = {**schemes, EIGHT: [*schemes.get(EIGHT, []), NO_EXPERTS]}
     format_, groups = config_groups(schemes)
     return {
@@ -200,7 +205,7 @@ def _config(schemes: Schemes, network: Network) -> dict[str, Any]:
         "format": format_,
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": [name for name in linears if name not in packed],
+        "ignore": [name for name in [*linears, *experts] if name not in packed],
     }
 
 
