@@ -57,6 +57,9 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
         **SIZES, **NARROW, num_experts=4, head_dim=16, decoder_sparse_step=1
     ),
+    "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
+        **SIZES, **NARROW, num_experts=4, shared_expert_intermediate_size=64
+    ),
     "deepseek_v3": lambda: transformers.DeepseekV3Config(**SIZES, **NARROW, **LATENT),
     "olmoe": lambda: transformers.OlmoeConfig(**SIZES, num_experts=4),
     "mixtral": lambda: transformers.MixtralConfig(**SIZES, num_local_experts=4),

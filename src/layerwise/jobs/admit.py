@@ -73,9 +73,11 @@ def _check_alike(network: Network, plan: Plan, target: Target) -> None:
     for matrix in (m for layer in network.layers() for m in layer.matrices):
         chain = chain_for(plan.edits, matrix)
         held = target.alike(matrix, chain)
+        if held is None:
+            continue
         words = f"{label(chain)} for {matrix.key}"
-        first = first or (None if held is None else (held, words))
-        if first and held is not None and held != first[0]:
+        first = first or (held, words)
+        if held != first[0]:
             raise LayerwiseError(
                 "plan, edits",
                 allowed="one grid for all experts, over the whole network, or all of them as they "
