@@ -28,7 +28,7 @@ from layerwise.jobs.verify import Settings, verify
 
 DATA = DataSpec(samples=2, length=32)
 MENU: dict[str, Any] = {"menu": {"bits": [3, 4, 8], "group": [32]}}
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 128,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -40,7 +40,7 @@ SIZES = {
     "num_experts_per_tok": 2,
     "eos_token_id": 2,
 }
-LATENT = {
+LATENT: dict[str, Any] = {
     "n_group": 2,
     "topk_group": 1,
     "first_k_dense_replace": 1,
@@ -52,10 +52,10 @@ LATENT = {
     "qk_nope_head_dim": 16,
     "v_head_dim": 16,
 }
-NARROW = {"moe_intermediate_size": 32}
+NARROW: dict[str, Any] = {"moe_intermediate_size": 32}
 CONFIGS: dict[str, Callable[[], Any]] = {
     "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
-        **SIZES, **NARROW, num_experts=4, head_dim=16, decoder_sparse_step=1
+        **SIZES, **NARROW, num_experts=4, decoder_sparse_step=1
     ),
     "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
         **SIZES, **NARROW, num_experts=4, shared_expert_intermediate_size=64
