@@ -70,11 +70,10 @@ def check_target(network: Network, plan: Plan, target: Target) -> None:
 def _check_alike(network: Network, plan: Plan, target: Target) -> None:
     """Refuse different chains for matrices that the target can only hold alike."""
     first: tuple[Hashable, str] | None = None
-    for matrix in (m for layer in network.layers() for m in layer.matrices):
+    matrices = (m for layer in network.layers() for m in layer.matrices)
+    for matrix in (m for m in matrices if target.alike(m, ()) is not None):
         chain = chain_for(plan.edits, matrix)
         held = target.alike(matrix, chain)
-        if held is None:
-            continue
         words = f"{label(chain)} for {matrix.key}"
         first = first or (held, words)
         if held != first[0]:
