@@ -43,7 +43,7 @@ def test_integers_and_small_floats_side_by_side(tiny: Callable[..., Path], tmp_p
     loaded = AutoModelForCausalLM.from_pretrained(out)
     loaded(torch.arange(8)[None])  # unpacks
     for layer in network.layers():
-        for key, record in packed_records(held, layer, plan.edits).items():
+        for key, record in packed_records(held, network, layer, plan.edits).items():
             matrix = next(m for m in layer.matrices if m.key == key)
             weight = loaded.get_submodule(layer.path).get_parameter(matrix.parameter)
             assert torch.equal(record.dense().to(torch.bfloat16), weight), key

@@ -5,6 +5,7 @@ receives. What the modules inside a layer are for is read off how they behave.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -136,14 +137,9 @@ def _layer(stack: str, index: int, call: Call, anatomies: Anatomies) -> Layer:
     parts, found = anatomies[signature]
     key = f"{stack}/{index}"
     matrices = tuple(
-        Matrix(
+        replace(
+            m,
             layer=key,
-            part=m.part,
-            role=m.role,
-            parameter=m.parameter,
-            expert=m.expert,
-            shape=m.shape,
-            transposed=m.transposed,
             inputs=f"{key}/{m.inputs.removeprefix(f'{m.layer}/')}",
             fusion=f"{key}/{m.fusion.removeprefix(f'{m.layer}/')}",
         )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from layerwise.core.apart import tell_apart
 from layerwise.core.arrange import adapters_of, arrange, check_rebuilt, stacks_named, stored_as
 from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.config import model_class, read_config
@@ -122,6 +123,7 @@ def open_network(
         check_stored(source)
         module = build_hollow(kind, copy.deepcopy(config), kept, source.is_stored)
         stacks, task = _examine(module)
+        stacks = tell_apart(stacks, source)
     network = Network(module, stacks, where, kept, task, source, folder=checkpoint.folder)
     paths = tuple(layer.path for stack in stacks for layer in stack.layers)
     network = replace(network, stored_layers=paths)

@@ -16,6 +16,8 @@ class Matrix:
 
     `inputs` names the set of matrices that receive the same memory (they share statistics);
     `fusion` the set that receives the very same tensor in one module (they share one option).
+    `apart` counts the modules of its own in which a checkpoint stores an expert's matrix, where
+    the model holds all experts in one parameter; otherwise it is 0.
     """
 
     layer: str
@@ -27,6 +29,7 @@ class Matrix:
     transposed: bool
     inputs: str
     fusion: str
+    apart: int = 0
 
     @property
     def key(self) -> str:

@@ -1,6 +1,6 @@
 """What a target can hold, and what that costs in bytes."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -10,9 +10,9 @@ from torch import nn
 from layerwise.core.hollow import ShortCircuit, build_hollow, ramp
 from layerwise.core.network import Network
 from layerwise.core.plan import Step
-from layerwise.core.stack import Matrix
+from layerwise.core.stack import Layer, Matrix
 from layerwise.core.task import example_inputs, forward_arguments
-from layerwise.core.weight import Weight
+from layerwise.core.weight import Dense, Weight
 
 
 class Target(NamedTuple):
@@ -22,15 +22,18 @@ class Target(NamedTuple):
     of a matrix under a chain; `by_bits` tells whether fewer bits are fewer bytes; `bare` tells
     whether stock transformers loads what was edited as modules without a `weight`.
 
-    `fused` tells whether matrices of a fusion group must share their option. `method` edits
-    matrices where nobody names another one; without it a plan leaves layers out instead. `types`
-    are what a menu offers in place of bits and groups. `outside` gives, of a network and the plan's
-    options of the export, what is written of tensors that belong to no layer, by their name in
-    memory, and `rest` the bytes of all that is no matrix of a layer; `limits` says why the network
-    does not let a matrix take a chain that its own shape takes; `accepts` refuses networks that the
-    format does not know, and machines that lack what writes it. `folded` is a network whose weights
-    hold what the format has no place for beside them. `engine` runs what was written: transformers,
-    llama.cpp, or layerwise itself.
+    `fused` tells whether matrices of a fusion group must share their option; `alike` gives what the
+    chains of some matrices must have in common over the whole network, where these share one, and
+    nothing for others. `method` edits matrices where nobody names another one; without it a plan
+    leaves layers out instead. `types` are what a menu offers in place of bits and groups. `outside`
+    gives, of a network and the plan's options of the export, what is written of tensors that belong
+    to no layer, by their name in memory, and `rest` the bytes of all that is no matrix of a layer;
+    `limits` says why the network does not let a matrix take a chain that its own shape takes;
+    `accepts` refuses networks that the format does not know, and machines that lack what writes it.
+    `folded` is a network whose weights hold what the format has no place for beside them. `rounds`
+    tells whether readers round what an edit left of a matrix to the dtype of the weights, in
+    whichever they compute. `engine` runs what was written: transformers, llama.cpp, or layerwise
+    itself.
     """
 
     name: str
@@ -39,12 +42,14 @@ class Target(NamedTuple):
     nbytes: Callable[[Matrix, Sequence[Step], int], int]
     bare: bool = False
     fused: bool = True
+    alike: Callable[[Matrix, Sequence[Step]], Hashable] = lambda *_: None
     method: str = "gptq"
     types: tuple[str, ...] = ()
     engine: Literal["transformers", "llama.cpp", "layerwise"] = "transformers"
     limits: Callable[[Network, Matrix, Sequence[Step]], str | None] = lambda *_: None
     accepts: Callable[[Network], None] = lambda network: None
     folded: Callable[[Network], Network] = lambda network: network
+    rounds: Callable[[Matrix, Weight], bool] = lambda *_: False
     rest: Callable[[Network, Mapping[str, Any]], int] | None = None
     outside: Callable[[Network, Mapping[str, Any]], dict[str, Weight]] = lambda network, options: {}
 
@@ -52,6 +57,15 @@ class Target(NamedTuple):
     def once(self) -> bool:
         """Whether a layer that runs several times is written once."""
         return self.engine == "layerwise"
+
+
+def as_read(
+    target: Target, dtype: torch.dtype, layer: Layer, records: Mapping[str, Weight]
+) -> dict[str, Weight]:
+    """What readers of a target make of the records of a layer, whose weights have a dtype."""
+    held = [matrix for matrix in layer.matrices if matrix.key in records]
+    rounded = [m.key for m in held if target.rounds(m, records[m.key])]
+    return {**records, **{key: Dense(records[key].dense().to(dtype)) for key in rounded}}
 
 
 #: why a matrix cannot take a chain, or nothing

@@ -56,11 +56,11 @@ class Scheme(NamedTuple):
         name = next((name for name, held in FORMATS.items() if held == self.format), "fp8")
         return FLOAT_TYPES[name]
 
-    def nbytes(self, shape: tuple[int, int], scale: torch.dtype) -> int:
-        """Exact bytes of a matrix."""
+    def nbytes(self, shape: tuple[int, int], scale: torch.dtype, modules: int = 1) -> int:
+        """Exact bytes of a matrix whose rows are the weights of so many modules."""
         if self.format == INTEGERS:
             packed = packed_bytes(shape, self.bits, self.group, not self.symmetric, scale)
-            return packed + _SHAPE_BYTES
+            return packed + modules * _SHAPE_BYTES
         groups = shape[1] // self.group if self.group else 1
         each = 1 if self.group else scale.itemsize
         shared = 4 if self.floats.scale is SMALL else 0

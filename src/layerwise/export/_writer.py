@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.core_model_loading import revert_weight_conversion
 
+from layerwise.core import apart
 from layerwise.core.companions import copy_companions
 from layerwise.core.network import Network
 from layerwise.core.shards import ShardWriter
@@ -36,17 +36,19 @@ def write_folder(
     convert: Convert,
     extra: Callable[[], Mapping[str, Any]] = dict,
     config: PretrainedConfig | None = None,
+    beside: Callable[[Layer, Mapping[str, Weight]], dict[str, Tensor]] = lambda *_: {},
 ) -> int:
     """Write weights, configuration and the files that come along; returns the tensor bytes.
 
-    `extra` gives further entries of the configuration, asked for when all layers are written;
-    `config` takes the place of the network's own, where layers are written in another shape.
+    `beside` gives what else is stored of a layer, under its names on disk. `extra` gives further
+    entries of the configuration, asked for when all layers are written; `config` takes the place
+    of the network's own, where layers are written in another shape.
     """
     path.mkdir(parents=True, exist_ok=True)
     writer = ShardWriter(path)
     for layer, tensors, records in layers:
         own = {f"{layer.path}.{name}": t for name, t in tensors.items()}
-        writer.add(on_disk(network, convert(layer, own, records)))
+        writer.add(on_disk(network, convert(layer, own, records)) | beside(layer, records))
     outside = network.fetch_outside()
     tied = network.model.all_tied_weights_keys
     kept = {n: t for n, t in outside.items() if tied.get(n) not in outside}
@@ -59,8 +61,7 @@ def write_folder(
 
 def on_disk(network: Network, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Names in memory to names on disk, through transformers' own conversions."""
-    vars(network.model)["_weight_conversions"] = network.stored.conversions
-    return revert_weight_conversion(network.model, tensors)
+    return apart.on_disk(network.model, network.stored, tensors)
 
 
 def write_config(

@@ -129,4 +129,12 @@ def _refuses(matrix: Matrix, module: nn.Module, chain: Sequence[Step]) -> str | 
     return f"a record of {', '.join(sorted(left))}, which it does not hold" if left else None
 
 
-TARGET = Target("compact", True, _refuses, _nbytes, method="", engine="layerwise")
+TARGET = Target(
+    "compact",
+    True,
+    _refuses,
+    _nbytes,
+    method="",
+    rounds=lambda *_: True,
+    engine="layerwise",
+)

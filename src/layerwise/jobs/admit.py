@@ -1,10 +1,12 @@
 """Everything that can be wrong with a plan, found before anything is computed."""
 
+from collections.abc import Hashable
+
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.find_widths import widths_named
 from layerwise.core.method import find
 from layerwise.core.network import Network
-from layerwise.core.plan import Plan, chain_for, check_model, check_selectors
+from layerwise.core.plan import Plan, chain_for, check_model, check_selectors, label
 from layerwise.core.stack import Visit
 from layerwise.core.target import Target, refusals
 from layerwise.core.visits import each_once, is_plain
@@ -62,6 +64,26 @@ def check_target(network: Network, plan: Plan, target: Target) -> None:
                     found=why,
                     fix="choose other options for it, keep it as it is, or use target hf",
                 )
+    _check_alike(network, plan, target)
+
+
+def _check_alike(network: Network, plan: Plan, target: Target) -> None:
+    """Refuse different chains for matrices that the target can only hold alike."""
+    first: tuple[Hashable, str] | None = None
+    matrices = (m for layer in network.layers() for m in layer.matrices)
+    for matrix in (m for m in matrices if target.alike(m, ()) is not None):
+        chain = chain_for(plan.edits, matrix)
+        held = target.alike(matrix, chain)
+        words = f"{label(chain)} for {matrix.key}"
+        first = first or (held, words)
+        if held != first[0]:
+            raise LayerwiseError(
+                "plan, edits",
+                allowed="one grid for all experts, over the whole network, or all of them as they "
+                f"are: what target {target.name!r} can hold where they are stored one by one",
+                found=f"{first[1]}, {words}",
+                fix="give all experts the same bits and group, keep all, or use target gguf or hf",
+            )
 
 
 def check_widths(network: Network, plan: Plan) -> None:

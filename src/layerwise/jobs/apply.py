@@ -27,6 +27,7 @@ from layerwise.core.reader import windows
 from layerwise.core.shards import write_safetensors
 from layerwise.core.stack import Layer
 from layerwise.core.stops import Batch
+from layerwise.core.target import as_read
 from layerwise.core.task import config_value, example_inputs, token_rows
 from layerwise.core.visits import each_once, folded
 from layerwise.core.weight import Dense, Weight
@@ -124,7 +125,7 @@ def apply_plan(
             shutil.rmtree(part)
         rounded = partial(stored_dense, network.stored.dtype)
         records = solver.finished if target.by_bits else lambda la: rounded(solver.finished(la))
-        read = rounded if target.engine == "layerwise" else dict
+        read = partial(as_read, target, network.stored.dtype)
         layers = passing(network, records, batch, part / CHECK, progress, outside, read)
         export = find(plan.target, "export").bind(
             plan.export, network=network, layers=layers, outside=outside
@@ -197,7 +198,7 @@ def without_data(unseen: Sequence[str]) -> str:
 
 
 def stored_dense(dtype: torch.dtype, records: Mapping[str, Weight]) -> dict[str, Weight]:
-    """Records as a dense target stores them, and as layerwise reads others: in one dtype."""
+    """Records as a dense target stores them: in one dtype."""
     return {key: Dense(record.dense().to(dtype)) for key, record in records.items()}
 
 
@@ -230,7 +231,7 @@ def passing(
     check: Path,
     progress: Progress = silent,
     outside: Mapping[str, Weight] = {},
-    read: Callable[[Mapping[str, Weight]], Mapping[str, Weight]] = dict,
+    read: Callable[[Layer, Mapping[str, Weight]], Mapping[str, Weight]] = lambda layer, made: made,
 ) -> Iterator[Finished]:
     """Every layer once, on the way of one batch through the edited network.
 
@@ -250,7 +251,7 @@ def passing(
             continue
         first = layer.key not in made
         made[layer.key] = records(layer)
-        stop.substitute_all(read(made[layer.key]))
+        stop.substitute_all(read(layer, made[layer.key]))
         if first:
             yield _finished(network, layer, made[layer.key])
             progress("writing layers", len(made), total)

@@ -30,7 +30,7 @@ from layerwise.jobs.menus import make_menus, option_errors, units, worth_it
 from layerwise.jobs.request import Planned, Request, identity
 from layerwise.jobs.scoring import make_scores
 from layerwise.jobs.session import Progress
-from layerwise.jobs.units import layer_bytes, orders, wiring_without
+from layerwise.jobs.units import layer_bytes, orders, unmistakable, wiring_without
 
 
 def plan_bits(
@@ -283,7 +283,7 @@ def assemble(
         data=request.data,
         wiring=wiring,
         rewrites=request.rewrites,
-        edits=tuple(edits),
+        edits=unmistakable(edits, network, places),
         fixed=request.keep,
         export=request.options(target.name) if target.types else {},
     )

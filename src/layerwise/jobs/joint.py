@@ -124,6 +124,14 @@ def menus_with_layers(
             found=allocator.name,
             fix="leave --allocator or --allow out",
         )
+    wide = [key for key, g in groups.items() if len({m.layer for m in g.matrices}) > 1]
+    if wide:
+        raise LayerwiseError(
+            f"--allow {','.join(request.allow)} with target {target.name}",
+            allowed="matrices whose options belong to one layer",
+            found=f"{wide[0]}, which shares its option over all layers",
+            fix="leave --allow out, or use another target",
+        )
     menus = worth_it(make_menus(request, network, target))
     if "part" in request.allow:
         nothing = dict.fromkeys(parts_that_can_go(request, network), 0)

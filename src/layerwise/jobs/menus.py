@@ -33,11 +33,15 @@ PRICED = 1 << 17
 def units(network: Network, target: Target) -> list[Group]:
     """What gets an option of its own: fusion groups, or parameters where the format allows it.
 
-    The experts of a layer that lie in one parameter share an option there.
+    The experts of a layer that lie in one parameter share an option there. Matrices that the
+    format holds alike share one over the whole network.
     """
     groups = [group for stack in network.stacks for group in stack.groups()]
     if target.fused:
-        return groups
+        same = [g for g in groups if any(target.alike(m, ()) is not None for m in g.matrices)]
+        shared = tuple(m for group in same for m in group.matrices)
+        joined = {same[0].key: Group(same[0].key, shared)} if same else {}
+        return [joined.get(group.key, group) for group in groups if group not in same[1:]]
     alone: dict[tuple[str, str], list[Matrix]] = {}
     for matrix in (m for group in groups for m in group.matrices):
         alone.setdefault((matrix.layer, matrix.parameter), []).append(matrix)
@@ -139,23 +143,25 @@ def option_errors(
 
     Relative to those of the whole fusion group, which is what sensitivities are measured on.
     """
-    errors: dict[str, tuple[float, ...]] = {}
     layers = network.layers()
-    inside: dict[str, list[Group]] = {layer.key: [] for layer in layers}
+    inside: dict[str, dict[str, list[Matrix]]] = {layer.key: {} for layer in layers}
     for group in groups.values():
-        inside[group.matrices[0].layer].append(group)
+        for matrix in group.matrices:
+            inside[matrix.layer].setdefault(group.key, []).append(matrix)
+    above = {key: [0.0] * len(menus[key].options) for key in groups}
+    below = dict.fromkeys(groups, 0.0)
     for done, layer in enumerate(layers, 1):
         tensors = network.fetch(layer)
         norms: dict[str, float] = {}
         for matrix in layer.matrices:
             weight = matrix.view(tensors[matrix.parameter]).float()
             norms[matrix.fusion] = norms.get(matrix.fusion, 0.0) + weight.square().sum().item()
-        for group in inside[layer.key]:
-            below = max(sum(norms[f] for f in {m.fusion for m in group.matrices}), 1e-300)
-            found = _errors(group.matrices, tensors, menus[group.key])
-            errors[group.key] = tuple(error / below for error in found)
+        for key, matrices in inside[layer.key].items():
+            below[key] += sum(norms[f] for f in {m.fusion for m in matrices})
+            found = _errors(matrices, tensors, menus[key])
+            above[key] = [a + b for a, b in zip(above[key], found, strict=True)]
         progress("pricing options", done, len(layers))
-    return errors
+    return {key: tuple(a / max(below[key], 1e-300) for a in above[key]) for key in groups}
 
 
 def _errors(matrices: Sequence[Matrix], tensors: Mapping[str, Tensor], menu: Menu) -> list[float]:

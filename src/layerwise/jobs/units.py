@@ -4,12 +4,13 @@ A unit is named by its key, `decoder/3` or `decoder/3/attention`.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.network import Network
 from layerwise.core.open import rewired
-from layerwise.core.plan import Plan
+from layerwise.core.plan import Edit, Plan, chain_for
 from layerwise.core.select import selects
 from layerwise.core.stack import Layer, Stack, Visit, Wiring, plain_wiring
 from layerwise.core.visits import parse_wiring
@@ -155,3 +156,24 @@ def visited(network: Network, wiring: Mapping[str, Sequence[Any]]) -> list[str]:
     """The keys of the layers that run in an order, as often as they do."""
     found = orders(network, wiring).items()
     return [f"{name}/{visit.layer}" for name, order in found for visit in order]
+
+
+def unmistakable(
+    edits: Sequence[Edit], network: Network, places: Mapping[str, str]
+) -> tuple[Edit, ...]:
+    """Edits of single matrices, so that each also is the last to name its own.
+
+    Selectors know a matrix by its own name, too, which may be what another one's role is called:
+    a router `gate` that stays as it is, beside the `gate` of shared experts.
+    """
+    own = {edit.select: edit for edit in edits}
+    inside: dict[str, list[Edit]] = {}
+    for edit in edits:
+        inside.setdefault(edit.select.rpartition("/")[0], []).append(edit)
+    last: dict[str, Edit] = {}
+    for matrix in (m for layer in network.layers() for m in layer.matrices):
+        placed = replace(matrix, layer=places.get(matrix.layer, matrix.layer))
+        meant = own.get(placed.key, Edit(placed.key, ()))
+        if chain_for(inside.get(placed.layer, ()), placed) != meant.chain:
+            last[placed.key] = meant
+    return (*(edit for edit in edits if edit.select not in last), *last.values())

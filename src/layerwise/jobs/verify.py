@@ -194,9 +194,10 @@ def _streamed(case: Case) -> Measured:
     contest, held = case.contest, case.after
     assert isinstance(held, Checkpoint)
     packed = any(name.endswith(".weight_scale") for name in held.tensors)
-    records = partial(packed_records, held, edits=case.plan.edits) if packed else lambda layer: {}
     own = contest._replace(model=case.folder)
     edited = contest.opened(case.plan.wiring, contest.folds) if packed else own.opened()
+    read = partial(packed_records, held, edited, edits=case.plan.edits)
+    records = read if packed else lambda layer: {}
     before, after = contest.qualities(edited, records)
     said = "streamed: speed, memory, decoding and the stock reload were not measured"
     return _both(case, before, after), (before, after), [], [said]
