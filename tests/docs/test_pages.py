@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from layerwise.core import open as opening
 from layerwise.core.method import FAMILIES
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -153,6 +154,7 @@ def test_another_text_has_other_figures() -> None:
 def test_examples_of_a_page_follow_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("COLUMNS", "NO_COLOR", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.setenv(name, "")  # put back afterwards
+    monkeypatch.setattr(opening, "has_bfloat16", opening.has_bfloat16)
     told: list[str] = []
     page = """
 ```sh

@@ -159,7 +159,10 @@ def test_experts_take_one_group_that_no_other_module_matches(
     model, out = stored("deepseek_v3"), tmp_path / "out"
     plan = plan_for(
         model,
-        Edit("*/*/mlp.*", (Step("rtn", {"bits": 8, "group": 32}),)),
+        *(
+            Edit(f"*/*/mlp.{name}", (Step("rtn", {"bits": 8, "group": 32}),))
+            for name in ("gate_proj", "up_proj", "down")
+        ),
         Edit("*/*/mlp.gate_up", (Step("rtn", {"bits": 3, "group": 32}),)),
         Edit("*/*/mlp.down_proj", (Step("rtn", {"bits": 3, "group": 32}),)),
     )
