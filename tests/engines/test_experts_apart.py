@@ -11,6 +11,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
+from written import made_once
 
 from layerwise.cli import app
 from layerwise.core.apart import pieces
@@ -72,20 +73,11 @@ def stored(
     tmp_path_factory: pytest.TempPathFactory, tokenizer_into: Callable[[Path], None]
 ) -> Callable[[str], Path]:
     """`stored(kind)`: the folder of a tiny model whose experts are stored one by one, made once."""
-    made: dict[str, Path] = {}
 
-    def make(kind: str) -> Path:
-        if kind not in made:
-            folder = tmp_path_factory.mktemp(kind)
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                model = AutoModelForCausalLM.from_config(CONFIGS[kind]())
-            model.to(torch.bfloat16).save_pretrained(folder)
-            tokenizer_into(folder)
-            made[kind] = folder
-        return made[kind]
+    def build(kind: str) -> Any:
+        return AutoModelForCausalLM.from_config(CONFIGS[kind]()).to(torch.bfloat16)
 
-    return make
+    return made_once(tmp_path_factory, tokenizer_into, build)
 
 
 def plan_for(model: Path, *edits: Edit) -> Plan:

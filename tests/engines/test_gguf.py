@@ -12,7 +12,7 @@ import torch
 import transformers as t
 from torch import Tensor
 from typer.testing import CliRunner
-from written import SMALL, given_back, plan_of
+from written import SMALL, given_back, made_once, plan_of
 
 from layerwise.cli import app
 from layerwise.core.checkpoint import Checkpoint
@@ -413,25 +413,16 @@ def folder_of(
     tmp_path_factory: pytest.TempPathFactory, tokenizer_into: Callable[[Path], None]
 ) -> Callable[[str], Path]:
     """A tiny random model, its norms and biases as well."""
-    made: dict[str, Path] = {}
 
-    def make(name: str) -> Path:
-        if name not in made:
-            folder = tmp_path_factory.mktemp("model")
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                build = CLASSES.get(name, t.AutoModelForCausalLM.from_config)
-                model = build(MODELS[name]())
-                for key, parameter in model.named_parameters():
-                    if any(part in key for part in ("norm", "bias", "ln_", "sinks", "A_log")):
-                        wide = 2.0 if "router" in key else 0.2  # choices that rounding leaves alone
-                        parameter.data.add_(wide * torch.randn_like(parameter))
-            model.save_pretrained(folder)
-            tokenizer_into(folder)
-            made[name] = folder
-        return made[name]
+    def build(name: str) -> Any:
+        model = CLASSES.get(name, t.AutoModelForCausalLM.from_config)(MODELS[name]())
+        for key, parameter in model.named_parameters():
+            if any(part in key for part in ("norm", "bias", "ln_", "sinks", "A_log")):
+                wide = 2.0 if "router" in key else 0.2  # choices that rounding leaves alone
+                parameter.data.add_(wide * torch.randn_like(parameter))
+        return model
 
-    return make
+    return made_once(tmp_path_factory, tokenizer_into, build)
 
 
 def test_every_architecture_of_the_table_is_tested() -> None:

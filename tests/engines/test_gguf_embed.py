@@ -11,7 +11,7 @@ import torch
 import transformers as t
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
-from written import SMALL, given_back, plan_of
+from written import SMALL, given_back, made_once, plan_of
 
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.llama import Llama
@@ -87,24 +87,15 @@ def folder_of(
     tmp_path_factory: pytest.TempPathFactory, tokenizer_into: Callable[[Path], None]
 ) -> Callable[..., Path]:
     """A tiny random encoder, its norms and biases as well, with or without a head."""
-    made: dict[tuple[str, Any], Path] = {}
 
-    def make(name: str, kind: Any = t.AutoModel) -> Path:
-        if (name, kind) not in made:
-            folder = tmp_path_factory.mktemp("model")
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                build = CLASSES.get(name, kind.from_config)
-                model = build(MODELS[name]())
-                for key, parameter in model.named_parameters():
-                    if "norm" in key.lower() or "bias" in key:
-                        parameter.data.add_(0.2 * torch.randn_like(parameter))
-            model.save_pretrained(folder)
-            tokenizer_into(folder)
-            made[name, kind] = folder
-        return made[name, kind]
+    def build(name: str, kind: Any = t.AutoModel) -> Any:
+        model = CLASSES.get(name, kind.from_config)(MODELS[name]())
+        for key, parameter in model.named_parameters():
+            if "norm" in key.lower() or "bias" in key:
+                parameter.data.add_(0.2 * torch.randn_like(parameter))
+        return model
 
-    return make
+    return made_once(tmp_path_factory, tokenizer_into, build)
 
 
 def states_of(model: Path, ids: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as t
-from written import SMALL, given_back, plan_of
+from written import SMALL, given_back, made_once, plan_of
 
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.open import open_network
@@ -38,24 +38,16 @@ def folder_of(
     tmp_path_factory: pytest.TempPathFactory, tokenizer_into: Callable[[Path], None]
 ) -> Callable[[str], Path]:
     """A tiny random model, its norms as well, and nothing in it small beside the rest."""
-    made: dict[str, Path] = {}
 
-    def make(name: str) -> Path:
-        if name not in made:
-            folder = tmp_path_factory.mktemp("model")
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                model = t.AutoModelForSeq2SeqLM.from_config(MODELS[name]())
-                for key, parameter in model.named_parameters():
-                    drawn = torch.randn_like(parameter)
-                    wide = 0.5 if "relative" in key else 0.1
-                    parameter.data = 1 + 0.2 * drawn if "norm" in key else wide * drawn
-            model.save_pretrained(folder)
-            tokenizer_into(folder)
-            made[name] = folder
-        return made[name]
+    def build(name: str) -> Any:
+        model = t.AutoModelForSeq2SeqLM.from_config(MODELS[name]())
+        for key, parameter in model.named_parameters():
+            drawn = torch.randn_like(parameter)
+            wide = 0.5 if "relative" in key else 0.1
+            parameter.data = 1 + 0.2 * drawn if "norm" in key else wide * drawn
+        return model
 
-    return make
+    return made_once(tmp_path_factory, tokenizer_into, build)
 
 
 def test_every_pair_of_the_table_is_tested() -> None:

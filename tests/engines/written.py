@@ -1,7 +1,13 @@
-"""GGUF files that tests write: the plans that they come of, and what they must hold."""
+"""What tests of engines write: tiny models, the plans of GGUF files, and what these must hold."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+import torch
+from pytest import TempPathFactory
+from transformers import PreTrainedModel
 
 from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.folder import find_folder
@@ -11,6 +17,26 @@ from layerwise.export import TARGETS
 from layerwise.export._gguf_file import GgufFile
 
 SMALL = DataSpec(samples=4, length=64)
+
+
+def made_once(
+    places: TempPathFactory,
+    tokenizer_into: Callable[[Path], None],
+    build: Callable[..., PreTrainedModel],
+) -> Callable[..., Path]:
+    """The folders of what `build` makes, each once, from the same random numbers every time."""
+
+    @cache
+    def make(*words: Any) -> Path:
+        folder = places.mktemp("model")
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = build(*words)
+        model.save_pretrained(folder)
+        tokenizer_into(folder)
+        return folder
+
+    return make
 
 
 def plan_of(model: str | Path, type_: str = "Q8_0", select: str = "*", **fields: Any) -> Plan:
