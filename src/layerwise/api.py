@@ -21,7 +21,7 @@ from layerwise.jobs import plan as planning
 from layerwise.jobs import verify as verifying
 from layerwise.jobs.apply import Applied
 from layerwise.jobs.card import write_card
-from layerwise.jobs.heal import apply_healed, asked_to_heal, check_healable, to_be_healed
+from layerwise.jobs.heal import apply_healed, asked_to_heal, check_asked, to_be_healed
 from layerwise.jobs.request import Planned
 from layerwise.jobs.session import Progress, silent
 from layerwise.steps import engine_of, request_of
@@ -70,8 +70,7 @@ def make_plan(
     how, given["set_"] = asked_to_heal(heal, given["set_"])
     request = request_of(given)
     if how:
-        edits = () if "width" in request.allow else request.method
-        check_healable("heal", request.target, edits)
+        check_asked("heal", request)
     planned = planning.make_plan(request, progress)
     return planned._replace(plan=to_be_healed(planned.plan, how)) if how else planned
 

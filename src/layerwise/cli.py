@@ -224,15 +224,14 @@ def compress(
 ) -> None:
     """Plan, apply, heal and verify in one go; stopped, the same command goes on."""
     quiet()
-    from layerwise.jobs.heal import asked_to_heal, check_healable, to_be_healed
+    from layerwise.jobs.heal import asked_to_heal, check_asked, to_be_healed
     from layerwise.jobs.session import check_new
     from layerwise.jobs.verify import Settings
 
     how, set_ = asked_to_heal(heal, set_)
     request = request_of(locals())
     if how:
-        edits = () if "width" in request.allow else request.method
-        check_healable("--heal", request.target, edits)
+        check_asked("--heal", request)
     output = Output("compress", model, as_json, {"budget": request.budget.as_dict(), "out": out})
     digest = hashlib.sha256(repr((request._replace(engine=None), how)).encode()).hexdigest()[:12]
     kept = Path(out).with_name(f".{Path(out).name}.{digest}.plan.yaml")

@@ -59,13 +59,18 @@ class Target(NamedTuple):
         return self.engine == "layerwise"
 
 
+def stored_dense(dtype: torch.dtype, records: Mapping[str, Weight]) -> dict[str, Weight]:
+    """Records as a dense target stores them: in one dtype."""
+    return {key: Dense(record.dense().to(dtype)) for key, record in records.items()}
+
+
 def as_read(
     target: Target, dtype: torch.dtype, layer: Layer, records: Mapping[str, Weight]
 ) -> dict[str, Weight]:
     """What readers of a target make of the records of a layer, whose weights have a dtype."""
     held = [matrix for matrix in layer.matrices if matrix.key in records]
-    rounded = [m.key for m in held if target.rounds(m, records[m.key])]
-    return {**records, **{key: Dense(records[key].dense().to(dtype)) for key in rounded}}
+    rounded = {m.key: records[m.key] for m in held if target.rounds(m, records[m.key])}
+    return {**records, **stored_dense(dtype, rounded)}
 
 
 #: why a matrix cannot take a chain, or nothing

@@ -65,7 +65,9 @@ FACTORS: dict[str, tuple[Callable[[Any, bool], Iterator[Factor]], Mapping[str, A
 def folded(network: Network) -> Network:
     """The same network whose weights hold what of its configuration GGUF has no place for."""
     config = text_config(network)
-    multiplied, neutral = FACTORS.get(config.model_type, (lambda config, head: iter(()), {}))
+    if config.model_type not in FACTORS:
+        return network
+    multiplied, neutral = FACTORS[config.model_type]
     names = network.stored.model.state_dict()
     folds = joined(
         *(
@@ -73,8 +75,6 @@ def folded(network: Network) -> Network:
             for f in multiplied(config, network.task != "embed")
         )
     )
-    if not folds:
-        return network
     without = copy.deepcopy(network.model.config)
     for field, value in neutral.items():
         setattr(text_of(without), field, value)

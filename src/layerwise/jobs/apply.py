@@ -27,10 +27,10 @@ from layerwise.core.reader import windows
 from layerwise.core.shards import write_safetensors
 from layerwise.core.stack import Layer
 from layerwise.core.stops import Batch
-from layerwise.core.target import as_read
+from layerwise.core.target import as_read, stored_dense
 from layerwise.core.task import config_value, example_inputs, token_rows
 from layerwise.core.visits import each_once, folded
-from layerwise.core.weight import Dense, Weight
+from layerwise.core.weight import Weight
 from layerwise.export import TARGETS
 from layerwise.export._writer import Finished
 from layerwise.jobs.admit import check_plan
@@ -195,11 +195,6 @@ def without_data(unseen: Sequence[str]) -> str:
         f"no data came to {first_few(unseen)}: solved without statistics; give more or other data, "
         "or keep them with --keep"
     )
-
-
-def stored_dense(dtype: torch.dtype, records: Mapping[str, Weight]) -> dict[str, Weight]:
-    """Records as a dense target stores them: in one dtype."""
-    return {key: Dense(record.dense().to(dtype)) for key, record in records.items()}
 
 
 def own_batch(network: Network, plan: Plan) -> Batch:

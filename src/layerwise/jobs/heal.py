@@ -24,6 +24,7 @@ from layerwise.jobs.apply import Applied, apply_plan, beside, job_of, note_answe
 from layerwise.jobs.checks import must_be_sound, too_large
 from layerwise.jobs.experts import convert_folder
 from layerwise.jobs.forecast import memory_to_heal
+from layerwise.jobs.request import Request
 from layerwise.jobs.session import Progress, check_new, load_reader, silent, texts_of
 from layerwise.train import Healed, heal, heal_layers
 
@@ -79,6 +80,12 @@ def check_healable(where: str, target: str, edits: object = (), before: str = ""
             found=before or "rounded weights",
             fix="heal once, after layers are left out and before matrices are rounded",
         )
+
+
+def check_asked(where: str, request: Request) -> None:
+    """Refuse a request whose plan could not be healed, before it is made."""
+    edits = () if "width" in request.allow else request.method
+    check_healable(where, request.target, edits)
 
 
 def to_be_healed(plan: Plan, how: Heal, where: str = "--heal") -> Plan:
