@@ -46,6 +46,7 @@ from typer.testing import CliRunner
 from layerwise.cli import app
 from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.plan import Edit, Identity, Plan, Step
+import layerwise.jobs.heal
 from layerwise.jobs.measure import PeakMemory
 model, out, target = sys.argv[1:]
 held = Checkpoint(Path(model))
@@ -143,7 +144,8 @@ SPEED = ("target", "read", "written", "floor", "apply", "ratio", "peak")
 def throughput(place: Path, model: Path, total: int, target: str) -> tuple[str, ...]:
     """Time of `apply` over reading the input once and writing the output once.
 
-    The disk's rate is that of as many bytes: the first ones are written faster.
+    Not counted is what the program itself is loaded in. The disk's rate is that of as many bytes:
+    the first ones are written faster.
     """
     run(PLANNED, str(model))
     reading, products = read_rate(model), product_rate()

@@ -1,5 +1,6 @@
 """What every command has: its place on the command line, its output, and how it ends."""
 
+import gc
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from layerwise import __version__
 if "OMP_WAIT_POLICY" not in os.environ:  # before torch starts its threads
     # idle ones spin for microseconds, not milliseconds: others on these cores read and write
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+gc.set_threshold(10_000)  # looking for cycles took a tenth of the time to import torch
 
 app = typer.Typer(
     name="layerwise",

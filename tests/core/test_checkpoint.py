@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import struct
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -311,6 +312,12 @@ def test_folders_that_are_no_model(files: dict[str, str], found: str, tmp_path: 
         Checkpoint(tmp_path)
 
 
+def wait_for_advice() -> None:
+    for thread in threading.enumerate():
+        if thread.name == "advice":
+            thread.join()
+
+
 def test_the_next_layer_is_asked_for_while_one_is_worked_on(
     tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,8 +328,24 @@ def test_the_next_layer_is_asked_for_while_one_is_worked_on(
     )
     first, second = network.stack.layers[:2]
     network.bring(first)
+    wait_for_advice()
     infos = [i for n, i in network.checkpoint.tensors.items() if n.startswith(f"{second.path}.")]
     assert sorted(asked) == sorted((info.start, info.nbytes) for info in infos)
     asked.clear()
     network.bring(network.stack.layers[-1])
+    wait_for_advice()
     assert not asked
+
+
+@pytest.mark.skipif("posix_fadvise" not in dir(os), reason="this system takes no advice")
+def test_a_long_file_leaves_the_page_cache_once_it_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: done.append("on the disk"))
+    monkeypatch.setattr(os, "posix_fadvise", lambda *advice: done.append("forgotten"))
+    write_safetensors(tmp_path / "short", {"w": torch.zeros(2)})
+    assert done == []
+    monkeypatch.setattr("layerwise.core.shards.LONG", 8)
+    write_safetensors(tmp_path / "long", {"w": torch.zeros(2)})
+    assert done == ["on the disk", "forgotten"]

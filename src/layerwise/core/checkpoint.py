@@ -10,10 +10,13 @@ import mmap
 import os
 import struct
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property, lru_cache, partial
+from itertools import groupby
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple
 
 import torch
@@ -190,15 +193,9 @@ class Checkpoint:
 
     def announce(self, names: Iterable[str]) -> None:
         """Let the system read tensors from the disk that will be asked for soon."""
-        if "posix_fadvise" not in dir(os):
-            return
-        places: dict[Path, list[TensorInfo]] = {}
-        for name in names:
-            places.setdefault(self.tensors[name].file, []).append(self.tensors[name])
-        for path, infos in places.items():
-            with path.open("rb") as file:
-                for info in infos:
-                    os.posix_fadvise(file.fileno(), info.start, info.nbytes, os.POSIX_FADV_WILLNEED)
+        if "posix_fadvise" in dir(os):  # which takes half as long as reading
+            infos = [self.tensors[name] for name in names]
+            Thread(target=_advise, args=[infos], name="advice").start()
 
     @cached_property
     def structure(self) -> str:
@@ -216,6 +213,13 @@ class Checkpoint:
         stats = [file.stat() for file in files]
         stamps = tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in stats)
         return _weights(tuple(info for _, info in held), stamps)
+
+
+def _advise(infos: Sequence[TensorInfo]) -> None:
+    for path, own in groupby(infos, lambda info: info.file):
+        with suppress(OSError), path.open("rb") as file:
+            for info in own:
+                os.posix_fadvise(file.fileno(), info.start, info.nbytes, os.POSIX_FADV_WILLNEED)
 
 
 Stamps = tuple[tuple[int, int, int, int], ...]

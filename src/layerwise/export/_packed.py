@@ -22,6 +22,8 @@ FORMATS = {
     "mxfp4": "mxfp4-pack-quantized",
     "nvfp4": "nvfp4-pack-quantized",
 }
+#: integers of a matrix that are packed together: on the way there each takes ten times its bytes
+TOGETHER = 1 << 20
 #: how a config group names the type of scales
 _SCALES = {POWERS: "torch.uint8", SMALL: "torch.float8_e4m3fn"}
 
@@ -113,8 +115,9 @@ def pack(record: Weight) -> dict[str, Tensor]:
 def _integers(record: Quantized) -> dict[str, Tensor]:
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
+    some = record.codes.split(max(1, TOGETHER // record.codes.shape[1]))
     tensors = {
-        "weight_packed": pack_to_int32(record.codes.to(torch.int8), record.bits),
+        "weight_packed": torch.cat([pack_to_int32(c.to(torch.int8), record.bits) for c in some]),
         "weight_scale": record.scale,
         "weight_shape": torch.tensor(record.codes.shape, dtype=torch.int64),
     }
