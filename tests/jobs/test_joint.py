@@ -7,11 +7,13 @@ import pytest
 from typer.testing import CliRunner
 
 from layerwise.cli import app
+from layerwise.core.damage import Damage, Menu, Option, total
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.open import open_network
 from layerwise.core.plan import DataSpec
 from layerwise.jobs.apply import apply_plan, preview
 from layerwise.jobs.gain import solver_gain
+from layerwise.jobs.leaving import as_measured, tried
 from layerwise.jobs.plan import make_plan
 from layerwise.jobs.request import Planned, Request
 from layerwise.jobs.session import Budget
@@ -19,6 +21,7 @@ from layerwise.jobs.solve import Step
 from layerwise.jobs.verify import Settings, verify
 
 DATA = DataSpec(samples=2, length=32)
+KEPT, GONE = Option((), 8, "stays"), Option((), 0, "left out", gone=True)
 MENU = {"menu": {"bits": [2, 4], "group": [32]}}
 
 
@@ -68,6 +71,32 @@ def test_what_promises_more_than_was_shown_is_solved(tiny) -> None:
     shown = [row["expected"] for row in rows if row["solved"]]
     assert len(rows) > 1 and [r["expected"] for r in rows if r["chosen"]] == [min(shown)]
     assert all(row["expected"] >= min(shown) for row in rows)
+
+
+def test_what_goes_together_was_measured_together(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[tuple[str, ...]] = []
+
+    def watched(request, network, tasks, what, progress):
+        measured.extend(tuple(gone) for _, gone in tasks if what.startswith("leaving"))
+        return tried(request, network, tasks, what, progress)
+
+    monkeypatch.setattr("layerwise.jobs.joint.tried", watched)
+    monkeypatch.setattr("layerwise.jobs.leaving.tried", watched)
+    settings = {**MENU, "knapsack": {"gone": 4}}
+    request = Request(tiny("llama"), Budget(bits=2.6), "compact", data=DATA, settings=settings)
+    found = make_plan(request._replace(allow=("bits", "part")))
+    gone = {row["group"] for row in found.rows if row["option"] == "left out"}
+    assert len(gone) == 4
+    assert gone in map(set, measured)
+
+
+def test_a_set_is_predicted_as_it_was_measured() -> None:
+    damage = Damage({unit: (0.0, 1.0) for unit in "abcd"}, {}, {("a", "b"): 0.25})
+    for gone, kl in (("abc", 4.5), ("abd", 3.5)):
+        damage = as_measured(damage, gone, kl)
+        menus = {unit: Menu(unit, (KEPT, GONE)) for unit in "abcd"}
+        choice = {unit: int(unit in gone) for unit in "abcd"}
+        assert total(damage, menus, choice) == pytest.approx(kl)
 
 
 def test_the_command_says_what_was_weighed(tiny, tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from layerwise.core.plan import Plan
 from layerwise.core.select import selects
 from layerwise.core.width import Width
 from layerwise.jobs.contest import Contest, contest_on
-from layerwise.jobs.joint import MOST, layers_alone, tried
+from layerwise.jobs.joint import MOST
+from layerwise.jobs.leaving import layers_alone, tried
 from layerwise.jobs.narrow import Candidate, Dense, levels
 from layerwise.jobs.request import Planned, Request
 from layerwise.jobs.session import Progress

@@ -1,16 +1,13 @@
 """One budget for bits, layers and parts: fewer bits here, a layer less there, as costs least."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
-from functools import cache, partial
-from itertools import pairwise
+from collections.abc import Callable, Mapping
+from functools import cache
 from math import inf
 from typing import Any
 
 from layerwise.core.chain import nearest
 from layerwise.core.damage import Choice, Damage, Menu, Option, left_out, staying, total
 from layerwise.core.errors import LayerwiseError
-from layerwise.core.fan import fan_out
 from layerwise.core.method import find
 from layerwise.core.network import Network
 from layerwise.core.open import rewired
@@ -28,9 +25,9 @@ from layerwise.jobs.bits import (
 )
 from layerwise.jobs.contest import contest_on
 from layerwise.jobs.gain import as_solved
+from layerwise.jobs.leaving import Tried, as_measured, tried, with_units
 from layerwise.jobs.menus import make_menus, units, worth_it
 from layerwise.jobs.request import Planned, Request
-from layerwise.jobs.scoring import counting, trials_for
 from layerwise.jobs.session import Progress
 from layerwise.jobs.units import (
     able_to_go,
@@ -42,16 +39,17 @@ from layerwise.jobs.units import (
 
 #: the largest share of the layers, or of the parts, that a joint plan leaves out
 MOST = 0.5
-#: plans that are solved at most
-SOLVED = 5
+#: plans that are solved at most; times that what they leave out together is measured
+SOLVED, ROUNDS = 5, 4
 
 
 def plan_joint(request: Request, network: Network, target: Target, progress: Progress) -> Planned:
     """Bits for every group and a number of layers that go, chosen together.
 
-    For every number of layers the exact least predicted damage within the budget is found; these
-    plans, the edge between fewer layers and fewer bits, are then measured on the select split
-    with matrices just rounded, and the best of them once more, solved on a little text.
+    For every number of layers the exact least predicted damage within the budget is found. What
+    these plans leave out together is measured, and they are found anew, until none leaves out what
+    was not measured. This edge between fewer layers and fewer bits is then measured on the select
+    split with matrices just rounded, and the best plans once more, solved on a little text.
     """
     groups = {g.key: g for g in units(network, target)}
     menus = menus_with_layers(request, network, target, groups)
@@ -64,15 +62,28 @@ def plan_joint(request: Request, network: Network, target: Target, progress: Pro
     most = int(MOST * len(units_of(network, names)))
     counts = range(most + 1) if wanted < 0 else [wanted]
     alone = plain if of_one_kind(menus) else damage  # where all stay, the plan of bits alone
-    found: list[Choice] = []
-    for count in counts:
-        choose = allocator.bind(options | {"gone": count})
-        try:
-            found.append(choose(damage if count else alone, menus, limit))
-        except LayerwiseError:
-            continue
-    if not found:
-        found.append(allocator.bind(options)(damage, menus, limit))
+
+    def solutions(damage: Damage) -> list[Choice]:
+        found: list[Choice] = []
+        for count in counts:
+            choose = allocator.bind(options | {"gone": count})
+            try:
+                found.append(choose(damage if count else alone, menus, limit))
+            except LayerwiseError:
+                continue
+        return found or [allocator.bind(options)(damage, menus, limit)]
+
+    found, seen = solutions(damage), {*damage.pairs}
+    for _ in range(ROUNDS):
+        sets = dict.fromkeys(tuple(left_out(menus, choice)) for choice in found)
+        new = [gone for gone in sets if len(gone) > 1 and gone not in seen]
+        if not new:
+            break
+        bare: list[Tried] = [({}, gone) for gone in new]
+        together = tried(request, network, bare, "leaving more out", progress)
+        for gone, kl in zip(new, together, strict=True):
+            plain, damage = as_measured(plain, gone, kl), as_measured(damage, gone, kl)
+        found, seen = solutions(damage), seen.union(new)
     tasks = [(_chains(menus, groups, choice), left_out(menus, choice)) for choice in found]
     measured = tried(request, network, tasks, "measuring plans", progress)
     what = "parts" if "part" in request.allow else "layers"
@@ -168,7 +179,7 @@ def priced_with_layers(
     layers = [name for name in menus if name not in groups]
     scores = scores_of(request, network, target, progress)
     plain = predicted(network, inner, groups, scores, progress)
-    plain = _and_layers(plain, layers, request, network, progress)
+    plain = with_units(plain, layers, request, network, progress)
     return plain, Offer(menus, as_solved(plain, inner, request, network), scores)
 
 
@@ -207,48 +218,6 @@ def _with_units(
             found[unit] = Menu(unit, (stays, goes))
         found[group] = menu._replace(inside=unit) if unit in sizes else menu
     return found
-
-
-#: chains by group, and the layers or parts that are gone
-Tried = tuple[Mapping[str, tuple[Step, ...]], Collection[str]]
-
-
-def tried(
-    request: Request, network: Network, tasks: Sequence[Tried], what: str, progress: Progress
-) -> list[float]:
-    """KL on the select split of chains, just rounded, without some layers or parts."""
-    tick = counting(progress, what, len(tasks))
-    run = partial(_tried, trials_for(request, network).chains)
-    return [kl for kl, _ in fan_out(run, tasks, request.engine, tick)]
-
-
-def _tried(chains: Any, task: Tried) -> tuple[float, float]:
-    return chains(*task)
-
-
-def _and_layers(
-    damage: Damage, layers: Sequence[str], request: Request, network: Network, progress: Progress
-) -> Damage:
-    """The damage of layers that go, and of neighbours that go together."""
-    alone, pairs = layers_alone(layers, request, network, progress)
-    return replace(
-        damage,
-        values={**damage.values, **{layer: (0.0, kl) for layer, kl in alone.items()}},
-        importance={**damage.importance, **alone},
-        pairs=pairs,
-    )
-
-
-def layers_alone(
-    layers: Sequence[str], request: Request, network: Network, progress: Progress
-) -> tuple[dict[str, float], dict[tuple[str, str], float]]:
-    """KL without every layer, and what two neighbours that go cost beyond the sum of both."""
-    pairs = list(pairwise(layers))
-    tasks: list[Tried] = [({}, gone) for gone in (*((layer,) for layer in layers), *pairs)]
-    found = tried(request, network, tasks, "leaving layers out", progress)
-    alone = dict(zip(layers, found, strict=False))
-    both = dict(zip(pairs, found[len(layers) :], strict=True))
-    return alone, {(a, b): kl - alone[a] - alone[b] for (a, b), kl in both.items()}
 
 
 def _row(
