@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from layerwise.core.errors import LayerwiseError
+from layerwise.core.find_experts import find_experts, least_experts
 from layerwise.core.find_widths import find_widths
 from layerwise.core.network import Network
 from layerwise.core.open import rewired
@@ -11,9 +12,11 @@ from layerwise.core.plan import Plan
 from layerwise.core.select import selects
 from layerwise.core.width import Width
 from layerwise.jobs.contest import Contest, contest_on
+from layerwise.jobs.fates import experts_told
 from layerwise.jobs.joint import MOST, layers_alone, tried
 from layerwise.jobs.narrow import Candidate, Dense, levels
 from layerwise.jobs.request import Planned, Request
+from layerwise.jobs.scoring import make_scores
 from layerwise.jobs.session import Progress
 from layerwise.jobs.timed import CLOSE, Clock
 from layerwise.jobs.units import able_to_go, wiring_without
@@ -35,8 +38,7 @@ def plan_dense(request: Request, network: Network, progress: Progress) -> Planne
     Raises:
         LayerwiseError: nothing that may go gets as small, or as fast.
     """
-    widths = [w for w in find_widths(network) if not _pinned(request, network, w)]
-    dense = Dense(request, network, widths if "width" in request.allow else [])
+    dense = _dense(request, network, progress)
     sets: dict[tuple[str, ...], float] = {(): 0.0}
     if "layer" in request.allow:
         sets = _layer_sets(request, network, progress)
@@ -73,6 +75,50 @@ def plan_dense(request: Request, network: Network, progress: Progress) -> Planne
     return _planned(dense, chosen[best], plans[best], rows)
 
 
+def _dense(request: Request, network: Network, progress: Progress) -> Dense:
+    """What the budget may take of every layer, and which experts it takes first."""
+    found = find_widths(network) if "width" in request.allow else []
+    experts = _experts(network) if "expert" in request.allow else []
+    widths = [w for w in (*found, *experts) if not _pinned(request, network, w)]
+    saliency: Mapping[str, float] = {}
+    if any(not width.reader for width in widths):
+        name = request.score or "expert_saliency"
+        scores = make_scores(request, network, name, progress)
+        if scores.unit != "expert":
+            raise LayerwiseError(
+                f"--score {name}",
+                allowed="expert_saliency, which says how much is lost without an expert",
+                found=f"scores per {scores.unit}",
+                fix="leave --score out, or set expert_saliency.by",
+            )
+        if not scores.values:
+            raise LayerwiseError(
+                f"--allow expert for {type(network.module).__name__}",
+                allowed="experts in a module that is given tokens, numbers of experts and gates",
+                found="no call of that kind",
+                fix="write `units` into a plan by hand, or allow width or layer",
+            )
+        saliency = scores.values
+    return Dense(request, network, widths, saliency)
+
+
+def _experts(network: Network) -> list[Width]:
+    """The experts of a network, and how few it can have.
+
+    Raises:
+        LayerwiseError: there are none.
+    """
+    found = find_experts(network)
+    if not found:
+        raise LayerwiseError(
+            f"--allow expert for {type(network.module).__name__}",
+            allowed="a mixture of experts that can change places, as many in every such layer",
+            found="none, as far as shorter axes and trials in one layer tell",
+            fix="allow width or layer",
+        )
+    return [width._replace(least=least_experts(network, width)) for width in found]
+
+
 def _fitting(
     dense: Dense, time: Callable[[Candidate], float] | None
 ) -> Callable[[Candidate], bool]:
@@ -98,7 +144,7 @@ def _fast_enough(request: Request, rows: Sequence[Mapping[str, Any]]) -> list[in
             "budget",
             allowed=f"a speed that was measured here, at most --speed {fastest:.2f}x",
             found=f"--speed {asked}x",
-            fix="lower it, allow more with --allow width,layer, or time it on an idle machine",
+            fix="lower it, allow more with --allow width,expert,layer, or time it on an idle machine",
         )
     return able
 
@@ -197,7 +243,9 @@ def _planned(
     layers = [
         {
             "layer": layer.key,
-            "option": "left out" if layer.key in candidate.gone else words,
+            "option": "left out"
+            if layer.key in candidate.gone
+            else "; ".join([words, *experts_told(plan, layer.key)]),
             "bytes": dense.layer_bytes(layer, candidate),
             "importance": None,
             "damage": None,
@@ -222,6 +270,6 @@ def _impossible(dense: Dense, sets: Sequence[tuple[str, ...]]) -> LayerwiseError
         "budget",
         allowed=reachable,
         found=", ".join(f"--{k} {v}" for k, v in asked.items()),
-        fix="relax it, allow more with --allow width,layer, unpin what --keep pins, or choose "
+        fix="relax it, allow more with --allow width,expert,layer, unpin what --keep pins, or choose "
         "--target compressed-tensors for fewer bits",
     )

@@ -1,7 +1,8 @@
 """The naive plan: what a user would do without a planner, at the same size."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -11,10 +12,11 @@ from msgspec import structs
 
 from layerwise.core.chain import kind_left, weights_left
 from layerwise.core.errors import LayerwiseError
+from layerwise.core.find_experts import find_experts, without_experts
 from layerwise.core.method import find
 from layerwise.core.network import Network, fill
 from layerwise.core.open import open_network
-from layerwise.core.plan import Step, chain_for, describe
+from layerwise.core.plan import Plan, Step, chain_for, describe
 from layerwise.core.quality import Quality
 from layerwise.core.weight import Quantized
 from layerwise.export import PACKED, TARGETS
@@ -25,9 +27,10 @@ from layerwise.jobs.depth import assemble_depth, units_to_drop
 from layerwise.jobs.experts import without_routers
 from layerwise.jobs.heal import trained
 from layerwise.jobs.mixes import MIXES, mix_plan, written_bytes
-from layerwise.jobs.narrow import narrow_alone
+from layerwise.jobs.narrow import Dense, narrow_alone
 from layerwise.jobs.request import Planned, Request
 from layerwise.jobs.rewrite import as_rewritten
+from layerwise.jobs.scoring import make_scores
 from layerwise.jobs.session import Budget, Progress, silent
 from layerwise.jobs.solve import put_outside
 from layerwise.jobs.units import able_to_go, left_out, wiring_without
@@ -52,6 +55,8 @@ def build_naive(contest: Contest, progress: Progress = silent) -> Naive | None:
         found.append(naive_neurons(contest))
     if contest.plan.wiring:
         found.append(naive_depth(contest, progress))
+    if contest.plan.units:
+        found.append(naive_experts(contest, progress))
     if contest.plan.widths:
         found.append(naive_width(contest, progress))
     elif contest.plan.edits:
@@ -141,6 +146,46 @@ def naive_width(contest: Contest, progress: Progress = silent) -> Naive:
                 quality = contest.qualities(edited)[1]
             built.append(Naive(what, quality, nbytes))
     return min(built, key=lambda naive: naive.quality.estimate("kl").value)
+
+
+def naive_experts(contest: Contest, progress: Progress) -> Naive | None:
+    """Experts alone, the same size: the better of the median of 5 random choices and of those that
+    most tokens come to.
+
+    Healed if the plan is. None if leaving experts out does not get as small.
+    """
+    plan, network = contest.plan, contest.opened()
+    request = Request(contest.model, Budget(bytes=contest.nbytes), "hf", data=plan.data)
+    dense = Dense(request, network, find_experts(network))
+    one = next(iter(dense.candidates((), lambda c: dense.nbytes(c) <= contest.nbytes)), None)
+    if one is None:
+        return None
+    options = {"expert_saliency": {"by": "frequency"}}
+    often = make_scores(request._replace(settings=options), network, "expert_saliency", progress)
+    generator = torch.Generator().manual_seed(plan.data.seed)
+    drawn = [
+        {key: torch.rand((), generator=generator).item() for key in often.values} for _ in range(5)
+    ]
+
+    def built(saliency: Mapping[str, float]) -> tuple[Quality, Plan]:
+        other = replace(dense, saliency=saliency).plan(one)
+        return contest.qualities(without_experts(contest.opened(), other.units))[1], other
+
+    def kl(item: tuple[Quality, Plan]) -> float:
+        return item[0].estimate("kl").value
+
+    found = {
+        "at random, median of 5": sorted(map(built, drawn), key=kl)[2],
+        "those that fewest tokens come to": built(often.values),
+    }
+    name = min(found, key=lambda what: kl(found[what]))
+    quality, other = found[name]
+    what = f"{describe(other)}; left out {name}"
+    if plan.heal:
+        mine = contest._replace(plan=structs.replace(other, heal=plan.heal))
+        edited = without_experts(contest.opened(), other.units)
+        quality, what = healed_equally(mine, edited, progress), f"{what}, healed equally"
+    return Naive(what, quality, dense.nbytes(one))
 
 
 def _by_size(chain: Sequence[Step]) -> tuple[Step, ...]:
