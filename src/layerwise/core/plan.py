@@ -297,10 +297,8 @@ def describe(plan: Plan) -> str:
         return f"feed-forward parts of {cut.count} experts, {100 * cut.active:.0f}% active"
     if plan.wiring or plan.widths or plan.units:
         words = [_order(*item) for item in plan.wiring.items()]
-        words += [
-            f"{name} {len(next(iter(kept.values()), ()))}" for name, kept in plan.units.items()
-        ]
-        words += [f"{name} {value}" for name, value in plan.widths.items()]
+        experts = {name: len(next(iter(kept.values()), ())) for name, kept in plan.units.items()}
+        words += [f"{name} {value}" for name, value in (experts | plan.widths).items()]
         healed = f", healed for {plan.heal.steps} steps" if plan.heal else ""
         return "; ".join(words) + healed
     counts: dict[str, int] = {}

@@ -144,7 +144,7 @@ def _fast_enough(request: Request, rows: Sequence[Mapping[str, Any]]) -> list[in
             "budget",
             allowed=f"a speed that was measured here, at most --speed {fastest:.2f}x",
             found=f"--speed {asked}x",
-            fix="lower it, allow more with --allow width,expert,layer, or time it on an idle machine",
+            fix="lower it, allow more with --allow width,layer, or time it on an idle machine",
         )
     return able
 
@@ -270,6 +270,6 @@ def _impossible(dense: Dense, sets: Sequence[tuple[str, ...]]) -> LayerwiseError
         "budget",
         allowed=reachable,
         found=", ".join(f"--{k} {v}" for k, v in asked.items()),
-        fix="relax it, allow more with --allow width,expert,layer, unpin what --keep pins, or choose "
-        "--target compressed-tensors for fewer bits",
+        fix="relax it, allow more with --allow width,expert,layer, unpin what --keep pins, or "
+        "choose --target compressed-tensors for fewer bits",
     )

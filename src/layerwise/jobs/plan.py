@@ -129,8 +129,8 @@ def check_allowed(request: Request, target: Target) -> None:
     if not ("bits" in asked <= packed or (narrower and asked <= dense)):
         raise LayerwiseError(
             f"--allow {','.join(request.allow)}",
-            allowed=f"bits and any of {', '.join(BESIDE)}, layer, part; or any of width, expert, layer; "
-            "--depth leaves layers out alone",
+            allowed=f"bits and any of {', '.join(BESIDE)}, layer, part; or any of width, expert "
+            "and layer; --depth leaves layers out alone",
             found=min(asked - packed - dense, default=" and ".join(request.allow)),
             fix="choose one of these",
         )
@@ -149,7 +149,7 @@ def check_allowed(request: Request, target: Target) -> None:
     if budget.keys() & OF_DENSE:
         raise LayerwiseError(
             f"--{min(budget.keys() & OF_DENSE)} with --allow {','.join(request.allow)}",
-            allowed="--allow width,expert,layer: fewer bits are not fewer products",
+            allowed="--allow width,layer: fewer bits are not fewer products",
             found=", ".join(request.allow),
             fix="leave --allow out",
         )
