@@ -60,13 +60,13 @@ class Dense:
         """Stored bytes of every layer."""
         return layer_bytes(self.network)
 
-    def unit(self, width: Width, layer: Layer) -> int:
-        """Bytes of one unit in a layer; none where the layer has no such units."""
-        held = layer.module.state_dict()
-        if not width.cuts.keys() <= held.keys():
-            return 0
-        size = sum(held[name].numel() for name in width.cuts)
-        return size * self.network.stored.dtype.itemsize // width.units
+    @cached_property
+    def numbers(self) -> dict[str, dict[str, int]]:
+        """How many numbers the tensors of every layer hold, by their names in it."""
+        return {
+            layer.key: {name: t.numel() for name, t in layer.module.state_dict().items()}
+            for layer in self.network.layers()
+        }
 
     def nbytes(self, candidate: Candidate) -> int:
         """Bytes of all tensors of a candidate."""
@@ -190,8 +190,13 @@ class Dense:
         """Bytes of a layer of a candidate."""
         if layer.key in candidate.gone:
             return 0
-        narrower = ((w.units - candidate.units[w.name]) * self.unit(w, layer) for w in self.widths)
-        return self.sizes[layer.key] - sum(narrower)
+        before = self.numbers[layer.key]
+        after = dict(before)
+        for width in self.widths:
+            for name in width.cuts if width.cuts.keys() <= before.keys() else ():
+                after[name] = after[name] * candidate.units[width.name] // width.units
+        gone = sum(before.values()) - sum(after.values())
+        return self.sizes[layer.key] - gone * self.network.stored.dtype.itemsize
 
 
 def narrow_alone(network: Network, plan: Plan, nbytes: int) -> Plan | None:

@@ -1,0 +1,89 @@
+"""Experts left out, from the command line to a folder of stock transformers."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from layerwise.cli import app
+from layerwise.core.checkpoint import Checkpoint
+from layerwise.core.find_experts import without_experts
+from layerwise.core.open import open_network
+from layerwise.core.plan import read_plan
+
+SMALL = "--samples 2 --length 32 --json"
+
+
+@pytest.fixture(autouse=True)
+def _few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer plans are solved than users get, and measured on fewer documents."""
+    monkeypatch.setattr("layerwise.jobs.contest.DOCUMENTS", 4)
+    monkeypatch.setattr("layerwise.jobs.dense.SOLVED", 2)
+    monkeypatch.setattr("layerwise.jobs.dense.SHARES", (0.5,))
+
+
+def run(words: str) -> dict:
+    found = CliRunner().invoke(app, words.split())
+    assert found.exit_code == 0, found.output
+    return json.loads(found.stdout)
+
+
+@pytest.mark.parametrize("heal", ["", "--heal 2 --set heal.samples=4 --set heal.length=32"])
+def test_the_least_salient_go(heal: str, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    model, out = tiny("mixtral"), tmp_path / "out"
+    words = f"compress {model} --size 80% --allow expert {SMALL} {heal} --documents 2 --out {out}"
+    found = run(words)
+    plan = read_plan(out / "plan.yaml")
+    (kept,) = plan.units.values()
+    assert [len(numbers) for numbers in kept.values()] == [3, 3, 3] and not plan.widths
+    before, after = Checkpoint(model).nbytes, Checkpoint(out).nbytes
+    planned = [row["bytes"] for row in found["more"]["edge"] if row["chosen"]]
+    assert planned == [after] and after <= 0.8 * before
+    naive = found["rows"][-1]
+    assert naive["name"] == "naive" and naive["bytes"] == after
+    assert "num_local_experts 3; left out" in naive["what"]
+    assert ("healed equally" in naive["what"]) == bool(heal)
+    stock = AutoModelForCausalLM.from_pretrained(out).eval()
+    assert stock.config.num_local_experts == 3
+    ids = torch.arange(20)[None]
+    narrow = without_experts(open_network(model), plan.units).load().module
+    with torch.no_grad():
+        mine, stored = narrow(input_ids=ids).logits, stock(ids).logits
+    if not heal:
+        assert_close(mine, stored, rtol=1e-5, atol=1e-6)
+
+
+def test_beside_layers_and_widths(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    model, out = tiny("mixtral"), tmp_path / "p.yaml"
+    found = run(f"plan {model} --size 60% --allow expert,width,layer {SMALL} --out {out}")
+    least = min(row["expected"] for row in found["more"]["edge"])
+    assert [r["expected"] for r in found["more"]["edge"] if r["chosen"]] == [least]
+    assert any("num_local_experts" in row["plan"] for row in found["more"]["edge"])
+    run(f"apply {model} {out} --out {tmp_path / 'out'} --json")
+    taken = next(row for row in found["more"]["edge"] if row["chosen"])
+    assert Checkpoint(tmp_path / "out").nbytes == taken["bytes"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "said"),
+    [
+        ("llama", "--size 80% --allow expert", "can change places"),
+        ("mixtral", "--size 30% --allow expert", "at least --bytes"),
+        ("mixtral", "--size 80% --allow expert --score shortgpt", "expert_saliency"),
+        ("mixtral", "--size 80% --allow expert --target gguf", "--target hf"),
+        ("mixtral", "--size 80% --allow expert,bits", "width, expert and layer"),
+        ("mixtral", "--flops 80% --allow expert", "at least --flops 100"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    kind: str, words: str, said: str, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    given = f"plan {tiny(kind)} {words} --samples 2 --length 32 --out {tmp_path / 'p.yaml'}"
+    found = CliRunner().invoke(app, given.split())
+    assert found.exit_code == 2
+    assert said in " ".join(found.stderr.split())
