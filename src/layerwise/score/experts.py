@@ -18,8 +18,9 @@ def expert_saliency(
     Args:
         stack: the layers.
         stats: with `expert_use` per layer.
-        by: `gated`, this mean; `total`, the sum over these tokens; `frequency`, the share of the tokens that came to it; `norm`, the
-            sum of the norms of its outputs, without gates, which the paper calls EAN.
+        by: `gated`, this mean; `total`, the sum over these tokens; `frequency`, the share of the
+            tokens that came to it; `norm`, the sum of the norms of its outputs, without gates,
+            which the paper calls EAN.
 
     Returns:
         One score per expert, `decoder/3[5]`; none for layers without experts, nor for those behind
@@ -30,7 +31,8 @@ def expert_saliency(
         >>> from layerwise.core.stack import Layer
         >>> use = torch.tensor([[2.0, 3.0, 8.0], [4.0, 2.0, 4.0]])
         >>> stats = Stats({"expert_use": {"decoder/0": use}})
-        >>> stack = Stack("decoder", "", (Layer("decoder", 0, "", torch.nn.Identity(), (), ()),), ())
+        >>> layer = Layer("decoder", 0, "", torch.nn.Identity(), (), ())
+        >>> stack = Stack("decoder", "", (layer,), ())
         >>> expert_saliency(stack, stats).values
         {'decoder/0[0]': 1.5, 'decoder/0[1]': 0.5}
 
