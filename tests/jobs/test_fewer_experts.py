@@ -14,7 +14,7 @@ from layerwise.cli import app
 from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.find_experts import without_experts
 from layerwise.core.open import open_network
-from layerwise.core.plan import read_plan
+from layerwise.core.plan import DataSpec, Edit, Identity, Plan, Step, read_plan
 
 SMALL = "--samples 2 --length 32 --json"
 
@@ -67,6 +67,31 @@ def test_beside_layers_and_widths(tiny: Callable[..., Path], tmp_path: Path) -> 
     run(f"apply {model} {out} --out {tmp_path / 'out'} --json")
     taken = next(row for row in found["more"]["edge"] if row["chosen"])
     assert Checkpoint(tmp_path / "out").nbytes == taken["bytes"]
+
+
+def test_a_plan_by_hand_with_an_order_and_edits(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    model, out = tiny("mixtral"), tmp_path / "out"
+    held = Checkpoint(model)
+    plan = Plan(
+        Identity(held.structure, held.weights),
+        data=DataSpec(samples=1, length=32),
+        wiring={"decoder": [0, 2]},
+        units={"num_local_experts": {"decoder/0": [0, 3], "decoder/2": [1, 2]}},
+        edits=(Edit("decoder/*/mlp.down", (Step("rtn", {"bits": 8}),)),),
+    )
+    plan.save(tmp_path / "p.yaml")
+    assert read_plan(tmp_path / "p.yaml") == plan
+    found = run(f"apply {model} {tmp_path / 'p.yaml'} --out {out} --json")
+    assert "experts 1, 2 stay" in found["rows"][1]["options"] and not found["warnings"]
+    stock = AutoModelForCausalLM.from_pretrained(out)
+    assert (stock.config.num_hidden_layers, stock.config.num_local_experts) == (2, 2)
+    router = open_network(model).layers()[2]
+    rows = open_network(model).fetch(router)["mlp.gate.weight"][[1, 2]]
+    assert torch.equal(stock.model.layers[1].mlp.gate.weight, rows)
+    found = run(f"verify {model} {out} --documents 2 --length 32 --json")
+    assert all(check["ok"] for check in found["more"]["checks"])
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from msgspec import structs
 
 from layerwise.core.chain import kind_left, weights_left
 from layerwise.core.errors import LayerwiseError
-from layerwise.core.find_experts import find_experts, without_experts
+from layerwise.core.find_experts import find_experts, least_experts, without_experts
 from layerwise.core.method import find
 from layerwise.core.network import Network, fill
 from layerwise.core.open import open_network
@@ -156,7 +156,9 @@ def naive_experts(contest: Contest, progress: Progress) -> Naive | None:
     """
     plan, network = contest.plan, contest.opened()
     request = Request(contest.model, Budget(bytes=contest.nbytes), "hf", data=plan.data)
-    dense = Dense(request, network, find_experts(network))
+    found = find_experts(network)
+    widths = [width._replace(least=least_experts(network, width)) for width in found]
+    dense = Dense(request, network, widths)
     one = next(iter(dense.candidates((), lambda c: dense.nbytes(c) <= contest.nbytes)), None)
     if one is None:
         return None
@@ -174,12 +176,12 @@ def naive_experts(contest: Contest, progress: Progress) -> Naive | None:
     def kl(item: tuple[Quality, Plan]) -> float:
         return item[0].estimate("kl").value
 
-    found = {
+    tried = {
         "at random, median of 5": sorted(map(built, drawn), key=kl)[2],
         "those that fewest tokens come to": built(often.values),
     }
-    name = min(found, key=lambda what: kl(found[what]))
-    quality, other = found[name]
+    name = min(tried, key=lambda what: kl(tried[what]))
+    quality, other = tried[name]
     what = f"{describe(other)}; left out {name}"
     if plan.heal:
         mine = contest._replace(plan=structs.replace(other, heal=plan.heal))
