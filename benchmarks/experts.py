@@ -8,7 +8,7 @@ any balance among experts; they are kept in the folder, and taken from there if 
 
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,26 +17,27 @@ from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from benchmarks.timing import table
 from layerwise.core.data import Texts
-from layerwise.core.find_experts import find_experts, without_experts
+from layerwise.core.find_experts import without_experts
 from layerwise.core.folder import find_folder
 from layerwise.core.open import open_network
 from layerwise.core.plan import DataSpec, Plan
 from layerwise.core.quality import Quality
 from layerwise.core.reader import samples_of, windows
-from layerwise.jobs.contest import Contest
+from layerwise.core.stats import Scores
+from layerwise.jobs.contest import Contest, contest_on
+from layerwise.jobs.fewer import WAYS, able_experts, at_random, best_saliency, saliencies
 from layerwise.jobs.narrow import Candidate, Dense
 from layerwise.jobs.request import Request, identity
-from layerwise.jobs.scoring import make_scores
 from layerwise.jobs.session import Budget, load_reader, silent
 
 STEPS, BATCH, LENGTH = 600, 16, 128
 SHARES = (0.25, 0.5)
 DOCUMENTS, DRAWS = 32, 5
-SALIENCIES = {
-    "mean gated norm (REAP)": "gated",
-    "sum of gated norms": "total",
+TOLD = {
+    "gated": "mean gated norm (REAP)",
+    "total": "sum of gated norms",
+    "norm": "sum of norms (EAN)",
     "frequency": "frequency",
-    "sum of norms (EAN)": "norm",
 }
 #: weights of the loss that balances experts, of which a training has one: little and much
 BALANCES = (0.001, 0.02)
@@ -91,26 +92,15 @@ def compared(folder: Path, balance: float) -> None:
     data = DataSpec(samples=32, length=256)
     network = open_network(folder)
     request = Request(folder, Budget(size=1.0), "hf", data=data)
-    dense = Dense(request, network, find_experts(network))
+    dense = Dense(request, network, able_experts(network))
     batches = samples_of(load_reader(network), Texts("stdlib", 0, 0, 256), "evaluate", DOCUMENTS)
     contest = Contest(folder, Plan(identity(network), data=data), 0, batches, known={})
-    scored = {
-        name: make_scores(
-            request._replace(settings={"expert_saliency": {"by": by}}),
-            network,
-            "expert_saliency",
-            silent,
-        ).values
-        for name, by in SALIENCIES.items()
-    }
+    select = contest_on(request, network)
+    scored = dict(zip(WAYS, saliencies(request, network, silent), strict=True))
     generator = torch.Generator().manual_seed(0)
-    keys = next(iter(scored.values()))
-    drawn = [
-        {key: torch.rand((), generator=generator).item() for key in keys} for _ in range(DRAWS)
-    ]
+    drawn = [at_random(scored["gated"], generator) for _ in range(DRAWS)]
 
-    def quality(saliency: Mapping[str, float], units: int) -> Quality:
-        candidate = Candidate((), {width.name: units for width in dense.widths})
+    def quality(saliency: Scores, candidate: Candidate) -> Quality:
         plan = replace(dense, saliency=saliency).plan(candidate)
         return contest.qualities(without_experts(contest.opened(), plan.units))[1]
 
@@ -118,10 +108,13 @@ def compared(folder: Path, balance: float) -> None:
     count = dense.widths[0].units
     for share in SHARES:
         units = round(count * (1 - share))
-        draws = [quality(saliency, units) for saliency in drawn]
+        candidate = Candidate((), {width.name: units for width in dense.widths})
+        draws = [quality(saliency, candidate) for saliency in drawn]
         chance = sorted(draws, key=lambda q: q.estimate("kl").value)[DRAWS // 2]
         found = {f"at random, median of {DRAWS}": chance}
-        found |= {name: quality(saliency, units) for name, saliency in scored.items()}
+        found |= {TOLD[way]: quality(saliency, candidate) for way, saliency in scored.items()}
+        best = best_saliency(dense, list(scored.values()), candidate, select, silent)
+        found["the best on the select split"] = quality(best, candidate)
         for name, one in found.items():
             ratio = "" if one is chance else one.against(chance, "kl")
             rows.append((f"{share:.0%}", units, name, one.estimate("kl"), ratio))

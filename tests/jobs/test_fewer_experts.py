@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,12 @@ from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.find_experts import without_experts
 from layerwise.core.open import open_network
 from layerwise.core.plan import DataSpec, Edit, Identity, Plan, Step, read_plan
+from layerwise.core.stats import Scores
+from layerwise.jobs.contest import contest_on
+from layerwise.jobs.fewer import WAYS, able_experts, at_random, best_saliency, saliencies
+from layerwise.jobs.narrow import Candidate, Dense
+from layerwise.jobs.request import Request
+from layerwise.jobs.session import Budget, silent
 
 SMALL = "--samples 2 --length 32 --json"
 
@@ -58,6 +65,24 @@ def test_the_least_salient_go(heal: str, tiny: Callable[..., Path], tmp_path: Pa
         assert_close(mine, stored, rtol=1e-5, atol=1e-6)
 
 
+def test_the_saliency_that_measures_best_is_taken(tiny: Callable[..., Path]) -> None:
+    network = open_network(tiny("mixtral"))
+    data = DataSpec(samples=2, length=32)
+    request = Request(tiny("mixtral"), Budget(size=0.8), "hf", data=data)
+    found = saliencies(request, network, silent)
+    assert [scores.origin.split()[-1] for scores in found] == list(WAYS)
+    asked = request._replace(settings={"reap": {"by": "norm"}})
+    assert saliencies(asked, network, silent) == [found[WAYS.index("norm")]]
+    dense, contest = Dense(request, network, able_experts(network)), contest_on(request, network)
+    candidate = Candidate((), {"num_local_experts": 2})
+
+    def kl(scores: Scores) -> float:
+        return contest.roughly(replace(dense, saliency=scores).plan(candidate)).estimate("kl").value
+
+    every = [*found, at_random(found[0], torch.Generator().manual_seed(1))]
+    assert best_saliency(dense, every, candidate, contest, silent) == min(every, key=kl)
+
+
 def test_beside_layers_and_widths(tiny: Callable[..., Path], tmp_path: Path) -> None:
     model, out = tiny("mixtral"), tmp_path / "p.yaml"
     found = run(f"plan {model} --size 60% --allow expert,width,layer {SMALL} --out {out}")
@@ -69,9 +94,7 @@ def test_beside_layers_and_widths(tiny: Callable[..., Path], tmp_path: Path) -> 
     assert Checkpoint(tmp_path / "out").nbytes == taken["bytes"]
 
 
-def test_a_plan_by_hand_with_an_order_and_edits(
-    tiny: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_plan_by_hand_with_an_order_and_edits(tiny: Callable[..., Path], tmp_path: Path) -> None:
     model, out = tiny("mixtral"), tmp_path / "out"
     held = Checkpoint(model)
     plan = Plan(

@@ -1,10 +1,10 @@
 """One size for dense checkpoints: fewer layers, fewer channels and fewer heads, chosen together."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from layerwise.core.errors import LayerwiseError
-from layerwise.core.find_experts import find_experts, least_experts
 from layerwise.core.find_widths import find_widths
 from layerwise.core.network import Network
 from layerwise.core.open import rewired
@@ -13,10 +13,10 @@ from layerwise.core.select import selects
 from layerwise.core.width import Width
 from layerwise.jobs.contest import Contest, contest_on
 from layerwise.jobs.fates import experts_told
+from layerwise.jobs.fewer import able_experts, best_saliency, saliencies
 from layerwise.jobs.joint import MOST, layers_alone, tried
 from layerwise.jobs.narrow import Candidate, Dense, levels
 from layerwise.jobs.request import Planned, Request
-from layerwise.jobs.scoring import make_scores
 from layerwise.jobs.session import Progress
 from layerwise.jobs.timed import CLOSE, Clock
 from layerwise.jobs.units import able_to_go, wiring_without
@@ -38,11 +38,11 @@ def plan_dense(request: Request, network: Network, progress: Progress) -> Planne
     Raises:
         LayerwiseError: nothing that may go gets as small, or as fast.
     """
-    dense = _dense(request, network, progress)
+    contest = contest_on(request, network)
+    dense = _dense(request, network, contest, progress)
     sets: dict[tuple[str, ...], float] = {(): 0.0}
     if "layer" in request.allow:
         sets = _layer_sets(request, network, progress)
-    contest = contest_on(request, network)
     clock = Clock(dense, contest.batches) if request.budget.speed else None
     fits = _fitting(dense, clock.times(list(sets)) if clock else None)
     found = [c for gone in sets for c in dense.candidates(gone, fits)]
@@ -75,48 +75,31 @@ def plan_dense(request: Request, network: Network, progress: Progress) -> Planne
     return _planned(dense, chosen[best], plans[best], rows)
 
 
-def _dense(request: Request, network: Network, progress: Progress) -> Dense:
-    """What the budget may take of every layer, and which experts it takes first."""
-    found = find_widths(network) if "width" in request.allow else []
-    experts = _experts(network) if "expert" in request.allow else []
-    widths = [w for w in (*found, *experts) if not _pinned(request, network, w)]
-    saliency: Mapping[str, float] = {}
-    if any(not width.reader for width in widths):
-        name = request.score or "expert_saliency"
-        scores = make_scores(request, network, name, progress)
-        if scores.unit != "expert":
-            raise LayerwiseError(
-                f"--score {name}",
-                allowed="expert_saliency, which says how much is lost without an expert",
-                found=f"scores per {scores.unit}",
-                fix="leave --score out, or set expert_saliency.by",
-            )
-        if not scores.values:
-            raise LayerwiseError(
-                f"--allow expert for {type(network.module).__name__}",
-                allowed="experts in a module that is given tokens, numbers of experts and gates",
-                found="no call of that kind",
-                fix="write `units` into a plan by hand, or allow width or layer",
-            )
-        saliency = scores.values
-    return Dense(request, network, widths, saliency)
-
-
-def _experts(network: Network) -> list[Width]:
-    """The experts of a network, and how few it can have.
+def _dense(request: Request, network: Network, contest: Contest, progress: Progress) -> Dense:
+    """What the budget may take of every layer, and which experts it takes first.
 
     Raises:
-        LayerwiseError: there are none.
+        LayerwiseError: it may take experts, and there are none.
     """
-    found = find_experts(network)
-    if not found:
+    found = find_widths(network) if "width" in request.allow else []
+    experts = able_experts(network) if "expert" in request.allow else []
+    if "expert" in request.allow and not experts:
         raise LayerwiseError(
             f"--allow expert for {type(network.module).__name__}",
             allowed="a mixture of experts that can change places, as many in every such layer",
             found="none, as far as shorter axes and trials in one layer tell",
             fix="allow width or layer",
         )
-    return [width._replace(least=least_experts(network, width)) for width in found]
+    widths = [w for w in (*found, *experts) if not _pinned(request, network, w)]
+    dense = Dense(request, network, widths)
+    alone = replace(dense, widths=[w for w in widths if not w.reader])
+    if not alone.widths:
+        return dense
+    nearest = {w.name: min(levels(w), key=lambda n, w=w: abs(n - w.units / 2)) for w in widths}
+    fitting = alone.candidates((), _fitting(alone, None))
+    sample = next((c for c in fitting if c != alone.whole), Candidate((), nearest))
+    scores = saliencies(request, network, progress)
+    return replace(dense, saliency=best_saliency(alone, scores, sample, contest, progress))
 
 
 def _fitting(
@@ -253,7 +236,8 @@ def _planned(
         for layer in dense.network.layers()
     ]
     nbytes, whole = dense.nbytes(candidate), dense.network.checkpoint.nbytes
-    return Planned(plan, layers, nbytes, {}, None, None, whole, edge=rows)
+    note = f"experts by {dense.saliency.origin}" if plan.units else ""
+    return Planned(plan, layers, nbytes, {}, None, None, whole, note=note, edge=rows)
 
 
 def _impossible(dense: Dense, sets: Sequence[tuple[str, ...]]) -> LayerwiseError:

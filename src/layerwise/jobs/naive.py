@@ -1,7 +1,7 @@
 """The naive plan: what a user would do without a planner, at the same size."""
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -12,12 +12,13 @@ from msgspec import structs
 
 from layerwise.core.chain import kind_left, weights_left
 from layerwise.core.errors import LayerwiseError
-from layerwise.core.find_experts import find_experts, least_experts, without_experts
+from layerwise.core.find_experts import without_experts
 from layerwise.core.method import find
 from layerwise.core.network import Network, fill
 from layerwise.core.open import open_network
 from layerwise.core.plan import Plan, Step, chain_for, describe
 from layerwise.core.quality import Quality
+from layerwise.core.stats import Scores
 from layerwise.core.weight import Quantized
 from layerwise.export import PACKED, TARGETS
 from layerwise.jobs.apply import apply_plan
@@ -25,12 +26,12 @@ from layerwise.jobs.bits import plan_bits
 from layerwise.jobs.contest import Contest
 from layerwise.jobs.depth import assemble_depth, units_to_drop
 from layerwise.jobs.experts import without_routers
+from layerwise.jobs.fewer import able_experts, at_random, saliencies
 from layerwise.jobs.heal import trained
 from layerwise.jobs.mixes import MIXES, mix_plan, written_bytes
 from layerwise.jobs.narrow import Dense, narrow_alone
 from layerwise.jobs.request import Planned, Request
 from layerwise.jobs.rewrite import as_rewritten
-from layerwise.jobs.scoring import make_scores
 from layerwise.jobs.session import Budget, Progress, silent
 from layerwise.jobs.solve import put_outside
 from layerwise.jobs.units import able_to_go, left_out, wiring_without
@@ -156,20 +157,15 @@ def naive_experts(contest: Contest, progress: Progress) -> Naive | None:
     """
     plan, network = contest.plan, contest.opened()
     request = Request(contest.model, Budget(bytes=contest.nbytes), "hf", data=plan.data)
-    found = find_experts(network)
-    widths = [width._replace(least=least_experts(network, width)) for width in found]
-    dense = Dense(request, network, widths)
+    dense = Dense(request, network, able_experts(network))
     one = next(iter(dense.candidates((), lambda c: dense.nbytes(c) <= contest.nbytes)), None)
     if one is None:
         return None
-    options = {"expert_saliency": {"by": "frequency"}}
-    often = make_scores(request._replace(settings=options), network, "expert_saliency", progress)
+    (often,) = saliencies(request, network, progress, ["frequency"])
     generator = torch.Generator().manual_seed(plan.data.seed)
-    drawn = [
-        {key: torch.rand((), generator=generator).item() for key in often.values} for _ in range(5)
-    ]
+    drawn = [at_random(often, generator) for _ in range(5)]
 
-    def built(saliency: Mapping[str, float]) -> tuple[Quality, Plan]:
+    def built(saliency: Scores) -> tuple[Quality, Plan]:
         other = replace(dense, saliency=saliency).plan(one)
         return contest.qualities(without_experts(contest.opened(), other.units))[1], other
 
@@ -178,7 +174,7 @@ def naive_experts(contest: Contest, progress: Progress) -> Naive | None:
 
     tried = {
         "at random, median of 5": sorted(map(built, drawn), key=kl)[2],
-        "those that fewest tokens come to": built(often.values),
+        "those that fewest tokens come to": built(often),
     }
     name = min(tried, key=lambda what: kl(tried[what]))
     quality, other = tried[name]

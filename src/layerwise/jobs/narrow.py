@@ -1,7 +1,7 @@
 """What a dense checkpoint can lose: layers, and units of every width; and what that saves."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from math import gcd
@@ -14,6 +14,7 @@ from layerwise.core.find_widths import find_widths
 from layerwise.core.network import Network
 from layerwise.core.plan import Edit, Plan, Step
 from layerwise.core.stack import Layer
+from layerwise.core.stats import Scores
 from layerwise.core.width import Width
 from layerwise.jobs.request import Request, identity
 from layerwise.jobs.session import Budget
@@ -23,6 +24,8 @@ from layerwise.jobs.units import layer_bytes, wiring_without
 LEVELS = 64
 #: entries of two bytes that fill the sixteen by which grouped products of experts go
 ALIGNED = 8
+#: nothing is known of any expert: the first ones stay
+UNKNOWN = Scores({}, "expert", "")
 
 
 class Candidate(NamedTuple):
@@ -53,7 +56,7 @@ class Dense:
     request: Request
     network: Network
     widths: Sequence[Width]
-    saliency: Mapping[str, float] = field(default_factory=dict)
+    saliency: Scores = UNKNOWN
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -157,7 +160,7 @@ class Dense:
         return found
 
     def _most_salient(self, key: str, width: Width, count: int) -> list[int]:
-        span, value = width.units // width.spans, self.saliency
+        span, value = width.units // width.spans, self.saliency.values
         kept: list[int] = []
         for start in range(0, width.units, span):
             own = range(start, start + span)
