@@ -70,7 +70,7 @@ def test_the_saliency_that_measures_best_is_taken(tiny: Callable[..., Path]) -> 
     data = DataSpec(samples=2, length=32)
     request = Request(tiny("mixtral"), Budget(size=0.8), "hf", data=data)
     found = saliencies(request, network, silent)
-    assert [scores.origin.split()[-1] for scores in found] == list(WAYS)
+    assert [scores.origin for scores in found] == [f"expert_saliency ({way})" for way in WAYS]
     asked = request._replace(settings={"reap": {"by": "norm"}})
     assert saliencies(asked, network, silent) == [found[WAYS.index("norm")]]
     dense, contest = Dense(request, network, able_experts(network)), contest_on(request, network)

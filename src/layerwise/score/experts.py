@@ -49,4 +49,4 @@ def expert_saliency(
             "norm": norms,
         }[by]
         values |= {f"{key}[{expert}]": value for expert, value in enumerate(each.tolist())}
-    return Scores(values, "expert", f"expert_saliency by {by}")
+    return Scores(values, "expert", f"expert_saliency ({by})")
