@@ -1,6 +1,7 @@
 """Which architectures can be made narrower: every width halved, written, and reloaded.
 
-python -m benchmarks.widths [workers]      tiny random models of all types of the test suite
+python -m benchmarks.widths [workers]           tiny random models of all types of the test suite
+python -m benchmarks.widths [workers] experts   of those with experts: one fewer of every group
 """
 
 import os
@@ -53,18 +54,64 @@ def halved(entry: tuple[str, ...]) -> tuple[str, str, str]:
         return task, f"refused: {type(error).__name__}", f"{kind}: {str(error)[:300]}"
 
 
+def fewer(entry: tuple[str, ...]) -> tuple[str, str, str]:
+    """The task, what became of a type, and which experts it can lose; nothing without experts."""
+    import torch
+    from build import Entry, build, example
+    from checks import _limited
+    from subject import Subject
+
+    import layerwise.families
+    from layerwise.core.find_experts import find_experts, layers_with
+    from layerwise.core.stats import observe
+    from layerwise.jobs.apply import apply_plan
+    from layerwise.measure.experts import expert_use
+
+    assert layerwise.families
+    torch.set_num_threads(1)
+    task, kind = entry[0], entry[1]
+    try:
+        with tempfile.TemporaryDirectory() as folder, _limited(120):
+            model = build(Entry(*entry))
+            subject = Subject(Entry(*entry), model, Path(folder))
+            network = subject.network
+            if all(m.expert is None for layer in network.layers() for m in layer.matrices):
+                return task, "", kind
+            widths = find_experts(network)
+            if not widths:
+                return task, "no experts found", kind
+            units = {}
+            for width in widths:
+                span = width.units // width.spans
+                kept = [n for n in range(width.units) if n % span]
+                units[width.name] = {la.key: kept for la in layers_with(network, width)}
+            plan = subject.plan(target="hf", units=units)
+            apply_plan(subject.folder / "model", plan, Path(folder) / "out", dtype="float32")
+            use = observe(network, [example(Entry(*entry), model)], {"use": expert_use()})["use"]
+            scored = all(len(use[key]) for kept in units.values() for key in kept)
+            what = "written and reloaded" if scored else "written and reloaded, by hand only"
+            return task, what, f"{kind}: {', '.join(units)}"
+    except BaseException as error:  # a type that cannot be built or opened, or a refusal
+        return task, f"refused: {type(error).__name__}", f"{kind}: {str(error)[:300]}"
+
+
 def main(words: Sequence[str] = ()) -> None:
     """Print how many types of every task can be made narrower, and what hindered the others."""
     from build import entries
 
     workers = int(words[0]) if words else os.cpu_count()
+    of_experts = "experts" in words
     with ProcessPoolExecutor(workers) as pool:
-        found = list(pool.map(halved, [tuple(entry) for entry in entries()]))
+        found = list(
+            pool.map(fewer if of_experts else halved, [tuple(entry) for entry in entries()])
+        )
+    found = [row for row in found if row[1]]
     counts = Counter((task, what) for task, what, _ in found)
     rows = [(task, what, str(count)) for (task, what), count in sorted(counts.items())]
     for row in sorted(found):
         print(*row, sep="\t", file=sys.stderr)
-    table("Every width halved", ("task", "came to", "types"), rows)
+    title = "One expert fewer of every group" if of_experts else "Every width halved"
+    table(title, ("task", "came to", "types"), rows)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ Kl = Annotated[
 ]
 Allow = Annotated[
     str,
-    typer.Option(help="What the budget may take: bits,rank,sparsity,layer; or width,layer."),
+    typer.Option(help="What the budget may take: bits,rank,sparsity,layer; or width,expert,layer."),
 ]
 Target = Annotated[str, typer.Option(help="hf, compressed-tensors, gguf or compact.")]
 Method = Annotated[

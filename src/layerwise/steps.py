@@ -52,7 +52,7 @@ def request_of(given: dict[str, Any]) -> Any:
     )
     faster = given["flops"] or given["speed"]
     allow = given["allow"] or ("width,layer" if faster else "bits")
-    dense = given["depth"] or given["sparsity"] or "width" in allow
+    dense = given["depth"] or given["sparsity"] or {"width", "expert"} & {*allow.split(",")}
     return Request(
         given["model"],
         budget,

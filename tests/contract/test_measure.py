@@ -35,6 +35,11 @@ def documents() -> tuple[torch.Tensor, torch.Tensor]:
     return ids * mask, mask.long()
 
 
+def experts(x: torch.Tensor, chosen: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    """A module of two experts, the second of which gives three times its input."""
+    return (gates * (1 + 2 * chosen)).sum(1, keepdim=True) * x
+
+
 def shown(probe: Probe, start: int, stop: int) -> Seen:
     """What a probe of its kind would see of some of the documents."""
     generator = torch.Generator().manual_seed(1)
@@ -48,7 +53,15 @@ def shown(probe: Probe, start: int, stop: int) -> Seen:
     queries = torch.stack([x, 2 * x], 1)  # [batch, 2 heads, seq, dim]
     attention = Attention(queries, y[:, None], None, True, 0.5)
     added = {"attention": measured(x, y)}
-    return Seen(x, y, mask, clean, {}, lambda: y, added, [attention])
+    module, rows = torch.nn.Identity(), x.flatten(0, 1)
+    module.forward = experts
+    chosen, gates = (rows[:, :1] > 0).long(), rows[:, 1:2].abs()
+
+    def replay() -> torch.Tensor:
+        module(rows, chosen, gates)
+        return y
+
+    return Seen(x, y, mask, clean, {}, replay, added, [attention])
 
 
 def gathered(probe: Probe, split: list[int]) -> Any:
@@ -103,7 +116,7 @@ def test_the_network_computes_the_same_under_observation(opened, method: Method,
 
 @every_measure
 def test_padding_counts_for_nothing(opened, method: Method) -> None:
-    network = opened("llama")
+    network = opened("mixtral" if method.name == "expert_use" else "llama")
     ids, mask = documents()
     padded = [{"input_ids": ids, "attention_mask": mask}]
     alone = [{"input_ids": row[None, :n]} for row, n in zip(ids, LENGTHS, strict=True)]

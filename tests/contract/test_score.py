@@ -22,7 +22,7 @@ every_score = pytest.mark.parametrize("method", methods("score"), ids=lambda m: 
 
 @pytest.fixture(scope="module")
 def network(tiny) -> Network:
-    return layerwise.open(tiny("llama")).load()
+    return layerwise.open(tiny("mixtral")).load()
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,7 @@ def test_one_finite_value_per_unit(method: Method, network: Network, stats: Stat
     found = score(method, stats, network.stack)
     layers = [layer.key for layer in network.stack.layers]
     units = {"layer": layers, "span": layers, "group": [g.key for g in network.stack.groups()]}
+    units["expert"] = [f"{key}[{expert}]" for key in layers for expert in range(4)]
     units["part"] = [f"{la.key}/{part.name}" for la in network.stack.layers for part in la.parts]
     assert list(found.values) == units[found.unit]
     assert torch.tensor(list(found.values.values())).isfinite().all()
@@ -79,14 +80,14 @@ def test_one_finite_value_per_unit(method: Method, network: Network, stats: Stat
 )
 def test_layers_may_be_relabelled(method: Method, network: Network, stats: Stats) -> None:
     keys = [layer.key for layer in network.stack.layers]
-    other = dict(zip(keys, [keys[2], keys[0], keys[3], keys[1]], strict=True))
+    other = dict(zip(keys, [keys[2], keys[0], keys[1]], strict=True))
     moved = Stats(
         {p: {other.get(k, k): v for k, v in units.items()} for p, units in stats.values.items()}
     )
     before, after = score(method, stats, network.stack), score(method, moved, network.stack)
 
     def moved_to(key: str) -> str:
-        layer = next(k for k in keys if key == k or key.startswith(f"{k}/"))
+        layer = next(k for k in keys if key == k or key.startswith((f"{k}/", f"{k}[")))
         return other[layer] + key.removeprefix(layer)
 
     assert after.values == {moved_to(key): value for key, value in before.values.items()}

@@ -87,7 +87,7 @@ def test_budgets_of_products_and_of_time(
         ("--size 1% --allow width,layer", "at least --bytes"),
         ("--bits 3 --allow width", "--size, --bytes"),
         ("--size 50% --allow width --target gguf", "--target hf"),
-        ("--size 50% --allow bits,width", "width and layer"),
+        ("--size 50% --allow bits,width", "width, expert and layer"),
         ("--flops 50% --allow bits", "--allow width,layer"),
         ("--speed 0.5x", "more than 1x"),
         ("--size 50% --allow bits,rank", "--target compact"),

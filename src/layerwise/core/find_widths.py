@@ -63,7 +63,7 @@ def find_widths(network: Network) -> list[Width]:
         first.remove(stop.layer.path)
         if not first or not found:
             break
-    return _apart(found)
+    return without_overlap(found)
 
 
 def widths_named(network: Network, values: Mapping[str, int]) -> list[tuple[Width, int]]:
@@ -115,14 +115,14 @@ def _candidates(network: Network) -> Iterator[Candidate]:
     with the number of heads.
     """
     kind, config = type(network.model), network.model.config
-    before = _shapes(kind, config)
+    before = shapes_stored(kind, config)
     inside = tuple(f"{layer.path}." for layer in network.layers())
     told = _told(kind, config, before)
     settled = narrowed_config(config, {path: value for path, (value, _) in told.items()})
     alone: dict[str, int] = {}
 
     def cut(fields: dict[str, int]) -> Iterator[Candidate]:
-        changed = _changed(kind, settled, before, fields)
+        changed = changed_axes(kind, settled, before, fields)
         if changed and all(name.startswith(inside) for name in changed):
             fixed = {
                 p: v for p, (v, names) in told.items() if names & {*changed} and p not in fields
@@ -161,7 +161,7 @@ def _told(
         p + n for p, part in configs_in(config.to_dict()) for n, v in part.items() if v is None
     ]:
         try:
-            shapes = _shapes(kind, narrowed_config(config, {path: PROBE}))
+            shapes = shapes_stored(kind, narrowed_config(config, {path: PROBE}))
         except Exception:  # a field that takes no number
             continue
         axes = [
@@ -176,12 +176,13 @@ def _told(
     return found
 
 
-def _shapes(kind: type[PreTrainedModel], config: PretrainedConfig) -> dict[str, torch.Size]:
+def shapes_stored(kind: type[PreTrainedModel], config: PretrainedConfig) -> dict[str, torch.Size]:
+    """The shapes of all tensors that a model of some configuration stores, by their names."""
     model = build_meta(kind, copy.deepcopy(config), torch.float32)
-    return {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
-def _changed(
+def changed_axes(
     kind: type[PreTrainedModel],
     config: PretrainedConfig,
     before: Mapping[str, torch.Size],
@@ -192,7 +193,7 @@ def _changed(
     if fewer is None:
         return None
     try:
-        shapes = _shapes(kind, narrowed_config(config, dict(zip(fields, fewer, strict=True))))
+        shapes = shapes_stored(kind, narrowed_config(config, dict(zip(fields, fewer, strict=True))))
     except Exception:  # a value that the architecture refuses is simply no width
         return None
     if shapes.keys() != before.keys():
@@ -218,7 +219,7 @@ def _cut(
     """Ways in which the parameters of a layer may hold the units of some fields."""
     units = math.gcd(*fields.values())
     layers = network.layers()
-    axes, *others = [_inside(layer, changed) for layer in layers]
+    axes, *others = [axes_in(layer, changed) for layer in layers]
     if not axes or any(other != axes for other in others):
         return
     sizes = {name: size for name, (_, size) in axes.items()}
@@ -233,9 +234,9 @@ def _cut(
     yield Candidate(fields, fixed, units, ways)
 
 
-def _inside(layer: Layer, changed: Mapping[str, int]) -> dict[str, tuple[int, int]]:
-    """The axes of a layer that change and their lengths, by the names of parameters in it."""
-    shapes = layer.shapes
+def axes_in(layer: Layer, changed: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """The axes of a layer that change and their lengths, by the names of tensors in it."""
+    shapes = {name: tensor.shape for name, tensor in layer.module.state_dict().items()}
     own = {n.removeprefix(f"{layer.path}."): axis for n, axis in changed.items()}
     return {n: (axis, shapes[n][axis]) for n, axis in own.items() if n in shapes}
 
@@ -292,7 +293,7 @@ def _reads(trial: Trial, name: str, cut: Cut) -> bool:
     return cut.axis == trial.axis(name, inputs=True)
 
 
-def _apart(widths: Sequence[Width]) -> list[Width]:
+def without_overlap(widths: Sequence[Width]) -> list[Width]:
     """Widths that share no parameter's axis with one before them; those of more units first."""
     found: list[Width] = []
     taken: set[tuple[str, int]] = set()

@@ -104,6 +104,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
     data: DataSpec = DataSpec()
     wiring: dict[str, list[Any]] = {}
     widths: dict[str, Annotated[int, msgspec.Meta(ge=1)]] = {}
+    #: by the field that counts them and by layer: the experts that stay
+    units: dict[str, dict[str, list[Annotated[int, msgspec.Meta(ge=0)]]]] = {}
     rewrites: tuple[Step, ...] = ()
     edits: tuple[Edit, ...] = ()
     fixed: tuple[str, ...] = ()
@@ -293,9 +295,10 @@ def describe(plan: Plan) -> str:
     if plan.experts:
         cut = plan.experts
         return f"feed-forward parts of {cut.count} experts, {100 * cut.active:.0f}% active"
-    if plan.wiring or plan.widths:
+    if plan.wiring or plan.widths or plan.units:
         words = [_order(*item) for item in plan.wiring.items()]
-        words += [f"{name} {value}" for name, value in plan.widths.items()]
+        experts = {name: len(next(iter(kept.values()), ())) for name, kept in plan.units.items()}
+        words += [f"{name} {value}" for name, value in (experts | plan.widths).items()]
         healed = f", healed for {plan.heal.steps} steps" if plan.heal else ""
         return "; ".join(words) + healed
     counts: dict[str, int] = {}

@@ -102,7 +102,7 @@ class Scores:
     """
 
     values: Mapping[str, float]
-    unit: Literal["layer", "span", "part", "group", "matrix"]
+    unit: Literal["layer", "span", "part", "group", "matrix", "expert"]
     origin: str
     trial: Mapping[str, float] = field(default_factory=dict)
 

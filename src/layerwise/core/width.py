@@ -40,7 +40,8 @@ class Width(NamedTuple):
 
     `fields` are paths such as `text_config.intermediate_size` with their values now; all shrink by
     the same share. What is `fixed` would follow from them if it were not said. `cuts` are by the
-    names of parameters in a layer; `reader` is the one whose inputs the units are.
+    names of parameters in a layer; `reader` is the one whose inputs the units are, and nobody
+    reads experts. As many units stay of each of the `spans`, and `least` of all of them.
     """
 
     fields: Mapping[str, int]
@@ -48,6 +49,8 @@ class Width(NamedTuple):
     cuts: Mapping[str, Cut]
     reader: str
     fixed: Mapping[str, int] = {}
+    spans: int = 1
+    least: int = 1
 
     @property
     def name(self) -> str:
@@ -56,8 +59,8 @@ class Width(NamedTuple):
 
     @property
     def block(self) -> int:
-        """Inputs of the reader that belong to one unit."""
-        return self.cuts[self.reader].pieces[0]
+        """Inputs of the reader that belong to one unit; 0 without a reader."""
+        return self.cuts[self.reader].pieces[0] if self.reader else 0
 
     def values(self, units: int) -> dict[str, int]:
         """The fields of the configuration with so many units."""

@@ -88,11 +88,11 @@ def _check_alike(network: Network, plan: Plan, target: Target) -> None:
 
 def check_widths(network: Network, plan: Plan) -> None:
     """Refuse smaller widths that no target can hold, or that no edit makes."""
-    if plan.widths and plan.target != "hf":
+    if (plan.widths or plan.units) and plan.target != "hf":
         raise LayerwiseError(
-            f"plan, widths with target {plan.target}",
+            f"plan, widths or units with target {plan.target}",
             allowed="target hf",
-            found=dict(plan.widths),
+            found=dict(plan.widths) or ", ".join(plan.units),
             fix="write the narrower model with target hf, then compress that folder further",
         )
     for width, units in widths_named(network, plan.widths) if plan.widths else ():

@@ -15,6 +15,7 @@ from torch import Tensor
 from layerwise.core.absent import silenced, unstored
 from layerwise.core.errors import LayerwiseError, first_few
 from layerwise.core.fan import Engine
+from layerwise.core.find_experts import original_key, without_experts
 from layerwise.core.fold import save_folds
 from layerwise.core.journal import Journal
 from layerwise.core.lockstep import walk
@@ -22,7 +23,7 @@ from layerwise.core.machine import check_disk, check_memory
 from layerwise.core.method import find
 from layerwise.core.network import Network
 from layerwise.core.open import open_network, unrolled, widened
-from layerwise.core.plan import Plan, chain_for
+from layerwise.core.plan import Plan, chain_for, label
 from layerwise.core.reader import windows
 from layerwise.core.shards import write_safetensors
 from layerwise.core.stack import Layer
@@ -36,7 +37,7 @@ from layerwise.export._writer import Finished
 from layerwise.jobs.admit import check_plan
 from layerwise.jobs.checks import CHECK, CHECKED, must_be_sound, out_of_place, too_large
 from layerwise.jobs.engine import must_run
-from layerwise.jobs.fates import labels_of
+from layerwise.jobs.fates import experts_told, labels_of
 from layerwise.jobs.forecast import disk_to_apply, memory_to_rewrite, memory_to_solve
 from layerwise.jobs.imatrix import given_by
 from layerwise.jobs.rewrite import as_rewritten, must_keep, rewrite
@@ -156,7 +157,8 @@ def opened_for(model: str | Path, plan: Plan, device: str = "auto", dtype: str =
     An order in which every layer runs once at most is kept, so that edits are solved in it.
     """
     if plan.target not in TARGETS or not TARGETS[plan.target].once:
-        return unrolled(open_network(model, wiring=plan.wiring, device=device, dtype=dtype))
+        ordered = open_network(model, wiring=plan.wiring, device=device, dtype=dtype)
+        return without_experts(unrolled(ordered), plan.units)
     wiring = {
         name: order if each_once(order) else folded(order)[0] for name, order in plan.wiring.items()
     }
@@ -272,11 +274,12 @@ def beside(out: Path, what: str) -> Path:
 def layer_row(network: Network, layer: Layer, plan: Plan, report: dict[str, Any]) -> dict[str, Any]:
     """What one layer got and what came true of it; `from` is its place in the original."""
     labels = labels_of(network, layer, plan)
+    experts = experts_told(plan, original_key(network, layer))
     errors = list(report.get("errors", {}).values())
     return {
         "layer": layer.key,
         "from": network.origins.get(layer.path),
-        "options": sorted(set(labels.values())),
+        "options": sorted({*labels.values(), *experts} - ({label(())} if experts else set())),
         "groups": {m.fusion: labels[m] for m in layer.matrices},
         "bytes": report.get("bytes"),
         "error": sum(errors) / len(errors) if errors else None,

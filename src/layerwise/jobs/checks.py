@@ -176,7 +176,7 @@ def rebuild_check(
     or the list of layers is put in the new order; it is right to give what either gives, as some
     layers pass on more than a hidden state.
     """
-    if plan.edits or plan.heal:
+    if plan.edits or plan.heal or plan.units:
         return []
     stacks = [stack for stack in network.stacks if stack.name in plan.wiring]
     orders = {s.name: parse_wiring(plan.wiring[s.name], len(s.layers), s.name) for s in stacks}

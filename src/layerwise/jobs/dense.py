@@ -1,6 +1,7 @@
 """One size for dense checkpoints: fewer layers, fewer channels and fewer heads, chosen together."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from layerwise.core.errors import LayerwiseError
@@ -11,6 +12,8 @@ from layerwise.core.plan import Plan
 from layerwise.core.select import selects
 from layerwise.core.width import Width
 from layerwise.jobs.contest import Contest, contest_on
+from layerwise.jobs.fates import experts_told
+from layerwise.jobs.fewer import able_experts, best_saliency, saliencies
 from layerwise.jobs.joint import MOST
 from layerwise.jobs.leaving import layers_alone, tried
 from layerwise.jobs.narrow import Candidate, Dense, levels
@@ -36,12 +39,11 @@ def plan_dense(request: Request, network: Network, progress: Progress) -> Planne
     Raises:
         LayerwiseError: nothing that may go gets as small, or as fast.
     """
-    widths = [w for w in find_widths(network) if not _pinned(request, network, w)]
-    dense = Dense(request, network, widths if "width" in request.allow else [])
+    contest = contest_on(request, network)
+    dense = _dense(request, network, contest, progress)
     sets: dict[tuple[str, ...], float] = {(): 0.0}
     if "layer" in request.allow:
         sets = _layer_sets(request, network, progress)
-    contest = contest_on(request, network)
     clock = Clock(dense, contest.batches) if request.budget.speed else None
     fits = _fitting(dense, clock.times(list(sets)) if clock else None)
     found = [c for gone in sets for c in dense.candidates(gone, fits)]
@@ -72,6 +74,33 @@ def plan_dense(request: Request, network: Network, progress: Progress) -> Planne
     best = min(able, key=lambda i: rows[i]["expected"])
     rows[best]["chosen"] = True
     return _planned(dense, chosen[best], plans[best], rows)
+
+
+def _dense(request: Request, network: Network, contest: Contest, progress: Progress) -> Dense:
+    """What the budget may take of every layer, and which experts it takes first.
+
+    Raises:
+        LayerwiseError: it may take experts, and there are none.
+    """
+    found = find_widths(network) if "width" in request.allow else []
+    experts = able_experts(network) if "expert" in request.allow else []
+    if "expert" in request.allow and not experts:
+        raise LayerwiseError(
+            f"--allow expert for {type(network.module).__name__}",
+            allowed="a mixture of experts that can change places, as many in every such layer",
+            found="none, as far as shorter axes and trials in one layer tell",
+            fix="allow width or layer",
+        )
+    widths = [w for w in (*found, *experts) if not _pinned(request, network, w)]
+    dense = Dense(request, network, widths)
+    alone = replace(dense, widths=[w for w in widths if not w.reader])
+    if not alone.widths:
+        return dense
+    nearest = {w.name: min(levels(w), key=lambda n, w=w: abs(n - w.units / 2)) for w in widths}
+    fitting = alone.candidates((), _fitting(alone, None))
+    sample = next((c for c in fitting if c != alone.whole), Candidate((), nearest))
+    scores = saliencies(request, network, progress)
+    return replace(dense, saliency=best_saliency(alone, scores, sample, contest, progress))
 
 
 def _fitting(
@@ -198,7 +227,9 @@ def _planned(
     layers = [
         {
             "layer": layer.key,
-            "option": "left out" if layer.key in candidate.gone else words,
+            "option": "left out"
+            if layer.key in candidate.gone
+            else "; ".join([words, *experts_told(plan, layer.key)]),
             "bytes": dense.layer_bytes(layer, candidate),
             "importance": None,
             "damage": None,
@@ -206,7 +237,8 @@ def _planned(
         for layer in dense.network.layers()
     ]
     nbytes, whole = dense.nbytes(candidate), dense.network.checkpoint.nbytes
-    return Planned(plan, layers, nbytes, {}, None, None, whole, edge=rows)
+    note = f"experts by {dense.saliency.origin}" if plan.units else ""
+    return Planned(plan, layers, nbytes, {}, None, None, whole, note=note, edge=rows)
 
 
 def _impossible(dense: Dense, sets: Sequence[tuple[str, ...]]) -> LayerwiseError:
@@ -223,6 +255,6 @@ def _impossible(dense: Dense, sets: Sequence[tuple[str, ...]]) -> LayerwiseError
         "budget",
         allowed=reachable,
         found=", ".join(f"--{k} {v}" for k, v in asked.items()),
-        fix="relax it, allow more with --allow width,layer, unpin what --keep pins, or choose "
-        "--target compressed-tensors for fewer bits",
+        fix="relax it, allow more with --allow width,expert,layer, unpin what --keep pins, or "
+        "choose --target compressed-tensors for fewer bits",
     )

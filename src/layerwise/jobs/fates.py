@@ -6,6 +6,7 @@ from typing import Any
 
 from layerwise.core.absent import absent
 from layerwise.core.adapters import nbytes_of
+from layerwise.core.errors import first_few
 from layerwise.core.network import Network
 from layerwise.core.plan import GONE, Plan, chain_for, label
 from layerwise.core.stack import Layer, LowRank, Matrix
@@ -69,6 +70,19 @@ def labels_of(network: Network, layer: Layer, plan: Plan) -> dict[Matrix, str]:
     """What every matrix of a layer got, in words; those of parts that do not run are left out."""
     gone = absent(layer, network.visits.get(layer.path))
     return {m: GONE if m in gone else label(chain_for(plan.edits, m)) for m in layer.matrices}
+
+
+def experts_told(plan: Plan, layer: str) -> list[str]:
+    """Which experts of a layer of the original stay, in words; nothing where all do.
+
+    Example:
+        >>> from layerwise.core.plan import Identity
+        >>> plan = Plan(Identity("", ""), units={"num_experts": {"decoder/0": [0, 2, 5, 6, 7]}})
+        >>> experts_told(plan, "decoder/0"), experts_told(plan, "decoder/1")
+        (['experts 0, 2, 5 and 2 more stay'], [])
+    """
+    held = (kept[layer] for kept in plan.units.values() if layer in kept)
+    return [f"experts {first_few([str(n) for n in numbers])} stay" for numbers in held]
 
 
 def own_bytes(ordered: Network) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -11,11 +12,13 @@ from msgspec import structs
 
 from layerwise.core.chain import kind_left, weights_left
 from layerwise.core.errors import LayerwiseError
+from layerwise.core.find_experts import without_experts
 from layerwise.core.method import find
 from layerwise.core.network import Network, fill
 from layerwise.core.open import open_network
-from layerwise.core.plan import Step, chain_for, describe
+from layerwise.core.plan import Plan, Step, chain_for, describe
 from layerwise.core.quality import Quality
+from layerwise.core.stats import Scores
 from layerwise.core.weight import Quantized
 from layerwise.export import PACKED, TARGETS
 from layerwise.jobs.apply import apply_plan
@@ -23,9 +26,10 @@ from layerwise.jobs.bits import plan_bits
 from layerwise.jobs.contest import Contest
 from layerwise.jobs.depth import assemble_depth, units_to_drop
 from layerwise.jobs.experts import without_routers
+from layerwise.jobs.fewer import able_experts, at_random, saliencies
 from layerwise.jobs.heal import trained
 from layerwise.jobs.mixes import MIXES, mix_plan, written_bytes
-from layerwise.jobs.narrow import narrow_alone
+from layerwise.jobs.narrow import Dense, narrow_alone
 from layerwise.jobs.request import Planned, Request
 from layerwise.jobs.rewrite import as_rewritten
 from layerwise.jobs.session import Budget, Progress, silent
@@ -52,6 +56,8 @@ def build_naive(contest: Contest, progress: Progress = silent) -> Naive | None:
         found.append(naive_neurons(contest))
     if contest.plan.wiring:
         found.append(naive_depth(contest, progress))
+    if contest.plan.units:
+        found.append(naive_experts(contest, progress))
     if contest.plan.widths:
         found.append(naive_width(contest, progress))
     elif contest.plan.edits:
@@ -141,6 +147,43 @@ def naive_width(contest: Contest, progress: Progress = silent) -> Naive:
                 quality = contest.qualities(edited)[1]
             built.append(Naive(what, quality, nbytes))
     return min(built, key=lambda naive: naive.quality.estimate("kl").value)
+
+
+def naive_experts(contest: Contest, progress: Progress) -> Naive | None:
+    """Experts alone, the same size: the better of the median of 5 random choices and of those that
+    most tokens come to.
+
+    Healed if the plan is. None if leaving experts out does not get as small.
+    """
+    plan, network = contest.plan, contest.opened()
+    request = Request(contest.model, Budget(bytes=contest.nbytes), "hf", data=plan.data)
+    dense = Dense(request, network, able_experts(network))
+    one = next(iter(dense.candidates((), lambda c: dense.nbytes(c) <= contest.nbytes)), None)
+    if one is None:
+        return None
+    (often,) = saliencies(request, network, progress, ["frequency"])
+    generator = torch.Generator().manual_seed(plan.data.seed)
+    drawn = [at_random(often, generator) for _ in range(5)]
+
+    def built(saliency: Scores) -> tuple[Quality, Plan]:
+        other = replace(dense, saliency=saliency).plan(one)
+        return contest.qualities(without_experts(contest.opened(), other.units))[1], other
+
+    def kl(item: tuple[Quality, Plan]) -> float:
+        return item[0].estimate("kl").value
+
+    tried = {
+        "at random, median of 5": sorted(map(built, drawn), key=kl)[2],
+        "those that fewest tokens come to": built(often),
+    }
+    name = min(tried, key=lambda what: kl(tried[what]))
+    quality, other = tried[name]
+    what = f"{describe(other)}; left out {name}"
+    if plan.heal:
+        mine = contest._replace(plan=structs.replace(other, heal=plan.heal))
+        edited = without_experts(contest.opened(), other.units)
+        quality, what = healed_equally(mine, edited, progress), f"{what}, healed equally"
+    return Naive(what, quality, dense.nbytes(one))
 
 
 def _by_size(chain: Sequence[Step]) -> tuple[Step, ...]:

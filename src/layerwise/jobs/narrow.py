@@ -9,10 +9,12 @@ from typing import NamedTuple
 
 from msgspec import structs
 
+from layerwise.core.find_experts import layers_with
 from layerwise.core.find_widths import find_widths
 from layerwise.core.network import Network
 from layerwise.core.plan import Edit, Plan, Step
 from layerwise.core.stack import Layer
+from layerwise.core.stats import Scores
 from layerwise.core.width import Width
 from layerwise.jobs.request import Request, identity
 from layerwise.jobs.session import Budget
@@ -22,6 +24,8 @@ from layerwise.jobs.units import layer_bytes, wiring_without
 LEVELS = 64
 #: entries of two bytes that fill the sixteen by which grouped products of experts go
 ALIGNED = 8
+#: nothing is known of any expert: the first ones stay
+UNKNOWN = Scores({}, "expert", "")
 
 
 class Candidate(NamedTuple):
@@ -36,29 +40,36 @@ def levels(width: Width) -> list[int]:
 
     Rows stay multiples of `ALIGNED` entries if they were: kernels of stock code want them so.
     """
-    step, aligned = 1, gcd(ALIGNED, width.units * width.block)
+    step, aligned = width.spans, gcd(ALIGNED, width.units * width.block) if width.reader else 1
     while 2 * step * LEVELS <= width.units or step * width.block % aligned:
         step *= 2
-    return [width.units, *range((width.units - 1) // step * step, 0, -step)]
+    return [width.units, *range((width.units - 1) // step * step, width.least - 1, -step)]
 
 
 @dataclass(frozen=True)
 class Dense:
-    """What a dense checkpoint of a network can lose, and what that saves."""
+    """What a dense checkpoint of a network can lose, and what that saves.
+
+    Of experts those go that have the least `saliency`, by keys such as `decoder/3[5]`.
+    """
 
     request: Request
     network: Network
     widths: Sequence[Width]
+    saliency: Scores = UNKNOWN
 
     @cached_property
     def sizes(self) -> dict[str, int]:
         """Stored bytes of every layer."""
         return layer_bytes(self.network)
 
-    def unit(self, width: Width, layer: Layer) -> int:
-        """Bytes of one unit in a layer."""
-        held = sum(layer.shapes[name].numel() for name in width.cuts)
-        return held * self.network.stored.dtype.itemsize // width.units
+    @cached_property
+    def numbers(self) -> dict[str, dict[str, int]]:
+        """How many numbers the tensors of every layer hold, by their names in it."""
+        return {
+            layer.key: {name: t.numel() for name, t in layer.module.state_dict().items()}
+            for layer in self.network.layers()
+        }
 
     def nbytes(self, candidate: Candidate) -> int:
         """Bytes of all tensors of a candidate."""
@@ -67,7 +78,10 @@ class Dense:
         return outside + sum(self.layer_bytes(layer, candidate) for layer in layers)
 
     def products(self, candidate: Candidate) -> int:
-        """Multiplications per token in the matrices of the layers, in those of all experts."""
+        """Multiplications per token in the matrices of the layers, in those of all experts.
+
+        A token runs as many experts among fewer.
+        """
         found = 0
         for layer in self.network.layers():
             if layer.key in candidate.gone:
@@ -75,7 +89,7 @@ class Dense:
             for matrix in layer.matrices:
                 size = matrix.size
                 for width in self.widths:
-                    if matrix.parameter in width.cuts:
+                    if width.reader and matrix.parameter in width.cuts:
                         size = size * candidate.units[width.name] // width.units
                 found += size
         return found
@@ -116,17 +130,43 @@ class Dense:
         request, edits = self.request, []
         for width in self.widths:
             units = candidate.units[width.name]
-            edits += self._edits(width, units) if units < width.units else []
+            edits += self._edits(width, units) if width.reader and units < width.units else []
+        read = {name for width in self.widths if width.reader for name in width.values(1)}
         return Plan(
             model=identity(self.network),
             target="hf",
             budget=request.budget.as_dict(),
             data=request.data,
             wiring=wiring_without(self.network, candidate.gone),
-            widths=self.fields(candidate),
+            widths={n: value for n, value in self.fields(candidate).items() if n in read},
+            units=self._experts(candidate),
             edits=tuple(edits),
             fixed=request.keep,
         )
+
+    def _experts(self, candidate: Candidate) -> dict[str, dict[str, list[int]]]:
+        """The experts that stay, where some go: as many of every span, the least salient last."""
+        found: dict[str, dict[str, list[int]]] = {}
+        for width in self.widths:
+            count = candidate.units[width.name]
+            if width.reader or count == width.units:
+                continue
+            layers = [la.key for la in layers_with(self.network, width)]
+            found[width.name] = {
+                key: self._most_salient(key, width, count)
+                for key in layers
+                if key not in candidate.gone
+            }
+        return found
+
+    def _most_salient(self, key: str, width: Width, count: int) -> list[int]:
+        span, value = width.units // width.spans, self.saliency.values
+        kept: list[int] = []
+        for start in range(0, width.units, span):
+            own = range(start, start + span)
+            order = sorted(own, key=lambda e: -value.get(f"{key}[{e}]", 0.0))
+            kept += sorted(order[: count // width.spans])
+        return kept
 
     def _edits(self, width: Width, units: int) -> list[Edit]:
         method = self.request.method or "sparsegpt"
@@ -153,8 +193,13 @@ class Dense:
         """Bytes of a layer of a candidate."""
         if layer.key in candidate.gone:
             return 0
-        narrower = ((w.units - candidate.units[w.name]) * self.unit(w, layer) for w in self.widths)
-        return self.sizes[layer.key] - sum(narrower)
+        before = self.numbers[layer.key]
+        after = dict(before)
+        for width in self.widths:
+            for name in width.cuts if width.cuts.keys() <= before.keys() else ():
+                after[name] = after[name] * candidate.units[width.name] // width.units
+        gone = sum(before.values()) - sum(after.values())
+        return self.sizes[layer.key] - gone * self.network.stored.dtype.itemsize
 
 
 def narrow_alone(network: Network, plan: Plan, nbytes: int) -> Plan | None:

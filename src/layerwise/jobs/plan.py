@@ -51,7 +51,8 @@ def make_plan(request: Request, progress: Progress = silent) -> Planned:
     going = {"layer", "part"} & {*request.allow} and "bits" in request.allow
     first = request.method or target.method or ("gptq" if besides or going else "")
     request = request._replace(method=",".join(filter(None, [first, *besides])))
-    if budget.depth is None and "width" not in request.allow:
+    narrower = bool({"width", "expert"} & {*request.allow})
+    if budget.depth is None and not narrower:
         check_unit(request, target)
     check_settings(request)
     if budget.kl is not None:
@@ -60,7 +61,7 @@ def make_plan(request: Request, progress: Progress = silent) -> Planned:
     target.accepts(network)
     for pattern in request.keep:
         check_selector(pattern, [m for s in network.stacks for m in s.matrices()], "--keep")
-    if "width" in request.allow:
+    if narrower:
         return plan_dense(request, network, progress)
     if budget.depth is not None or not request.method:
         if request.rewrites:
@@ -123,12 +124,13 @@ def check_allowed(request: Request, target: Target) -> None:
     Raises:
         LayerwiseError: it is not.
     """
-    asked, packed, dense = {*request.allow}, {"bits", *BESIDE, "layer", "part"}, {"width", "layer"}
-    if not ("bits" in asked <= packed or "width" in asked <= dense):
+    asked, packed = {*request.allow}, {"bits", *BESIDE, "layer", "part"}
+    narrower, dense = asked & {"width", "expert"}, {"width", "expert", "layer"}
+    if not ("bits" in asked <= packed or (narrower and asked <= dense)):
         raise LayerwiseError(
             f"--allow {','.join(request.allow)}",
-            allowed=f"bits and any of {', '.join(BESIDE)}, layer, part; or width and layer; "
-            "--depth leaves layers out alone",
+            allowed=f"bits and any of {', '.join(BESIDE)}, layer, part; or any of width, expert "
+            "and layer; --depth leaves layers out alone",
             found=min(asked - packed - dense, default=" and ".join(request.allow)),
             fix="choose one of these",
         )
@@ -140,7 +142,7 @@ def check_allowed(request: Request, target: Target) -> None:
             found=f"target {target.name}, whose engines know none",
             fix="choose --target compact, or allow bits and layers",
         )
-    if "width" in request.allow:
+    if narrower:
         check_dense(request)
         return
     budget = request.budget.as_dict()

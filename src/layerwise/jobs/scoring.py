@@ -244,18 +244,22 @@ def counting(progress: Progress, what: str, total: int) -> Callable[[], None]:
     return lambda: progress(what, next(count), total)
 
 
+def stats_for(
+    request: Request, network: Network, needs: Sequence[str], progress: Progress
+) -> Stats:
+    """What probes find in one pass over the calibration text."""
+    probes: dict[str, Probe] = {n: find(n, "measure").bind(request.options(n))() for n in needs}
+    if not probes:
+        return Stats({})
+    batches = windows(load_reader(network), texts_of(request.data), "calibrate")
+    return observe(network, batches, probes, partial(progress, "measuring layers"))
+
+
 def make_scores(request: Request, network: Network, name: str, progress: Progress) -> Scores:
     """Run the probes that a score needs, in one pass, and the score."""
     method = find(name, "score")
-    texts = texts_of(request.data)
-    probes: dict[str, Probe] = {
-        n: find(n, "measure").bind(request.options(n))() for n in method.needs
-    }
-    stats = Stats({})
+    stats = stats_for(request, network, method.needs, progress)
     given: dict[str, Any] = {}
-    if probes:
-        batches = windows(load_reader(network), texts, "calibrate")
-        stats = observe(network, batches, probes, partial(progress, "measuring layers"))
     if {"evaluate", "losses", "without", "squares"} & set(method.given):
         trials = trials_for(request, network)
 
@@ -283,10 +287,10 @@ def make_scores(request: Request, network: Network, name: str, progress: Progres
         return run_chain(weight.contiguous(), found, chain).dense()
 
     score = method.bind(request.options(method.name), fetch=fetch, tried=tried, **given)
-    return _merged([score(stack, stats) for stack in network.stacks])
+    return merged([score(stack, stats) for stack in network.stacks])
 
 
-def _merged(found: Sequence[Scores]) -> Scores:
+def merged(found: Sequence[Scores]) -> Scores:
     """The scores of all stacks together."""
     values = {key: value for scores in found for key, value in scores.values.items()}
     trial = {key: value for scores in found for key, value in scores.trial.items()}

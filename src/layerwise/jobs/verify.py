@@ -244,7 +244,7 @@ def layer_rows(case: Case) -> list[dict[str, Any]]:
     sizes, own = layer_bytes(original), own_bytes(edited)
     once = TARGETS[plan.target].once
     spares = once and all(map(each_once, plan.wiring.values()))
-    narrow = layer_bytes(open_network(case.folder)) if plan.widths else {}
+    narrow = layer_bytes(open_network(case.folder)) if plan.widths or plan.units else {}
     for layer in original.layers():
         size = sizes[layer.key]
         visits = [

@@ -1,5 +1,6 @@
 """Measure: probes that look at every layer in one pass."""
 
+from layerwise.measure.experts import expert_use
 from layerwise.measure.geometry import document_geometry, position_parts, stream_moments
 from layerwise.measure.importance import attention_received
 from layerwise.measure.moments import (
@@ -35,6 +36,7 @@ __all__ = [
     "cross_moment",
     "depth_use",
     "document_geometry",
+    "expert_use",
     "first_states",
     "head_patterns",
     "largest_magnitude",

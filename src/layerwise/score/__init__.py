@@ -1,5 +1,6 @@
 """Score: from what was measured to how important each layer or group is."""
 
+from layerwise.score.experts import expert_saliency
 from layerwise.score.groups import (
     fisher,
     interactions,
@@ -21,6 +22,7 @@ __all__ = [
     "angular_distance",
     "block_influence",
     "directional_change",
+    "expert_saliency",
     "fisher",
     "interactions",
     "layer_input_modification",
