@@ -85,13 +85,23 @@ def dropped(
 
 
 def loss_of(
-    model: LlamaForCausalLM, states: dict[int, Tensor], targets: Tensor, weights: dict[int, float]
+    model: LlamaForCausalLM,
+    states: dict[int, Tensor],
+    targets: Tensor,
+    weights: dict[int, float],
+    taught: bool,
 ) -> Tensor:
-    """Cross-entropy after every exit, by the shared norm and head, weighted."""
-    total = torch.zeros((), device=targets.device)
+    """Cross-entropy after every exit, by the shared norm and head, weighted.
+
+    Early exits are held against the text, or `taught` by what the last layer answers.
+    """
+    last = max(weights)
+    logits = {e: model.lm_head(model.model.norm(states[e])).flatten(0, 1) for e in weights}
+    answer = logits[last].detach().softmax(-1) if taught else targets.flatten()
+    total = weights[last] * F.cross_entropy(logits[last], targets.flatten())
     for number, weight in weights.items():
-        logits = model.lm_head(model.model.norm(states[number]))
-        total = total + weight * F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        if number != last:
+            total = total + weight * F.cross_entropy(logits[number], answer)
     return total
 
 
@@ -116,7 +126,8 @@ def train(model: LlamaForCausalLM, tokens: Tensor, options: argparse.Namespace) 
             for group in optimizer.param_groups:
                 group["lr"] = peak * warm * (1 - spent)
         model(input_ids=inputs, use_cache=False, logits_to_keep=1)
-        loss = loss_of(model, states, targets, dict(zip(exits, weights, strict=True)))
+        counts = dict(zip(exits, weights, strict=True))
+        loss = loss_of(model, states, targets, counts, options.taught)
         loss.backward()
         nn.utils.clip_grad_norm_(optimizers[1].param_groups[0]["params"], 1.0)
         for optimizer in optimizers:
@@ -143,6 +154,7 @@ def main() -> None:
     parser.add_argument("--exits", type=int, nargs="*", default=(), help="these alone; all without")
     parser.add_argument("--scale", type=float, default=1.0, help="of the early exits' losses")
     parser.add_argument("--equal", action="store_true", help="early exits count like the last")
+    parser.add_argument("--taught", action="store_true", help="by the last layer, not the text")
     parser.add_argument("--rate", type=float, default=0.25, help="of the rates of a first training")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
