@@ -13,6 +13,7 @@ from benchmarks.models import Model, models
 from benchmarks.timing import table
 from layerwise.core.network import Network
 from layerwise.core.open import open_network
+from layerwise.jobs.costs import SIZES, Costs, measured_costs
 from layerwise.jobs.generate import generate
 from layerwise.jobs.pays import (
     PLAIN,
@@ -27,7 +28,7 @@ from layerwise.jobs.session import load_reader
 from layerwise.jobs.speculate import Sampling
 from layerwise.run import few_rows
 
-PAIRS, WRITTEN, SEEN = 30, 48, 8
+PAIRS, WRITTEN, SEEN, REPEATS = 30, 48, 8, 31
 
 
 def main(words: Sequence[str] = ()) -> None:
@@ -37,17 +38,31 @@ def main(words: Sequence[str] = ()) -> None:
     folders = [Model(word, word, "stdlib") for word in words if word not in known]
     for model in (*found, *folders):
         network = open_network(model.folder, dtype="float32").load()
+        prompts = documents_for(load_reader(network), model.data, PAIRS)
+        before = measured_costs(network, prompts[0], REPEATS)
         with few_rows(network.module) as quick:
-            measure(model, network)
-        print(f"{quick} linear modules compute two to eight rows by the faster product.")
+            costs(model, before, measured_costs(network, prompts[0], REPEATS))
+            print(f"\n{quick} linear modules compute two to eight rows by the faster product.")
+            measure(model, network, prompts)
 
 
-def measure(model: Model, network: Network) -> None:
+def costs(model: Model, stock: Costs, quick: Costs) -> None:
+    """What calls cost with every product the stock one, and with few rows by the faster one."""
+    rows: list[tuple[str, ...]] = [
+        ("beside the layers", *(f"{1e3 * c.call:.2f}" for c in (stock, quick))),
+        ("a layer, one token", *(f"{1e3 * (c.of(1, 1) - c.call):.2f}" for c in (stock, quick))),
+    ]
+    for size in SIZES:
+        found = (f"{1e3 * c.of(size, c.depth):.2f}" for c in (stock, quick))
+        rows.append((f"a call, {size} token{'s' * (size > 1)}", *found))
+    table(f"Costs of calls, {model.name} model, ms", ("", "stock products", "faster ones"), rows)
+
+
+def measure(model: Model, network: Network, prompts: Sequence[Sequence[int]]) -> None:
     """Interleaved runs on every prompt, the order turning from one prompt to the next.
 
     Single rows and prompts of 32 tokens take the stock product, in stock `generate` too.
     """
-    prompts = documents_for(load_reader(network), model.data, PAIRS)
     sampling = Sampling(max_tokens=WRITTEN)
     told = forecast(network, prompts[:SEEN], sampling)
     setting, promised = told.best()
