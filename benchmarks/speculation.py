@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 
 from benchmarks.models import Model, models
 from benchmarks.timing import table
+from layerwise.core.network import Network
 from layerwise.core.open import open_network
+from layerwise.jobs.costs import SIZES, Costs, measured_costs
 from layerwise.jobs.generate import generate
 from layerwise.jobs.pays import (
     PLAIN,
@@ -24,8 +26,9 @@ from layerwise.jobs.pays import (
 )
 from layerwise.jobs.session import load_reader
 from layerwise.jobs.speculate import Sampling
+from layerwise.run import few_rows
 
-PAIRS, WRITTEN, SEEN = 30, 48, 8
+PAIRS, WRITTEN, SEEN, REPEATS = 30, 48, 8, 31
 
 
 def main(words: Sequence[str] = ()) -> None:
@@ -34,13 +37,32 @@ def main(words: Sequence[str] = ()) -> None:
     known = [m.name for m in found]
     folders = [Model(word, word, "stdlib") for word in words if word not in known]
     for model in (*found, *folders):
-        measure(model)
+        network = open_network(model.folder, dtype="float32").load()
+        prompts = documents_for(load_reader(network), model.data, PAIRS)
+        before = measured_costs(network, prompts[0], REPEATS)
+        with few_rows(network.module) as quick:
+            costs(model, before, measured_costs(network, prompts[0], REPEATS))
+            print(f"\n{quick} linear modules compute two to eight rows by the faster product.")
+            measure(model, network, prompts)
 
 
-def measure(model: Model) -> None:
-    """Interleaved runs on every prompt, the order turning from one prompt to the next."""
-    network = open_network(model.folder, dtype="float32").load()
-    prompts = documents_for(load_reader(network), model.data, PAIRS)
+def costs(model: Model, stock: Costs, quick: Costs) -> None:
+    """What calls cost with every product the stock one, and with few rows by the faster one."""
+    rows: list[tuple[str, ...]] = [
+        ("beside the layers", *(f"{1e3 * c.call:.2f}" for c in (stock, quick))),
+        ("a layer, one token", *(f"{1e3 * (c.of(1, 1) - c.call):.2f}" for c in (stock, quick))),
+    ]
+    for size in SIZES:
+        found = (f"{1e3 * c.of(size, c.depth):.2f}" for c in (stock, quick))
+        rows.append((f"a call, {size} token{'s' * (size > 1)}", *found))
+    table(f"Costs of calls, {model.name} model, ms", ("", "stock products", "faster ones"), rows)
+
+
+def measure(model: Model, network: Network, prompts: Sequence[Sequence[int]]) -> None:
+    """Interleaved runs on every prompt, the order turning from one prompt to the next.
+
+    Single rows and prompts of 32 tokens take the stock product, in stock `generate` too.
+    """
     sampling = Sampling(max_tokens=WRITTEN)
     told = forecast(network, prompts[:SEEN], sampling)
     setting, promised = told.best()
@@ -74,7 +96,7 @@ def measure(model: Model) -> None:
     print(f"{len(prompts)} prompts; the same texts: {all(same.values())}.", flush=True)
 
 
-def _stock(network, row: Sequence[int]) -> list[int]:
+def _stock(network: Network, row: Sequence[int]) -> list[int]:
     import torch
 
     return generate(network, torch.tensor([row]), max_tokens=WRITTEN).tokens[0]

@@ -75,7 +75,8 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[torch.Tensor]] = {}
             for p in group["params"]:
-                by_shape.setdefault(p.shape, []).append(p)
+                if p.grad is not None:  # a layer that was left out has none
+                    by_shape.setdefault(p.shape, []).append(p)
             for shape, params in by_shape.items():
                 updates = []
                 for p in params:

@@ -58,13 +58,14 @@ def exit_weights(exits: Sequence[int], depth: int, scale: float, equal: bool) ->
     return [w / sum(raw) for w in raw]
 
 
-def exits_at(step: int, depth: int, every: int) -> list[int]:
+def exits_at(step: int, depth: int, every: int, among: Sequence[int] = ()) -> list[int]:
     """The exits of a step: one in `every` of them, moved on by one each step, and the last.
 
-    >>> exits_at(0, 8, 4), exits_at(1, 8, 4)
-    ([1, 5, 8], [2, 6, 8])
+    >>> exits_at(0, 8, 4), exits_at(1, 8, 4), exits_at(1, 8, 2, [1, 2])
+    ([1, 5, 8], [2, 6, 8], [2, 8])
     """
-    return [e for e in range(1, depth) if (e - 1) % every == step % every] + [depth]
+    found = among or range(1, depth)
+    return [e for i, e in enumerate(found) if i % every == step % every] + [depth]
 
 
 def dropped(
@@ -84,13 +85,23 @@ def dropped(
 
 
 def loss_of(
-    model: LlamaForCausalLM, states: dict[int, Tensor], targets: Tensor, weights: dict[int, float]
+    model: LlamaForCausalLM,
+    states: dict[int, Tensor],
+    targets: Tensor,
+    weights: dict[int, float],
+    taught: bool,
 ) -> Tensor:
-    """Cross-entropy after every exit, by the shared norm and head, weighted."""
-    total = torch.zeros((), device=targets.device)
+    """Cross-entropy after every exit, by the shared norm and head, weighted.
+
+    Early exits are held against the text, or `taught` by what the last layer answers.
+    """
+    last = max(weights)
+    logits = {e: model.lm_head(model.model.norm(states[e])).flatten(0, 1) for e in weights}
+    answer = logits[last].detach().softmax(-1) if taught else targets.flatten()
+    total = weights[last] * F.cross_entropy(logits[last], targets.flatten())
     for number, weight in weights.items():
-        logits = model.lm_head(model.model.norm(states[number]))
-        total = total + weight * F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        if number != last:
+            total = total + weight * F.cross_entropy(logits[number], answer)
     return total
 
 
@@ -108,14 +119,15 @@ def train(model: LlamaForCausalLM, tokens: Tensor, options: argparse.Namespace) 
     while spent < 1:
         windows = batches(tokens, 256, options.tokens, generator)
         inputs, targets = (ids.to(options.device) for ids in windows)
-        exits = exits_at(len(curve), depth, options.every)
+        exits = exits_at(len(curve), depth, options.every, options.exits)
         weights = exit_weights(exits, depth, options.scale, options.equal)
         warm = min(1.0, (len(curve) + 1) / 20)
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = peak * warm * (1 - spent)
         model(input_ids=inputs, use_cache=False, logits_to_keep=1)
-        loss = loss_of(model, states, targets, dict(zip(exits, weights, strict=True)))
+        counts = dict(zip(exits, weights, strict=True))
+        loss = loss_of(model, states, targets, counts, options.taught)
         loss.backward()
         nn.utils.clip_grad_norm_(optimizers[1].param_groups[0]["params"], 1.0)
         for optimizer in optimizers:
@@ -139,8 +151,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="tokens a step")
     parser.add_argument("--dropout", type=float, default=0.1, help="of the last layer")
     parser.add_argument("--every", type=int, default=4, help="one in so many exits a step")
+    parser.add_argument("--exits", type=int, nargs="*", default=(), help="these alone; all without")
     parser.add_argument("--scale", type=float, default=1.0, help="of the early exits' losses")
     parser.add_argument("--equal", action="store_true", help="early exits count like the last")
+    parser.add_argument("--taught", action="store_true", help="by the last layer, not the text")
     parser.add_argument("--rate", type=float, default=0.25, help="of the rates of a first training")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()

@@ -1,5 +1,6 @@
 """The command `run`: a network writes, in whatever order its layers are to run."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,6 +40,7 @@ def run(
     """Let a network write, with its layers in any order, and with drafts that it verifies."""
     quiet()
     from layerwise.jobs.speculate import Sampling
+    from layerwise.run import few_rows
 
     if plan and wiring:
         raise _clash("--wiring", "without --plan, which has one", wiring)
@@ -56,12 +58,13 @@ def run(
             f"in {dtype} several tokens at once may round otherwise than one by one, so that the "
             "text may differ from plain decoding's; it does not in float32"
         )
-    if sweep:
-        rows = swept(output, network, sampling, data, documents, speculate)
-        output.end(f"{len(rows)} settings against plain decoding, one by one, on this machine")
-        return
-    draft = draft_of(output, network, speculate, sampling, data, documents)
-    write(output, network, prompts_of(prompt, batch), sampling, draft)
+    with few_rows(network.module) if drafts else nullcontext():
+        if sweep:
+            rows = swept(output, network, sampling, data, documents, speculate)
+            output.end(f"{len(rows)} settings against plain decoding, one by one, on this machine")
+            return
+        draft = draft_of(output, network, speculate, sampling, data, documents)
+        write(output, network, prompts_of(prompt, batch), sampling, draft)
 
 
 def ordered_by(output: Output, plan: str) -> Any:

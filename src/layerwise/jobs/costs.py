@@ -40,7 +40,7 @@ def measured_costs(network: Network, prompt: Sequence[int], repeats: int = 15) -
     depth = len(network.stacks[-1].wiring)
     session = Session(network, range(1, depth))
     times: dict[int, list[float]] = {size: [] for size in (0, *SIZES)}
-    with torch.no_grad():
+    with torch.inference_mode():
         session.start(prompt)
         for _ in range(repeats + 1):
             for size, found in times.items():

@@ -90,6 +90,7 @@ class Tally:
         return self.kept / max(self.drafted, 1)
 
 
+@torch.inference_mode()
 def speculated(
     network: Network,
     prompt: Sequence[int],
@@ -106,13 +107,10 @@ def speculated(
         LayerwiseError: the network cannot be run that way.
     """
     generator = torch.Generator().manual_seed(sampling.seed)
-    with (
-        torch.no_grad(),
-        refusing(
-            "--speculate",
-            allowed="a network whose steps can hand on their input while it decodes",
-            fix="choose an exit, or decode without a draft",
-        ),
+    with refusing(
+        "--speculate",
+        allowed="a network whose steps can hand on their input while it decodes",
+        fix="choose an exit, or decode without a draft",
     ):
         session = Session(network, draft.left_out)
         written = [_chosen(session.start(prompt), sampling, generator)[0]]
