@@ -102,7 +102,7 @@ def compared(folder: Path, balance: float) -> None:
 
     def quality(saliency: Scores, candidate: Candidate) -> Quality:
         plan = replace(dense, saliency=saliency).plan(candidate)
-        return contest.qualities(without_experts(contest.opened(), plan.units))[1]
+        return contest.qualities(without_experts(contest.opened(), plan.units, dense.widths))[1]
 
     rows = []
     count = dense.widths[0].units

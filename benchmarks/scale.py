@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.memory import random_llama
 from benchmarks.timing import table
+from layerwise.core.shards import forget
 
 DEPTHS = (20, 120)
 #: on a disk, which the folder for temporary files need not be
@@ -66,17 +67,17 @@ print(time.perf_counter() - began, nbytes, memory.peak - memory.start)
 """
 
 
-def forget(folder: Path) -> None:
+def forget_all(folder: Path) -> None:
     """Drop a folder's files from the page cache, so that they are read from the disk."""
     os.sync()
     for path in folder.iterdir():
         with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            forget(file.fileno())
 
 
 def read_rate(folder: Path) -> float:
     """Bytes per second of reading a folder's files from the disk, one after another."""
-    forget(folder)
+    forget_all(folder)
     total, began = 0, time.perf_counter()
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb", buffering=0) as file:
@@ -149,7 +150,7 @@ def throughput(place: Path, model: Path, total: int, target: str) -> tuple[str, 
     """
     run(PLANNED, str(model))
     reading, products = read_rate(model), product_rate()
-    forget(model)
+    forget_all(model)
     seconds, written, peak = map(float, run(APPLY, str(model), str(place / target), target))
     shutil.rmtree(place / target)
     os.sync()

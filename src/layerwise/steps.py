@@ -24,7 +24,7 @@ def request_of(given: dict[str, Any]) -> Any:
     from layerwise.core.errors import LayerwiseError
     from layerwise.core.folder import find_folder
     from layerwise.core.plan import DataSpec, settings
-    from layerwise.jobs.plan import Request
+    from layerwise.jobs.request import NARROWER, Request
     from layerwise.jobs.session import Budget, parse_bytes, parse_positive, parse_share, parse_speed
 
     units = ("size", "bytes_", "bits", "depth", "sparsity", "flops", "speed", "kl")
@@ -52,7 +52,7 @@ def request_of(given: dict[str, Any]) -> Any:
     )
     faster = given["flops"] or given["speed"]
     allow = given["allow"] or ("width,layer" if faster else "bits")
-    dense = given["depth"] or given["sparsity"] or {"width", "expert"} & {*allow.split(",")}
+    dense = given["depth"] or given["sparsity"] or not NARROWER.isdisjoint(allow.split(","))
     return Request(
         given["model"],
         budget,

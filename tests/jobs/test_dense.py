@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from asked import SMALL, run
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -14,21 +15,7 @@ from layerwise.core.plan import read_plan
 from layerwise.core.width import Cut, Width
 from layerwise.jobs.narrow import levels
 
-SMALL = "--samples 2 --length 32 --json"
-
-
-@pytest.fixture(autouse=True)
-def _few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fewer plans are solved than users get, and measured on fewer documents."""
-    monkeypatch.setattr("layerwise.jobs.contest.DOCUMENTS", 4)
-    monkeypatch.setattr("layerwise.jobs.dense.SOLVED", 2)
-    monkeypatch.setattr("layerwise.jobs.dense.SHARES", (0.5,))
-
-
-def run(words: str) -> dict:
-    found = CliRunner().invoke(app, words.split())
-    assert found.exit_code == 0, found.output
-    return json.loads(found.stdout)
+pytestmark = pytest.mark.usefixtures("few_plans")
 
 
 def test_the_planned_bytes_are_written_and_compared(

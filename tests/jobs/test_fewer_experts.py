@@ -1,12 +1,12 @@
 """Experts left out, from the command line to a folder of stock transformers."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from asked import SMALL, run
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -23,21 +23,7 @@ from layerwise.jobs.narrow import Candidate, Dense
 from layerwise.jobs.request import Request
 from layerwise.jobs.session import Budget, silent
 
-SMALL = "--samples 2 --length 32 --json"
-
-
-@pytest.fixture(autouse=True)
-def _few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fewer plans are solved than users get, and measured on fewer documents."""
-    monkeypatch.setattr("layerwise.jobs.contest.DOCUMENTS", 4)
-    monkeypatch.setattr("layerwise.jobs.dense.SOLVED", 2)
-    monkeypatch.setattr("layerwise.jobs.dense.SHARES", (0.5,))
-
-
-def run(words: str) -> dict:
-    found = CliRunner().invoke(app, words.split())
-    assert found.exit_code == 0, found.output
-    return json.loads(found.stdout)
+pytestmark = pytest.mark.usefixtures("few_plans")
 
 
 @pytest.mark.parametrize("heal", ["", "--heal 2 --set heal.samples=4 --set heal.length=32"])

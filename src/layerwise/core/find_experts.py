@@ -75,8 +75,12 @@ def least_experts(network: Network, width: Width) -> int:
     return counts[place] if place < len(counts) else width.units
 
 
-def without_experts(network: Network, units: Mapping[str, Kept]) -> Network:
+def without_experts(
+    network: Network, units: Mapping[str, Kept], experts: Sequence[Width] | None = None
+) -> Network:
     """The network with some of its experts, by fields of the configuration, and no others.
+
+    They are searched for where they are not given.
 
     Raises:
         LayerwiseError: a field says of no experts how many there are, the numbers are none that
@@ -84,7 +88,8 @@ def without_experts(network: Network, units: Mapping[str, Kept]) -> Network:
     """
     if not units:
         return network
-    known = {width.name: width for width in find_experts(network)}
+    found = find_experts(network) if experts is None else experts
+    known = {width.name: width for width in found}
     for name in units:
         if name not in known:
             raise LayerwiseError(
@@ -113,7 +118,7 @@ def cut_experts(network: Network, chosen: Sequence[tuple[Width, Kept]]) -> Netwo
             numbers = torch.tensor(sorted(kept[original_key(network, layer)]))
             path = network.origins.get(layer.path, layer.path)
             folds |= {
-                f"{path}.{name}": (Fold(cut.axis, cut.entries(numbers, width.units)),)
+                f"{path}.{name}": (cut.fold(numbers, width.units),)
                 for name, cut in width.cuts.items()
             }
 
@@ -189,10 +194,7 @@ def _spans(trial: Trial, layer: Layer, width: Width) -> int:
     stacked = {m.parameter for m in layer.matrices if m.expert is not None}
     for spans in (n for n in range(1, width.units // 2 + 1) if width.units % n == 0):
         turned = torch.arange(width.units).reshape(spans, -1).roll(1, 1).flatten()
-        turns = {
-            name: (Fold(cut.axis, cut.entries(turned, width.units)),)
-            for name, cut in width.cuts.items()
-        }
+        turns = {name: (cut.fold(turned, width.units),) for name, cut in width.cuts.items()}
         alone = trial.run({n: folds for n, folds in turns.items() if n not in stacked})
         change = alone.away(trial.before)
         if change and trial.run(turns).away(trial.before) <= KEPT * change:

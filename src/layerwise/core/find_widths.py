@@ -268,7 +268,7 @@ def _tried(trial: Trial, candidate: Candidate) -> Width | None:
         stacks = {trial.tensors[name].shape[:-2] for name in own}
         if len(stacks) != 1:  # experts beside what all of them share
             continue
-        turns = {n: (Fold(c.axis, c.entries(turned, units)),) for n, c in own.items()}
+        turns = {n: (c.fold(turned, units),) for n, c in own.items()}
         zeros = {n: (Fold(c.axis, _last_zero(c, units)),) for n, c in own.items()}
         moved, unread = (trial.run({readers[0]: f[readers[0]]}) for f in (turns, zeros))
         change, lost = moved.away(trial.before), unread.away(trial.before)

@@ -34,6 +34,10 @@ class Cut(NamedTuple):
             start += count * block
         return torch.cat(found)
 
+    def fold(self, units: Tensor, count: int) -> Fold:
+        """Some of `count` units taken along the axis, in their order."""
+        return Fold(self.axis, self.entries(units, count))
+
 
 class Width(NamedTuple):
     """How many units every layer has, by which fields of the configuration, and where they lie.
@@ -92,9 +96,9 @@ class Width(NamedTuple):
         found = dict(tensors)
         for name, cut in self.cuts.items():
             if name in found and kept.ndim == 1:
-                found[name] = Fold(cut.axis, cut.entries(kept, self.units)).of(found[name])
+                found[name] = cut.fold(kept, self.units).of(found[name])
             elif name in found:
-                own = (Fold(cut.axis, cut.entries(k, self.units)) for k in kept)
+                own = (cut.fold(k, self.units) for k in kept)
                 found[name] = torch.stack([f.of(t) for f, t in zip(own, found[name], strict=True)])
         return found
 

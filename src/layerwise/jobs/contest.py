@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from msgspec import structs
 from torch import Tensor
 
-from layerwise.core.find_experts import without_experts
+from layerwise.core.find_experts import find_experts, without_experts
 from layerwise.core.fold import Fold, Folds
 from layerwise.core.journal import Journal
 from layerwise.core.network import Network
@@ -82,12 +82,14 @@ class Contest(NamedTuple):
     def solved(self, plan: Plan, progress: Progress = silent) -> Quality:
         """The original with the order and the edits of another plan, solved on that plan's data."""
         network = open_network(self.model, wiring=plan.wiring, device=self.device)
-        network = TARGETS[plan.target].folded(without_experts(network, plan.units))
+        experts = find_experts(network) if plan.units else ()
+        network = without_experts(network, plan.units, experts)
+        network = TARGETS[plan.target].folded(network)
         needs = needs_of(plan.edits)
         folds = self.folds if plan.rewrites else {}
         network = refolded(network, folds) if folds else network
         edited, outside = (
-            without_experts(self.opened(plan.wiring, folds), plan.units),
+            without_experts(self.opened(plan.wiring, folds), plan.units, experts),
             TARGETS[plan.target].outside(network, plan.export),
         )
         put_outside(network, outside)

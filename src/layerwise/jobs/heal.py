@@ -84,7 +84,7 @@ def check_healable(where: str, target: str, edits: object = (), before: str = ""
 
 def check_asked(where: str, request: Request) -> None:
     """Refuse a request whose plan could not be healed, before it is made."""
-    edits = () if {"width", "expert"} & {*request.allow} else request.method
+    edits = () if request.narrows else request.method
     check_healable(where, request.target, edits)
 
 

@@ -25,7 +25,7 @@ from layerwise.jobs.bits import (
 )
 from layerwise.jobs.contest import contest_on
 from layerwise.jobs.gain import as_solved
-from layerwise.jobs.leaving import Tried, as_measured, tried, with_units
+from layerwise.jobs.leaving import Tried, as_measured, tried, with_leaving
 from layerwise.jobs.menus import make_menus, units, worth_it
 from layerwise.jobs.request import Planned, Request
 from layerwise.jobs.session import Progress
@@ -179,7 +179,7 @@ def priced_with_layers(
     layers = [name for name in menus if name not in groups]
     scores = scores_of(request, network, target, progress)
     plain = predicted(network, inner, groups, scores, progress)
-    plain = with_units(plain, layers, request, network, progress)
+    plain = with_leaving(plain, layers, request, network, progress)
     return plain, Offer(menus, as_solved(plain, inner, request, network), scores)
 
 

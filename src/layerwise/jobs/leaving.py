@@ -31,7 +31,7 @@ def _tried(chains: Any, task: Tried) -> tuple[float, float]:
     return chains(*task)
 
 
-def with_units(
+def with_leaving(
     damage: Damage, layers: Sequence[str], request: Request, network: Network, progress: Progress
 ) -> Damage:
     """The damage of layers or parts that go, and of neighbours that go together."""

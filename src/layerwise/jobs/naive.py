@@ -165,9 +165,12 @@ def naive_experts(contest: Contest, progress: Progress) -> Naive | None:
     generator = torch.Generator().manual_seed(plan.data.seed)
     drawn = [at_random(often, generator) for _ in range(5)]
 
+    def edited(other: Plan) -> Network:
+        return without_experts(contest.opened(), other.units, dense.widths)
+
     def built(saliency: Scores) -> tuple[Quality, Plan]:
         other = replace(dense, saliency=saliency).plan(one)
-        return contest.qualities(without_experts(contest.opened(), other.units))[1], other
+        return contest.qualities(edited(other))[1], other
 
     def kl(item: tuple[Quality, Plan]) -> float:
         return item[0].estimate("kl").value
@@ -181,8 +184,7 @@ def naive_experts(contest: Contest, progress: Progress) -> Naive | None:
     what = f"{describe(other)}; left out {name}"
     if plan.heal:
         mine = contest._replace(plan=structs.replace(other, heal=plan.heal))
-        edited = without_experts(contest.opened(), other.units)
-        quality, what = healed_equally(mine, edited, progress), f"{what}, healed equally"
+        quality, what = healed_equally(mine, edited(other), progress), f"{what}, healed equally"
     return Naive(what, quality, dense.nbytes(one))
 
 

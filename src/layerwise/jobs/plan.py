@@ -10,7 +10,7 @@ from layerwise.jobs.bits import plan_bits
 from layerwise.jobs.dense import plan_dense
 from layerwise.jobs.depth import plan_depth
 from layerwise.jobs.joint import plan_joint
-from layerwise.jobs.request import Planned, Request
+from layerwise.jobs.request import NARROWER, Planned, Request
 from layerwise.jobs.rewrite import as_rewritten
 from layerwise.jobs.session import Progress, silent
 from layerwise.jobs.within import check_within, plan_within
@@ -51,8 +51,7 @@ def make_plan(request: Request, progress: Progress = silent) -> Planned:
     going = {"layer", "part"} & {*request.allow} and "bits" in request.allow
     first = request.method or target.method or ("gptq" if besides or going else "")
     request = request._replace(method=",".join(filter(None, [first, *besides])))
-    narrower = bool({"width", "expert"} & {*request.allow})
-    if budget.depth is None and not narrower:
+    if budget.depth is None and not request.narrows:
         check_unit(request, target)
     check_settings(request)
     if budget.kl is not None:
@@ -61,7 +60,7 @@ def make_plan(request: Request, progress: Progress = silent) -> Planned:
     target.accepts(network)
     for pattern in request.keep:
         check_selector(pattern, [m for s in network.stacks for m in s.matrices()], "--keep")
-    if narrower:
+    if request.narrows:
         return plan_dense(request, network, progress)
     if budget.depth is not None or not request.method:
         if request.rewrites:
@@ -125,8 +124,8 @@ def check_allowed(request: Request, target: Target) -> None:
         LayerwiseError: it is not.
     """
     asked, packed = {*request.allow}, {"bits", *BESIDE, "layer", "part"}
-    narrower, dense = asked & {"width", "expert"}, {"width", "expert", "layer"}
-    if not ("bits" in asked <= packed or (narrower and asked <= dense)):
+    dense = {*NARROWER, "layer"}
+    if not ("bits" in asked <= packed or (request.narrows and asked <= dense)):
         raise LayerwiseError(
             f"--allow {','.join(request.allow)}",
             allowed=f"bits and any of {', '.join(BESIDE)}, layer, part; or any of width, expert "
@@ -142,7 +141,7 @@ def check_allowed(request: Request, target: Target) -> None:
             found=f"target {target.name}, whose engines know none",
             fix="choose --target compact, or allow bits and layers",
         )
-    if narrower:
+    if request.narrows:
         check_dense(request)
         return
     budget = request.budget.as_dict()

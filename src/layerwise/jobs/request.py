@@ -12,6 +12,9 @@ from layerwise.core.plan import DataSpec, Identity, Plan, Step
 from layerwise.core.stats import Scores
 from layerwise.jobs.session import Budget
 
+#: what makes layers narrower than they are, as dense checkpoints can be
+NARROWER = frozenset({"width", "expert"})
+
 
 class Request(NamedTuple):
     """What a user asks of the planner."""
@@ -38,6 +41,11 @@ class Request(NamedTuple):
         names = [name for name in self.rewrite.split("+") if name]
         found = [find(name, "rewrite").name for name in names]
         return tuple(Step(name, self.options(name)) for name in found)
+
+    @property
+    def narrows(self) -> bool:
+        """Whether the budget may make layers narrower."""
+        return not NARROWER.isdisjoint(self.allow)
 
     def options(self, name: str) -> dict[str, Any]:
         """What `--set name.option=value` said of a method, by its name or an alias."""

@@ -104,7 +104,7 @@ def check_within(request: Request) -> None:
     """
     search = request.score and find(request.score).family == "search"
     asked = {
-        f"--allow {','.join(request.allow)}": bool({"width", "expert"} & {*request.allow}),
+        f"--allow {','.join(request.allow)}": request.narrows,
         f"--rewrite {request.rewrite}": bool(request.rewrite),
         f"--parts {'+'.join(request.parts)}": bool(request.parts),
         f"--score {request.score}": search,
