@@ -71,6 +71,16 @@ def with_experts(model: LlamaForCausalLM, visits: tuple[int, ...], **options: An
         layers[visit].mlp = slot
 
 
+def texts(documents: int) -> tuple[Tensor, list[Tensor]]:
+    """The calibrate part in one row, and the beginnings of some documents of the evaluate part."""
+    tokenizer = AutoTokenizer.from_pretrained(demo_folder())
+    found: dict[str, list[str]] = {use: [] for use in ("calibrate", "select", "evaluate")}
+    for document in stdlib_documents():
+        found[use_of(document.key)].append(document.text)
+    asked = [tokens_of(tokenizer, [text])[: LENGTH + 1] for text in found["evaluate"]]
+    return tokens_of(tokenizer, found["calibrate"]), [a for a in asked if len(a) > 1][:documents]
+
+
 def slots(model: nn.Module) -> list[MixtureSlot]:
     return [module for module in model.modules() if isinstance(module, MixtureSlot)]
 
@@ -139,13 +149,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=64)
     parser.add_argument("--only", action="append", help="networks whose names begin so")
     options = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(demo_folder())
-    texts = {use: [] for use in ("calibrate", "select", "evaluate")}
-    for document in stdlib_documents():
-        texts[use_of(document.key)].append(document.text)
-    tokens = tokens_of(tokenizer, texts["calibrate"])
-    asked = [tokens_of(tokenizer, [text])[: LENGTH + 1] for text in texts["evaluate"]]
-    asked = [ids for ids in asked if len(ids) > 1][: options.documents]
+    tokens, asked = texts(options.documents)
     print("| network | parameters | active | loss | over the first | seconds |", flush=True)
     print("|---|---:|---:|---:|---:|---:|", flush=True)
     first: np.ndarray | None = None

@@ -239,3 +239,59 @@ def test_a_layer_keeps_the_numbers_it_was_built_with(tiny, monkeypatch) -> None:
     assert out_of_place(network)[0].startswith("decoder/2 in place 3: stock code")
     assert out_of_place(open_network(tiny("llama"), wiring={"decoder": [0, 1, 1]})) == []
     assert out_of_place(open_network(tiny("llama"))) == []
+
+
+class Grower(torch.nn.Module):
+    """`x + tanh(W x)`, whose layers look alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One residual layer."""
+        return x + self.linear(x).tanh()
+
+
+def test_a_module_in_memory_in_another_order() -> None:
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(3, 6), *(Grower() for _ in range(4)))
+    x = torch.randn(2, 3)
+    name = layerwise.open(module, inputs={"input": x}).stack.name
+    order = [0, 1, 2, 2, {"parallel": [3, 4]}, {"layer": 1, "copy": True}]
+    made = layerwise.open(module, inputs={"input": x}, wiring={name: order})
+    first, one, two, three, four = module
+    h = two(two(one(first(x))))
+    expected = one(h + (three(h) - h) + (four(h) - h))
+    assert torch.allclose(made.module(x), expected, atol=1e-6)
+    assert len(module) == 5
+    made.module(x).sum().backward()
+    expected.sum().backward()
+    numbers = [n for n, _ in made.module.named_parameters()]
+    assert len(numbers) == 2 * 6  # five layers and the copy
+    copied: Any = made.module.get_submodule("6")
+    assert copied.linear.weight.data_ptr() != one.linear.weight.data_ptr()
+    assert copied.linear.weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("order", "match"),
+    [
+        ([0, {"layer": 1, "parts": ["mlp"]}], "save the model as a folder"),
+        ([0, 9], "layer numbers from 0 to 2"),
+        ([1, 2], "an order in which every layer can read"),
+    ],
+)
+def test_orders_that_a_module_in_memory_cannot_have(order, match) -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(3, 6), Grower(), Grower())
+    with pytest.raises(LayerwiseError, match=match):
+        layerwise.open(module, inputs={"input": torch.ones(1, 3)}, wiring={"encoder": order})
+
+
+def test_a_transformers_model_in_memory_keeps_its_order() -> None:
+    import transformers as t
+
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = t.LlamaForCausalLM(t.LlamaConfig(vocab_size=64, intermediate_size=48, **small))
+    with pytest.raises(LayerwiseError, match="save it with `save_pretrained`"):
+        layerwise.open(model, inputs=BATCH, wiring={"decoder": [1, 0]})

@@ -15,15 +15,13 @@ from layerwise.core.arrange import adapters_of, arrange, check_rebuilt, stacks_n
 from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.config import model_class, read_config
 from layerwise.core.errors import LayerwiseError, nearest, refusing
-from layerwise.core.find import find_stacks
 from layerwise.core.fold import Folds, joined
 from layerwise.core.folder import find_folder
-from layerwise.core.hollow import build_hollow, hollow_parameter
+from layerwise.core.hollow import build_hollow
 from layerwise.core.machine import has_bfloat16
+from layerwise.core.module import examine, open_module
 from layerwise.core.network import Network, fill
 from layerwise.core.source import Source, check_stored
-from layerwise.core.stack import Stack
-from layerwise.core.task import Task, example_inputs, forward_arguments, task_of
 from layerwise.core.visits import check_alike, parse_wiring, read_folded
 from layerwise.core.wiring import edited_config
 
@@ -99,15 +97,16 @@ def open_network(
         model: a folder, hub id, `demo`, or an `nn.Module`.
         inputs: example inputs of a module that is not a transformers language model.
         wiring: execution order per stack, as in a plan; else that of a `compact` folder.
-        device: where to compute, `auto` for CUDA if present.
-        dtype: in which type to compute; see `choose_dtype` for `auto` and `stored`.
+        device: where to compute, `auto` for CUDA if present; a module stays where it is.
+        dtype: in which type to compute; see `choose_dtype` for `auto` and `stored`. A module
+            keeps its own.
 
     Raises:
         LayerwiseError: the folder, its files or its architecture cannot be used.
     """
     where = choose_device(device)
     if isinstance(model, nn.Module):
-        return _open_module(model, inputs, where)
+        return open_module(model, inputs, wiring)
     checkpoint = Checkpoint(find_folder(model))
     config = read_config(checkpoint.folder)
     kind = model_class(config)
@@ -122,7 +121,7 @@ def open_network(
         source = Source(kind, checkpoint, copy.deepcopy(config), stored)
         check_stored(source)
         module = build_hollow(kind, copy.deepcopy(config), kept, source.is_stored)
-        stacks, task = _examine(module)
+        stacks, task = examine(module)
         stacks = tell_apart(stacks, source)
     network = Network(module, stacks, where, kept, task, source, folder=checkpoint.folder)
     paths = tuple(layer.path for stack in stacks for layer in stack.layers)
@@ -166,7 +165,7 @@ def _rebuilt(
         shape.tie_word_embeddings = False
     network = replace(network, source=source, dtype=kind)
     module = build_hollow(type(network.model), shape, kind, stored_as(network))
-    stacks, task = _examine(module, known=network.stacks)
+    stacks, task = examine(module, known=network.stacks)
     found = replace(network, module=module, stacks=stacks, task=task)
     arrange(found)
     _bring_outside(found)
@@ -211,7 +210,7 @@ def rewired(network: Network, wiring: Mapping[str, Sequence[Any]]) -> Network:
         for stack, order in zip(chosen, orders, strict=True):
             shape = edited_config(kind, shape, stack, order, renumber)
         module = build_hollow(kind, shape, network.dtype, stored_as(arranged))
-        rebuilt, task = _examine(module, known=stacks)
+        rebuilt, task = examine(module, known=stacks)
         try:
             check_rebuilt(
                 [s for s in rebuilt if s.container in {c.container for c in chosen}], origins
@@ -256,18 +255,6 @@ def _stored_dtype(checkpoint: Checkpoint, config: Any) -> torch.dtype:
     return config.dtype if isinstance(config.dtype, torch.dtype) else floats[0]
 
 
-def _examine(
-    module: nn.Module,
-    inputs: Mapping[str, Tensor] | None = None,
-    known: Sequence[Stack] = (),
-) -> tuple[tuple[Stack, ...], Task]:
-    """The stacks and the task of a hollow model, by one trial forward."""
-    given = forward_arguments(module, example_inputs(module) if inputs is None else inputs)
-    outputs: list[Any] = []
-    stacks = tuple(find_stacks(module, lambda: outputs.append(module(**given)), known))
-    return stacks, task_of(module, outputs[0], stacks[-1].name.startswith("encoder"))
-
-
 def _bring_outside(network: Network) -> None:
     """Load what belongs to no layer: embeddings, final norm, head; layers stay hollow there."""
     fill(network.model, network.fetch_outside(), network.device)
@@ -279,24 +266,3 @@ def _bring_outside(network: Network) -> None:
     if network.device.type != "cpu":
         for layer in network.layers():
             network.drop(layer)
-
-
-def _open_module(
-    module: nn.Module, inputs: Mapping[str, Tensor] | None, device: torch.device
-) -> Network:
-    """Open a module that is already in memory; a hollow twin is examined in its place."""
-    memo: dict[int, Any] = {id(p): hollow_parameter(p.shape, p.dtype) for p in module.parameters()}
-    twin = copy.deepcopy(module, memo).eval()
-    found, task = _examine(twin, inputs)
-    own = dict(module.named_modules())
-    stacks = tuple(
-        Stack(
-            s.name,
-            s.container,
-            tuple(replace(la, module=own[la.path]) for la in s.layers),
-            s.wiring,
-        )
-        for s in found
-    )
-    first = next(module.parameters())
-    return Network(module.eval(), stacks, first.device, first.dtype, task)

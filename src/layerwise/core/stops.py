@@ -103,8 +103,9 @@ class Stop:
 
 
 def hidden(tree: Any) -> Tensor:
-    """The hidden state in the arguments or the output of a layer."""
-    return next(t for t in tensors_in(tree) if t.is_floating_point() and t.ndim >= 3)
+    """The hidden state in the arguments or the output of a layer, of three axes if one has them."""
+    found = [t for t in tensors_in(tree) if t.is_floating_point()]
+    return next((t for t in found if t.ndim >= 3), found[0])
 
 
 def rows_of(pause: Pause, matrix: Matrix) -> Tensor:

@@ -31,8 +31,8 @@ def recur(stack: Stack, scores: Scores, *, times: tuple[int, ...] = ()) -> Wirin
         >>> [visit.layer for visit in recur(stack, Scores({}, "layer", ""), times=(3, 2))]
         [0, 0, 0, 1, 1, 2, 3]
 
-    Reference: Nguyen and Lin, 2025, arXiv:2505.01855, without training. On an order that names
-    the reuse map `[4, 2, 1, 1]` the command line takes `--wiring 0*4,1*2,2,3`.
+    Reference: Nguyen and Lin, 2025, arXiv:2505.01855; `examples/orders` trains such maps. For
+    `[4, 2, 1, 1]` the command line takes `--wiring 0*4,1*2,2,3`.
     """
     if len(times) > len(stack.wiring) or any(count < 1 for count in times):
         raise LayerwiseError(
@@ -72,8 +72,8 @@ def side_by_side(stack: Stack, scores: Scores, *, first: int = 0, width: int = 1
         >>> [v.parallel for v in side_by_side(stack, Scores({}, "layer", ""), first=1, width=2)]
         [None, 1, 1, None]
 
-    Reference: Bermeitinger, Hrycej and Handschuh, 2023, arXiv:2309.08414, on trained networks
-    here, where it costs quality; their claim is about training the wide form from scratch.
+    Reference: Bermeitinger, Hrycej and Handschuh, 2023, arXiv:2309.08414, whose claim is about
+    training the wide form from scratch (`examples/orders`); a trained network loses by it.
     """
     if width < 1 or not 0 <= first <= len(stack.wiring) - width:
         raise LayerwiseError(
