@@ -25,7 +25,7 @@ def halved(entry: tuple[str, ...]) -> tuple[str, str, str]:
     from subject import Subject
 
     import layerwise.families
-    from layerwise.core.find_widths import find_widths
+    from layerwise.core.find_widths import find_widths, readers
     from layerwise.core.plan import Edit, Step
     from layerwise.jobs.apply import apply_plan
 
@@ -40,11 +40,10 @@ def halved(entry: tuple[str, ...]) -> tuple[str, str, str]:
             edits = []
             for width in find_widths(network):
                 units = max(1, width.units // 2)
-                options = {"share": units / width.units, "pattern": f"column:{width.block}"}
                 fields |= width.values(units)
-                readers = (m for la in network.layers() for m in la.matrices)
-                keys = {m.key for m in readers if m.parameter == width.reader}
-                edits += [Edit(key, (Step("magnitude", options),)) for key in sorted(keys)]
+                for place, matrix in readers(network, width):
+                    options = {"share": units / width.units, "pattern": f"column:{place.block}"}
+                    edits.append(Edit(matrix.key, (Step("magnitude", options),)))
             if not fields:
                 return task, "no width found", kind
             plan = subject.plan(target="hf", widths=fields, edits=tuple(edits))
@@ -62,7 +61,7 @@ def fewer(entry: tuple[str, ...]) -> tuple[str, str, str]:
     from subject import Subject
 
     import layerwise.families
-    from layerwise.core.find_experts import find_experts, layers_with
+    from layerwise.core.find_experts import find_experts
     from layerwise.core.stats import observe
     from layerwise.jobs.apply import apply_plan
     from layerwise.measure.experts import expert_use
@@ -84,7 +83,7 @@ def fewer(entry: tuple[str, ...]) -> tuple[str, str, str]:
             for width in widths:
                 span = width.units // width.spans
                 kept = [n for n in range(width.units) if n % span]
-                units[width.name] = {la.key: kept for la in layers_with(network, width)}
+                units[width.name] = dict.fromkeys(width.places[0].layers, kept)
             plan = subject.plan(target="hf", units=units)
             apply_plan(subject.folder / "model", plan, Path(folder) / "out", dtype="float32")
             use = observe(network, [example(Entry(*entry), model)], {"use": expert_use()})["use"]

@@ -46,12 +46,12 @@ def test_the_experts_of_an_architecture(tiny: Callable[..., Path], grouped: Path
         network = open_network(tiny(kind))
         (width,) = find_experts(network)
         assert (width.fields, width.units, width.spans) == ({field: 4}, 4, 1)
-        assert len(width.cuts) == {"mixtral": 3, "dbrx": 4}[kind]
+        assert len(width.places[0].cuts) == {"mixtral": 3, "dbrx": 4}[kind]
         assert least_experts(network, width) == 2
     network = open_network(grouped)
     (width,) = find_experts(network)
     assert (width.name, width.units, width.spans) == ("n_routed_experts", 8, 2)
-    assert "mlp.gate.e_score_correction_bias" in width.cuts
+    assert "mlp.gate.e_score_correction_bias" in width.places[0].cuts
     assert least_experts(network, width) == 4
     assert find_experts(open_network(tiny("llama"))) == []
 

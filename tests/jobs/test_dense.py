@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from layerwise.cli import app
 from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.plan import read_plan
-from layerwise.core.width import Cut, Width
+from layerwise.core.width import Cut, Place, Width
 from layerwise.jobs.narrow import levels
 
 pytestmark = pytest.mark.usefixtures("few_plans")
@@ -41,7 +41,7 @@ def test_the_planned_bytes_are_written_and_compared(
     ("units", "block", "step"), [(96, 1, 8), (100, 1, 4), (99, 1, 1), (4, 64, 1), (4096, 1, 64)]
 )
 def test_rows_stay_aligned(units: int, block: int, step: int) -> None:
-    width = Width({"n": units}, units, {"w": Cut(-1, (block,))}, "w")
+    width = Width({"n": units}, units, (Place(("decoder/0",), {"w": Cut(-1, (block,))}, "w"),))
     assert levels(width) == [units, *range((units - 1) // step * step, 0, -step)]
 
 

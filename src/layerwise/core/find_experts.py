@@ -20,7 +20,7 @@ from layerwise.core.open import refolded
 from layerwise.core.stack import Layer
 from layerwise.core.task import example_inputs
 from layerwise.core.trial import Trial
-from layerwise.core.width import Cut, Width, narrowed_config
+from layerwise.core.width import Cut, Place, Width, narrowed_config
 from layerwise.core.wiring import configs_in
 
 #: numbers of the experts that stay, by the key of their layer in the original
@@ -34,24 +34,19 @@ def find_experts(network: Network) -> list[Width]:
     chooses by groups can change places inside a group, a span of the width.
     """
     found: list[Width] = []
-    candidates = [(width, layers_with(network, width)[0].path) for width in _candidates(network)]
+    candidates = list(_candidates(network))
     for stop in walk(network, [example_inputs(network.module)]) if candidates else ():
-        mine = [width for width, path in candidates if path == stop.layer.path]
+        key = network.original_key(stop.layer)
+        mine = [width for width in candidates if width.places[0].layers[0] == key]
         if stop.kind != "enter" or not mine:
             continue
         trial = Trial(stop.layer, stop.lanes[0].args, stop.lanes[0].kwargs)
         spans = {width.name: _spans(trial, stop.layer, width) for width in mine}
         found += [w._replace(spans=spans[w.name]) for w in mine if spans[w.name]]
-        candidates = [(width, path) for width, path in candidates if path != stop.layer.path]
+        candidates = [width for width in candidates if width not in mine]
         if not candidates:
             break
     return without_overlap(found)
-
-
-def layers_with(network: Network, width: Width) -> list[Layer]:
-    """The layers that have the tensors of a width."""
-    layers = network.layers()
-    return [la for la in layers if width.cuts.keys() <= la.module.state_dict().keys()]
 
 
 def least_experts(network: Network, width: Width) -> int:
@@ -59,7 +54,7 @@ def least_experts(network: Network, width: Width) -> int:
 
     Found by trying, on a network without weights.
     """
-    layers = [original_key(network, layer) for layer in layers_with(network, width)]
+    layers = width.places[0].layers
 
     def runs(count: int) -> bool:
         each, span = count // width.spans, width.units // width.spans
@@ -100,7 +95,7 @@ def without_experts(
             )
     chosen = [(known[name], kept) for name, kept in units.items()]
     for width, kept in chosen:
-        _check(network, width, kept)
+        _check(width, kept)
     return cut_experts(network, chosen)
 
 
@@ -114,13 +109,14 @@ def cut_experts(network: Network, chosen: Sequence[tuple[Width, Kept]]) -> Netwo
     values: dict[str, int] = {}
     for width, kept in chosen:
         values |= width.values(len(next(iter(kept.values()))))
-        for layer in layers_with(network, width):
-            numbers = torch.tensor(sorted(kept[original_key(network, layer)]))
-            path = network.origins.get(layer.path, layer.path)
-            folds |= {
-                f"{path}.{name}": (cut.fold(numbers, width.units),)
-                for name, cut in width.cuts.items()
-            }
+        for layer in network.layers():
+            key, path = network.original_key(layer), network.origins.get(layer.path, layer.path)
+            for place in width.inside(key):
+                numbers = torch.tensor(sorted(kept[key]))
+                folds |= {
+                    f"{path}.{name}": (cut.fold(numbers, width.units),)
+                    for name, cut in place.cuts.items()
+                }
 
     def cut(whole: Network) -> Network:
         return refolded(whole, folds, config=narrowed_config(whole.model.config, values))
@@ -134,14 +130,8 @@ def cut_experts(network: Network, chosen: Sequence[tuple[Width, Kept]]) -> Netwo
         return found if network.before is None else replace(found, before=cut(network.before))
 
 
-def original_key(network: Network, layer: Layer) -> str:
-    """The key that a layer has in the order of the checkpoint."""
-    visit = network.visits.get(layer.path)
-    return layer.key if visit is None else f"{layer.stack}/{visit.layer}"
-
-
-def _check(network: Network, width: Width, kept: Kept) -> None:
-    wanted = {original_key(network, layer) for layer in layers_with(network, width)}
+def _check(width: Width, kept: Kept) -> None:
+    wanted = {*width.places[0].layers}
     span = width.units // width.spans
     for key in sorted(wanted | kept.keys()):
         numbers = kept.get(key, ())
@@ -173,11 +163,16 @@ def _candidates(network: Network) -> Iterator[Width]:
             changed = changed_axes(kind, config, before, {path + name: value})
             if changed and all(tensor.startswith(inside) for tensor in changed):
                 own = [(layer, axes_in(layer, changed)) for layer in layers]
-                yield from _width(path + name, value, [(la, axes) for la, axes in own if axes])
+                held = [(la, axes) for la, axes in own if axes]
+                keys = tuple(network.original_key(layer) for layer, _ in held)
+                yield from _width(path + name, value, keys, held)
 
 
 def _width(
-    field: str, units: int, own: Sequence[tuple[Layer, Mapping[str, tuple[int, int]]]]
+    field: str,
+    units: int,
+    keys: tuple[str, ...],
+    own: Sequence[tuple[Layer, Mapping[str, tuple[int, int]]]],
 ) -> Iterator[Width]:
     """The width of a field, if all layers that it shapes have the same, and all experts do."""
     first, axes = own[0]
@@ -186,7 +181,7 @@ def _width(
     whole = all(size % units == 0 for _, size in axes.values())
     if stacked and along and whole and all(other == axes for _, other in own):
         cuts = {name: Cut(axis, (size // units,)) for name, (axis, size) in axes.items()}
-        yield Width({field: units}, units, cuts, "")
+        yield Width({field: units}, units, (Place(keys, cuts, ""),))
 
 
 def _spans(trial: Trial, layer: Layer, width: Width) -> int:
@@ -194,7 +189,8 @@ def _spans(trial: Trial, layer: Layer, width: Width) -> int:
     stacked = {m.parameter for m in layer.matrices if m.expert is not None}
     for spans in (n for n in range(1, width.units // 2 + 1) if width.units % n == 0):
         turned = torch.arange(width.units).reshape(spans, -1).roll(1, 1).flatten()
-        turns = {name: (cut.fold(turned, width.units),) for name, cut in width.cuts.items()}
+        cuts = width.places[0].cuts
+        turns = {name: (cut.fold(turned, width.units),) for name, cut in cuts.items()}
         alone = trial.run({n: folds for n, folds in turns.items() if n not in stacked})
         change = alone.away(trial.before)
         if change and trial.run(turns).away(trial.before) <= KEPT * change:

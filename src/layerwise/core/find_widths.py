@@ -11,7 +11,7 @@ them: those that it does not read can be taken out of the layer.
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import product
+from itertools import product, takewhile
 from typing import NamedTuple
 
 import torch
@@ -23,10 +23,10 @@ from layerwise.core.fold import Fold
 from layerwise.core.hollow import build_meta
 from layerwise.core.lockstep import walk
 from layerwise.core.network import Network
-from layerwise.core.stack import Layer
+from layerwise.core.stack import Layer, Matrix
 from layerwise.core.task import example_inputs
 from layerwise.core.trial import Trial
-from layerwise.core.width import Cut, Width, narrowed_config
+from layerwise.core.width import Cut, Place, Width, narrowed_config
 from layerwise.core.wiring import configs_in
 
 #: a length that nothing else has
@@ -35,35 +35,60 @@ PROBE = 7
 KEPT = 1e-3
 
 
+class Open(NamedTuple):
+    """A place that is to be tried: layers of one kind, their reader, and how units may lie."""
+
+    layers: tuple[str, ...]
+    reader: str
+    ways: Sequence[Mapping[str, Cut]]
+
+
 class Candidate(NamedTuple):
-    """Fields with their values, what is to be said besides, and the cuts that are to be tried."""
+    """Fields with their values, what is to be said besides, and the places that are to be tried."""
 
     fields: Mapping[str, int]
     fixed: Mapping[str, int]
     units: int
-    ways: Sequence[Mapping[str, Cut]]
+    places: tuple[Open, ...]
 
 
 def find_widths(network: Network) -> list[Width]:
-    """The widths of a network that all its layers have, each with one reader in a layer.
+    """The widths of a network, each with one reader in every place.
 
-    The network runs up to the first layer of each stack, on a short input.
+    The network runs up to the last layer that is the first of its kind, on a short input.
     """
-    first = {stack.layers[0].path for stack in network.stacks}
-    found: list[Width] = []
     candidates = list(_candidates(network))
     batch = example_inputs(network.module)
+    tried: set[str] = set()
     for stop in walk(network, [batch]) if candidates else ():
-        if stop.kind != "enter" or stop.layer.path not in first:
+        todo = {place.layers[0] for c in candidates for place in c.places} - tried
+        if not todo:
+            break
+        key = network.original_key(stop.layer)
+        if stop.kind != "enter" or key not in todo:
             continue
         trial = Trial(stop.layer, stop.lanes[0].args, stop.lanes[0].kwargs)
-        passed = (_tried(trial, candidate) for candidate in candidates)
-        found = [width for width in passed if width is not None]
-        candidates = [Candidate(w.fields, w.fixed, w.units, [w.cuts]) for w in found]
-        first.remove(stop.layer.path)
-        if not first or not found:
-            break
+        passed = (_tried(trial, key, candidate) for candidate in candidates)
+        candidates = [candidate for candidate in passed if candidate is not None]
+        tried.add(key)
+    found = [
+        Width(
+            c.fields,
+            c.units,
+            tuple(Place(p.layers, p.ways[0], p.reader) for p in c.places),
+            c.fixed,
+        )
+        for c in candidates
+        if all(place.layers[0] in tried for place in c.places)
+    ]
     return without_overlap(found)
+
+
+def readers(network: Network, width: Width) -> Iterator[tuple[Place, Matrix]]:
+    """The matrices that read the units of a width, each with its place."""
+    for layer in network.layers():
+        for place in width.inside(network.original_key(layer)):
+            yield from ((place, m) for m in layer.matrices if m.parameter == place.reader)
 
 
 def widths_named(network: Network, values: Mapping[str, int]) -> list[tuple[Width, int]]:
@@ -91,7 +116,7 @@ def widths_named(network: Network, values: Mapping[str, int]) -> list[tuple[Widt
             f"plan, widths {min(open_)}",
             allowed=", ".join(name for w in widths for name in w.fields) or "none here",
             found=open_[min(open_)],
-            fix="name fields of the configuration that all layers of this network shrink with",
+            fix="name fields of the configuration that layers of this network shrink with",
         )
     return found
 
@@ -121,21 +146,24 @@ def _candidates(network: Network) -> Iterator[Candidate]:
     settled = narrowed_config(config, {path: value for path, (value, _) in told.items()})
     alone: dict[str, int] = {}
 
-    def cut(fields: dict[str, int]) -> Iterator[Candidate]:
+    def shaped(fields: dict[str, int]) -> dict[str, int]:
         changed = changed_axes(kind, settled, before, fields)
-        if changed and all(name.startswith(inside) for name in changed):
-            fixed = {
-                p: v for p, (v, names) in told.items() if names & {*changed} and p not in fields
-            }
-            yield from _cut(network, fields, fixed, changed)
+        return changed if changed and all(name.startswith(inside) for name in changed) else {}
+
+    def cut(fields: dict[str, int], changed: dict[str, int]) -> Iterator[Candidate]:
+        fixed = {p: v for p, (v, names) in told.items() if names & {*changed} and p not in fields}
+        yield from _cut(network, fields, fixed, changed)
 
     for path, value in _fields(settled, before):
-        ways = list(cut({path: value}))
-        alone |= {path: value} if ways else {}
-        yield from ways
+        changed = shaped({path: value})
+        if changed:
+            alone[path] = value
+            yield from cut({path: value}, changed)
     for (one, large), (other, small) in product(alone.items(), repeat=2):
         if one != other and large % small == 0 and (large > small or one < other):
-            yield from cut({one: large, other: small})
+            both = {one: large, other: small}
+            changed = shaped(both)
+            yield from cut(both, changed) if changed else ()
 
 
 def _fields(
@@ -216,22 +244,58 @@ def _cut(
     fixed: Mapping[str, int],
     changed: Mapping[str, int],
 ) -> Iterator[Candidate]:
-    """Ways in which the parameters of a layer may hold the units of some fields."""
+    """Places in which layers may hold the units of some fields."""
     units = math.gcd(*fields.values())
-    layers = network.layers()
-    axes, *others = [axes_in(layer, changed) for layer in layers]
-    if not axes or any(other != axes for other in others):
-        return
-    sizes = {name: size for name, (_, size) in axes.items()}
-    if any(size % units for size in sizes.values()):
-        return
-    least = min(sizes.values()) // units
-    shapes_of = {size: _pieces(size // units, least) for size in {*sizes.values()}}
-    ways = []
-    for chosen in product(*shapes_of.values()):
-        pieces = dict(zip(shapes_of, chosen, strict=True))
-        ways.append({n: Cut(axis, pieces[size]) for n, (axis, size) in axes.items()})
-    yield Candidate(fields, fixed, units, ways)
+    kinds: dict[tuple[str, tuple[tuple[str, tuple[int, int]], ...]], dict[str, None]] = {}
+    for layer in network.layers():
+        axes = axes_in(layer, changed)
+        held = _by_reader(layer, axes) if axes else {}
+        if held is None or any(size % units for _, size in axes.values()):
+            return
+        for reader, own in held.items():
+            layers = kinds.setdefault((reader, tuple(own.items())), {})
+            layers[network.original_key(layer)] = None
+    places = (Open((*layers,), r, _ways(dict(own), units)) for (r, own), layers in kinds.items())
+    if kinds:
+        yield Candidate(fields, fixed, units, (*places,))
+
+
+def _by_reader(
+    layer: Layer, axes: Mapping[str, tuple[int, int]]
+) -> dict[str, dict[str, tuple[int, int]]] | None:
+    """The axes of a layer by the matrix that reads their units; none if that cannot be told.
+
+    Of several readers it is the one whose name begins most alike.
+    """
+    found: dict[str, dict[str, tuple[int, int]]] = {}
+    for m in layer.matrices:
+        plain = len(layer.shapes[m.parameter]) == (2 if m.expert is None else 3)
+        if plain and m.parameter in axes and axes[m.parameter][0] == (-2 if m.transposed else -1):
+            found[m.parameter] = {}
+    for name, axis in axes.items():
+        alike = {reader: _alike(reader, name) for reader in found}
+        best = [reader for reader, depth in alike.items() if depth == max(alike.values())]
+        if name not in found and len(best) != 1:
+            return None
+        found[name if name in found else best[0]][name] = axis
+    return found
+
+
+def _alike(one: str, other: str) -> int:
+    """How many parts of two dotted names are the same, from the first on."""
+    pairs = zip(one.split("."), other.split("."), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _ways(axes: Mapping[str, tuple[int, int]], units: int) -> list[Mapping[str, Cut]]:
+    """Ways in which some axes may hold their units."""
+    sizes = {size for _, size in axes.values()}
+    shapes = {size: _pieces(size // units, min(sizes) // units) for size in sizes}
+    ways: list[Mapping[str, Cut]] = []
+    for chosen in product(*shapes.values()):
+        pieces = dict(zip(shapes, chosen, strict=True))
+        ways.append({name: Cut(axis, pieces[size]) for name, (axis, size) in axes.items()})
+    return ways
 
 
 def axes_in(layer: Layer, changed: Mapping[str, int]) -> dict[str, tuple[int, int]]:
@@ -256,26 +320,35 @@ def _pieces(each: int, least: int) -> list[tuple[int, ...]]:
     return found
 
 
-def _tried(trial: Trial, candidate: Candidate) -> Width | None:
-    """The width that some fields are, if the units of a layer can change places."""
-    fields, fixed, units, ways = candidate
-    for cuts in ways:
-        readers = [n for n, c in cuts.items() if _reads(trial, n, c)]
-        if len(readers) != 1 or len(cuts[readers[0]].pieces) != 1:
-            continue
-        turned = torch.arange(units).roll(1)
-        own = {name: cut for name, cut in cuts.items() if name in trial.tensors}
-        stacks = {trial.tensors[name].shape[:-2] for name in own}
-        if len(stacks) != 1:  # experts beside what all of them share
-            continue
-        turns = {n: (c.fold(turned, units),) for n, c in own.items()}
-        zeros = {n: (Fold(c.axis, _last_zero(c, units)),) for n, c in own.items()}
-        moved, unread = (trial.run({readers[0]: f[readers[0]]}) for f in (turns, zeros))
-        change, lost = moved.away(trial.before), unread.away(trial.before)
-        same = change and trial.run(turns).away(trial.before) <= KEPT * change
-        if same and trial.run(zeros).away(unread) <= KEPT * lost:
-            return Width(fields, units, cuts, readers[0], fixed)
-    return None
+def _tried(trial: Trial, layer: str, candidate: Candidate) -> Candidate | None:
+    """The candidate with its places in a layer as they are; none if there is another.
+
+    Units of a place are what its fields count if they can change places.
+    """
+    places: list[Open] = []
+    for place in candidate.places:
+        if place.layers[0] == layer:
+            own = [c for c in place.ways if _holds(trial, place.reader, c, candidate.units)][:1]
+            if not own:
+                return None
+            place = place._replace(ways=own)
+        places.append(place)
+    return candidate._replace(places=(*places,))
+
+
+def _holds(trial: Trial, reader: str, cuts: Mapping[str, Cut], units: int) -> bool:
+    """Whether units change places in a layer, and one that is zero is one that is not read."""
+    own = {name: cut for name, cut in cuts.items() if name in trial.tensors}
+    stacks = {trial.tensors[name].shape[:-2] for name in own}
+    if reader not in trial.matrices or len(cuts[reader].pieces) != 1 or len(stacks) != 1:
+        return False
+    turned = torch.arange(units).roll(1)
+    turns = {n: (c.fold(turned, units),) for n, c in own.items()}
+    zeros = {n: (Fold(c.axis, _last_zero(c, units)),) for n, c in own.items()}
+    moved, unread = (trial.run({reader: f[reader]}) for f in (turns, zeros))
+    change, lost = moved.away(trial.before), unread.away(trial.before)
+    same = change and trial.run(turns).away(trial.before) <= KEPT * change
+    return bool(same and trial.run(zeros).away(unread) <= KEPT * lost)
 
 
 def _last_zero(cut: Cut, units: int) -> Tensor:
@@ -285,20 +358,17 @@ def _last_zero(cut: Cut, units: int) -> Tensor:
     return found
 
 
-def _reads(trial: Trial, name: str, cut: Cut) -> bool:
-    """Whether the axis is that of a matrix's inputs."""
-    found = trial.matrices.get(name)
-    if found is None:
-        return False
-    return cut.axis == trial.axis(name, inputs=True)
-
-
 def without_overlap(widths: Sequence[Width]) -> list[Width]:
-    """Widths that share no parameter's axis with one before them; those of more units first."""
+    """Widths that share no axis of a layer with one before them; those of more units first."""
     found: list[Width] = []
-    taken: set[tuple[str, int]] = set()
+    taken: set[tuple[str, str, int]] = set()
     for width in sorted(widths, key=lambda w: -w.units):
-        own = {(name, cut.axis) for name, cut in width.cuts.items()}
+        own = {
+            (layer, name, cut.axis)
+            for place in width.places
+            for layer in place.layers
+            for name, cut in place.cuts.items()
+        }
         if not own & taken:
             found.append(width)
             taken |= own

@@ -234,6 +234,11 @@ class Network:
                 share(owner.module, layer.module, lambda n, o=origin: self._is_stored(f"{o}.{n}"))
         return replace(self, source=None, origins={}, orders=(), stored_layers=())
 
+    def original_key(self, layer: Layer) -> str:
+        """The key that a layer has in the order of the checkpoint."""
+        visit = self.visits.get(layer.path)
+        return layer.key if visit is None else f"{layer.stack}/{visit.layer}"
+
     def _is_stored(self, name: str) -> bool:
         return self.source is None or self.source.is_stored(name)
 

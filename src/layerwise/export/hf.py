@@ -46,7 +46,7 @@ def hf(
         made, start = dense_tensors(layer, tensors, records), f"{layer.path}."
         inside = {n.removeprefix(start): tensor for n, tensor in made.items()}
         for width, units in widths:
-            inside = width.without(inside, width.read_units(inside, units, layer.key))
+            inside = width.narrowed(inside, units, network.original_key(layer))
         return {start + name: tensor for name, tensor in inside.items()}
 
     return write_folder(network, path, layers, convert, config=config)

@@ -3,7 +3,7 @@
 from collections.abc import Hashable
 
 from layerwise.core.errors import LayerwiseError
-from layerwise.core.find_widths import widths_named
+from layerwise.core.find_widths import readers, widths_named
 from layerwise.core.method import find
 from layerwise.core.network import Network
 from layerwise.core.plan import Plan, chain_for, check_model, check_selectors, label
@@ -96,14 +96,14 @@ def check_widths(network: Network, plan: Plan) -> None:
             fix="write the narrower model with target hf, then compress that folder further",
         )
     for width, units in widths_named(network, plan.widths) if plan.widths else ():
-        for matrix in (m for la in network.layers() for m in la.matrices):
-            if matrix.parameter == width.reader and not chain_for(plan.edits, matrix):
+        for place, matrix in readers(network, width):
+            if not chain_for(plan.edits, matrix):
                 raise LayerwiseError(
                     f"plan, {matrix.key}",
                     allowed=f"a chain that leaves {units} of the {width.units} units of "
                     f"{width.name}",
                     found="none",
-                    fix=f"sparsegpt with pattern column:{width.block}, or leave out the width",
+                    fix=f"sparsegpt with pattern column:{place.block}, or leave out the width",
                 )
 
 

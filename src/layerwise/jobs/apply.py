@@ -15,7 +15,7 @@ from torch import Tensor
 from layerwise.core.absent import silenced, unstored
 from layerwise.core.errors import LayerwiseError, first_few
 from layerwise.core.fan import Engine
-from layerwise.core.find_experts import original_key, without_experts
+from layerwise.core.find_experts import without_experts
 from layerwise.core.fold import save_folds
 from layerwise.core.journal import Journal
 from layerwise.core.lockstep import walk
@@ -274,7 +274,7 @@ def beside(out: Path, what: str) -> Path:
 def layer_row(network: Network, layer: Layer, plan: Plan, report: dict[str, Any]) -> dict[str, Any]:
     """What one layer got and what came true of it; `from` is its place in the original."""
     labels = labels_of(network, layer, plan)
-    experts = experts_told(plan, original_key(network, layer))
+    experts = experts_told(plan, network.original_key(layer))
     errors = list(report.get("errors", {}).values())
     return {
         "layer": layer.key,

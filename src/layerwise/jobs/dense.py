@@ -93,7 +93,7 @@ def _dense(request: Request, network: Network, contest: Contest, progress: Progr
         )
     widths = [w for w in (*found, *experts) if not _pinned(request, network, w)]
     dense = Dense(request, network, widths)
-    alone = replace(dense, widths=[w for w in widths if not w.reader])
+    alone = replace(dense, widths=[w for w in widths if not w.read])
     if not alone.widths:
         return dense
     nearest = {w.name: min(levels(w), key=lambda n, w=w: abs(n - w.units / 2)) for w in widths}
@@ -134,7 +134,7 @@ def _fast_enough(request: Request, rows: Sequence[Mapping[str, Any]]) -> list[in
 
 
 def _pinned(request: Request, network: Network, width: Width) -> bool:
-    held = [m for la in network.layers() for m in la.matrices if m.parameter in width.cuts]
+    held = [m for la in network.layers() for m in la.matrices if width.holding(la.key, m.parameter)]
     return any(selects(pattern, matrix) for pattern in request.keep for matrix in held)
 
 

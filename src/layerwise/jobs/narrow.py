@@ -1,5 +1,6 @@
 """What a dense checkpoint can lose: layers, and units of every width; and what that saves."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,8 +10,7 @@ from typing import NamedTuple
 
 from msgspec import structs
 
-from layerwise.core.find_experts import layers_with
-from layerwise.core.find_widths import find_widths
+from layerwise.core.find_widths import find_widths, readers
 from layerwise.core.network import Network
 from layerwise.core.plan import Edit, Plan, Step
 from layerwise.core.stack import Layer
@@ -20,8 +20,8 @@ from layerwise.jobs.request import Request, identity
 from layerwise.jobs.session import Budget
 from layerwise.jobs.units import layer_bytes, wiring_without
 
-#: into how many steps a width is cut at most
-LEVELS = 64
+#: into how many steps a width is cut at most, and how many mixes of widths are weighed
+LEVELS, MIXES = 64, 4096
 #: entries of two bytes that fill the sixteen by which grouped products of experts go
 ALIGNED = 8
 #: nothing is known of any expert: the first ones stay
@@ -35,13 +35,13 @@ class Candidate(NamedTuple):
     units: Mapping[str, int]
 
 
-def levels(width: Width) -> list[int]:
-    """How many units a width may have, all of them first.
+def levels(width: Width, most: int = LEVELS) -> list[int]:
+    """How many units a width may have, in at most so many steps; all of them first.
 
     Rows stay multiples of `ALIGNED` entries if they were: kernels of stock code want them so.
     """
-    step, aligned = width.spans, gcd(ALIGNED, width.units * width.block) if width.reader else 1
-    while 2 * step * LEVELS <= width.units or step * width.block % aligned:
+    step, aligned = width.spans, gcd(ALIGNED, width.units * width.block) if width.read else 1
+    while 2 * step * most <= width.units or step * width.block % aligned:
         step *= 2
     return [width.units, *range((width.units - 1) // step * step, width.least - 1, -step)]
 
@@ -89,7 +89,7 @@ class Dense:
             for matrix in layer.matrices:
                 size = matrix.size
                 for width in self.widths:
-                    if width.reader and matrix.parameter in width.cuts:
+                    if width.read and width.holding(layer.key, matrix.parameter):
                         size = size * candidate.units[width.name] // width.units
                 found += size
         return found
@@ -116,13 +116,12 @@ class Dense:
             return [alone] if fits(alone) else []
         found = []
         first, *others = self.widths
-        for chosen in product(*(levels(width) for width in others)):
+        wide, most = levels(first), min(LEVELS, int(MIXES ** (1 / max(1, len(others)))))
+        for chosen in product(*(levels(width, most) for width in others)):
             held = dict(zip((w.name for w in others), chosen, strict=True))
-            for units in levels(first):
-                candidate = Candidate(gone, {first.name: units, **held})
-                if fits(candidate):
-                    found.append(candidate)
-                    break
+            mixes = [Candidate(gone, {first.name: units, **held}) for units in wide]
+            place = 0 if fits(mixes[0]) else bisect_left(mixes, True, key=fits)
+            found += [c for c in mixes[place : place + 1] if fits(c)]
         return found
 
     def plan(self, candidate: Candidate) -> Plan:
@@ -130,8 +129,8 @@ class Dense:
         request, edits = self.request, []
         for width in self.widths:
             units = candidate.units[width.name]
-            edits += self._edits(width, units) if width.reader and units < width.units else []
-        read = {name for width in self.widths if width.reader for name in width.values(1)}
+            edits += self._edits(width, units) if width.read and units < width.units else []
+        read = {name for width in self.widths if width.read for name in width.values(1)}
         return Plan(
             model=identity(self.network),
             target="hf",
@@ -149,12 +148,12 @@ class Dense:
         found: dict[str, dict[str, list[int]]] = {}
         for width in self.widths:
             count = candidate.units[width.name]
-            if width.reader or count == width.units:
+            if width.read or count == width.units:
                 continue
-            layers = [la.key for la in layers_with(self.network, width)]
             found[width.name] = {
                 key: self._most_salient(key, width, count)
-                for key in layers
+                for place in width.places
+                for key in place.layers
                 if key not in candidate.gone
             }
         return found
@@ -170,13 +169,12 @@ class Dense:
 
     def _edits(self, width: Width, units: int) -> list[Edit]:
         method = self.request.method or "sparsegpt"
-        options = {"share": units / width.units, "pattern": f"column:{width.block}"}
-        step = Step(method, self.request.options(method) | options)
-        readers = [
-            m for la in self.network.layers() for m in la.matrices if m.parameter == width.reader
-        ]
-        names = dict.fromkeys(f"{m.layer.split('/')[0]}/*/{m.part}.{m.role}" for m in readers)
-        return [Edit(name, (step,)) for name in names]
+        own, share = self.request.options(method), units / width.units
+        names: dict[str, Step] = {}
+        for place, m in readers(self.network, width):
+            step = Step(method, own | {"share": share, "pattern": f"column:{place.block}"})
+            names[f"{m.layer.split('/')[0]}/*/{m.part}.{m.role}"] = step
+        return [Edit(name, (step,)) for name, step in names.items()]
 
     def words(self, candidate: Candidate) -> str:
         """What is left of a candidate, if it is less."""
@@ -196,7 +194,7 @@ class Dense:
         before = self.numbers[layer.key]
         after = dict(before)
         for width in self.widths:
-            for name in width.cuts if width.cuts.keys() <= before.keys() else ():
+            for name in (name for place in width.inside(layer.key) for name in place.cuts):
                 after[name] = after[name] * candidate.units[width.name] // width.units
         gone = sum(before.values()) - sum(after.values())
         return self.sizes[layer.key] - gone * self.network.stored.dtype.itemsize

@@ -52,7 +52,7 @@ class Clock:
         layer = (1 - 1 / self.speed(Candidate(shortest, whole.units))) / len(shortest or "-")
         saved = {}
         for width in self.dense.widths:
-            if not width.reader:  # a token runs as many experts among fewer
+            if not width.read:  # a token runs as many experts among fewer
                 saved[width.name] = 0.0
                 continue
             half = whole._replace(units={**whole.units, width.name: width.units // 2})
