@@ -27,8 +27,11 @@ from layerwise.core.quality import ratio
 from layerwise.core.visits import read_wiring
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from sharing.train import LENGTH, VOCABULARY, losses, texts, train
+from demo_model.train import batches, optimizers_of, rate
+from sharing.train import LENGTH, VOCABULARY, losses, texts
 
+#: of the residual layers that read digits
+RATE = 3e-3
 #: what the maps of eight visits are compared with
 EQUAL = "0*2,1*2,2*2,3*2"
 ORDERS = (
@@ -73,7 +76,7 @@ def language(options: argparse.Namespace) -> None:
                 wiring = {"decoder": read_wiring(order)}
                 network = layerwise.open(folder, wiring=wiring, dtype="float32").load()
             model = network.model.requires_grad_(True).train()
-            train(model, tokens, options.steps, options.rate)
+            train(model, tokens, options)
             loss, count = losses(model.eval(), asked)
             found.append(loss)
         mean = np.mean(found, axis=0)
@@ -81,6 +84,23 @@ def language(options: argparse.Namespace) -> None:
         first = mean if first is None else first
         cells = f"{len(network.stack.layers)} | {ratio(mean, count)} | {rise}"
         print(f"| `{order}` | {cells} | {time.monotonic() - began:.0f} |", flush=True)
+
+
+def train(model: LlamaForCausalLM, tokens: Tensor, options: argparse.Namespace) -> None:
+    """By Muon and AdamW, as the demo model was trained; rates fall to zero."""
+    optimizers = optimizers_of(model)
+    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    generator = torch.Generator().manual_seed(0)
+    for step in range(options.steps):
+        inputs, targets = batches(tokens, LENGTH, options.tokens, generator)
+        for optimizer, peak in zip(optimizers, peaks, strict=True):
+            optimizer.param_groups[0]["lr"] = peak * rate(step, options.steps)
+        logits = model(input_ids=inputs, use_cache=False).logits
+        F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+        nn.utils.clip_grad_norm_(optimizers[1].param_groups[0]["params"], 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
 
 
 class Block(nn.Module):
@@ -136,11 +156,11 @@ def runs(depth: int, options: argparse.Namespace) -> Iterator[list[tuple[float, 
 
 
 def fit(model: nn.Module, x: Tensor, y: Tensor, options: argparse.Namespace) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01)
     generator = torch.Generator().manual_seed(0)
     for step in range(options.steps):
         rows = torch.randint(len(x), (128,), generator=generator)
-        optimizer.param_groups[0]["lr"] = options.rate * (1 - step / options.steps)
+        optimizer.param_groups[0]["lr"] = RATE * (1 - step / options.steps)
         F.cross_entropy(model(x[rows]), y[rows]).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -169,7 +189,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("what", nargs="?", choices=("language", "digits"), default="language")
     parser.add_argument("--orders", nargs="*", default=ORDERS, help="as `run --wiring` has them")
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--rate", type=float, default=3e-3)
+    parser.add_argument("--tokens", type=int, default=1024, help="of a step of a language model")
     parser.add_argument("--seeds", type=int, default=2)
     options = parser.parse_args(words)
     (digits if options.what == "digits" else language)(options)

@@ -1,5 +1,7 @@
 """Plans: text and back, errors that name the key, and selectors."""
 
+import random
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,14 +16,14 @@ from layerwise.core.plan import (
     Identity,
     Plan,
     Step,
-    chain_for,
+    chains_of,
     check_model,
     check_selectors,
     parse_plan,
     read_plan,
-    selects,
     settings,
 )
+from layerwise.core.select import last_naming, selects
 from layerwise.core.stack import Matrix
 
 words = st.text(max_size=12)
@@ -166,9 +168,9 @@ def test_a_wrong_field_is_named(selector: str) -> None:
 def test_the_last_match_wins() -> None:
     one, two = (Step("rtn", {"bits": bits}) for bits in (3, 4))
     rules = (Edit("*/*/mlp", (one,)), Edit("*/0-1/*", (two,)), Edit("*/1/mlp", ()))
-    chains = [chain_for(rules, matrix(f"decoder/{i}", "mlp", "up")) for i in range(3)]
+    chains = [chains_of(rules)(matrix(f"decoder/{i}", "mlp", "up")) for i in range(3)]
     assert chains == [(two,), (), (one,)]
-    assert chain_for(rules, matrix("decoder/2", "attention", "q")) == ()
+    assert chains_of(rules)(matrix("decoder/2", "attention", "q")) == ()
 
 
 def test_a_selector_that_names_nothing_is_an_error() -> None:
@@ -234,3 +236,23 @@ def test_an_alias_is_a_value_written_once() -> None:
     plan = parse_plan(HEAD + text)
     assert plan.edits[0].chain == plan.edits[1].chain == (Step("rtn"),)
     assert parse_plan(plan.to_yaml()) == plan
+
+
+def test_the_last_selector_that_names_a_matrix_counts() -> None:
+    """Selectors of single matrices are looked up, all others tried: as trying all of them."""
+    draw = random.Random(0)
+    kinds = (("mlp", "up", "wi"), ("mlp", "gate", "up"), ("attention", "q", "q_proj"))
+    known = [
+        matrix(f"{stack}/{index}", part, role, own, expert)
+        for stack, index in product(("decoder", "encoder"), range(4))
+        for (part, role, own), expert in product(kinds, (None, 0, 1))
+    ]
+    inner = ("*", "mlp", "mlp.up", "mlp.up[1]", "mlp.gate", "*.up", "mlp.wi[0]", "attention.q_proj")
+    outer = product(("decoder", "*", "enc*"), ("*", "0", "2", "03", "0-2", "0-3/2", "1/1"), inner)
+    patterns = ["decoder/1", "*", *("/".join(fields) for fields in outer)]
+    for _ in range(200):
+        chosen = draw.choices(patterns, k=draw.randrange(8))
+        found = last_naming([(pattern, i) for i, pattern in enumerate(chosen)], -1)
+        for one in known:
+            naming = [i for i, pattern in enumerate(chosen) if selects(pattern, one)]
+            assert found(one) == max(naming, default=-1)

@@ -1,7 +1,7 @@
 """The plan: a file that says what every layer gets, made by hand or by an allocator."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
@@ -11,7 +11,7 @@ import yaml
 from layerwise.core.errors import LayerwiseError, first_line, nearest
 from layerwise.core.machine import write_whole
 from layerwise.core.method import find
-from layerwise.core.select import check_selector, selects
+from layerwise.core.select import check_selector, full_names, last_naming
 from layerwise.core.stack import Matrix
 
 
@@ -200,9 +200,9 @@ def _mend(found: str) -> str:
     return otherwise
 
 
-def chain_for(edits: Sequence[Edit], matrix: Matrix) -> tuple[Step, ...]:
-    """The chain of the last edit whose selector names the matrix; empty where none does."""
-    return next((e.chain for e in reversed(edits) if selects(e.select, matrix)), ())
+def chains_of(edits: Iterable[Edit]) -> Callable[[Matrix], tuple[Step, ...]]:
+    """The chain of the last edit whose selector names a matrix; empty where none does."""
+    return last_naming(((edit.select, edit.chain) for edit in edits), ())
 
 
 def check_selectors(plan: Plan, matrices: list[Matrix]) -> None:
@@ -211,12 +211,14 @@ def check_selectors(plan: Plan, matrices: list[Matrix]) -> None:
     Raises:
         LayerwiseError: one does not; the nearest names are shown.
     """
+    known = {name for matrix in matrices for name in full_names(matrix)}
     for step in plan.rewrites:
         find(step.method, "rewrite").bind(step.options)
     for edit in plan.edits:
         for step in edit.chain:
             find(step.method, "weight").bind(step.options)
-        check_selector(edit.select, matrices, "plan, selector")
+        if edit.select not in known:
+            check_selector(edit.select, matrices, "plan, selector")
 
 
 def check_model(plan: Plan, structure: str, weights: str, other_weights: bool = False) -> None:

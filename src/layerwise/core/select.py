@@ -1,12 +1,15 @@
 """Selectors: `stack/layers/part.matrix`, with `*` in any field, name matrices of a network."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import NamedTuple
+from operator import itemgetter
+from typing import NamedTuple, TypeVar
 
 from layerwise.core.errors import LayerwiseError, nearest
 from layerwise.core.stack import Matrix
+
+T = TypeVar("T")
 
 
 class _Fields(NamedTuple):
@@ -62,9 +65,50 @@ def selects(pattern: str, matrix: Matrix) -> bool:
         return False
     if role is None or not part.fullmatch(matrix.part):
         return role is None and part.fullmatch(matrix.part) is not None
+    return any(map(role.fullmatch, _names(matrix)))
+
+
+def _names(matrix: Matrix) -> tuple[str, ...]:
+    """What a matrix is called in its part: by its role or its own name, with its expert or not."""
     own = matrix.parameter.removesuffix(".weight").rpartition(".")[2]
     expert = "" if matrix.expert is None else f"[{matrix.expert}]"
-    return any(map(role.fullmatch, (matrix.role, matrix.role + expert, own, own + expert)))
+    return matrix.role, matrix.role + expert, own, own + expert
+
+
+def full_names(matrix: Matrix) -> list[str]:
+    """The selectors that name a matrix in its layer alone."""
+    return [f"{matrix.layer}/{matrix.part}.{name}" for name in _names(matrix)]
+
+
+#: a selector of one matrix, or of experts of one name
+_SINGLE = re.compile(r"[^*/]+/(?:0|[1-9]\d*)/[^*/.]+\.[^*]+")
+
+
+def last_naming(pairs: Iterable[tuple[str, T]], otherwise: T) -> Callable[[Matrix], T]:
+    """What the last selector that names a matrix stands for; selectors of single ones cost nothing.
+
+    Example:
+        >>> m = Matrix("decoder/3", "mlp", "down", "mlp.down_proj.weight", None, (2, 2), False,
+        ...            "", "")
+        >>> last_naming([("*/*/mlp", 1), ("decoder/3/mlp.down", 2), ("decoder/3/mlp.up", 3)], 0)(m)
+        2
+    """
+    single: dict[str, tuple[int, T]] = {}
+    several: list[tuple[int, str, T]] = []
+    for number, (pattern, value) in enumerate(pairs):
+        if _SINGLE.fullmatch(pattern):
+            single[pattern] = number, value
+        else:
+            several.append((number, pattern, value))
+    several.reverse()  # the last one counts
+
+    def found(matrix: Matrix) -> T:
+        own = (single[name] for name in full_names(matrix) if name in single)
+        last, value = max(own, key=itemgetter(0), default=(-1, otherwise))
+        later = (v for n, pattern, v in several if n > last and selects(pattern, matrix))
+        return next(later, value)
+
+    return found
 
 
 def check_selector(pattern: str, matrices: Iterable[Matrix], where: str) -> None:

@@ -16,7 +16,7 @@ from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.errors import refusing
 from layerwise.core.method import method
 from layerwise.core.network import Network
-from layerwise.core.plan import Edit, Plan, Step, chain_for, read_plan
+from layerwise.core.plan import Edit, Plan, Step, chains_of, read_plan
 from layerwise.core.stack import Layer, Matrix, Stack
 from layerwise.core.target import Target
 from layerwise.core.weight import Codebook, Quantized, Weight
@@ -130,7 +130,8 @@ def packed_records(
 ) -> dict[str, Weight]:
     """The records of a layer that lie packed in a folder, by the edits that packed them."""
     records: dict[str, Weight] = {}
-    schemes = {m.key: scheme_after(chain_for(edits, m)) for m in layer.matrices}
+    chain_of = chains_of(edits)
+    schemes = {m.key: scheme_after(chain_of(m)) for m in layer.matrices}
     for matrix in (m for m in layer.matrices if not m.apart):
         scheme, module = schemes[matrix.key], _module(layer, matrix)
         if scheme is not None and f"{module}.weight_scale" in folder.tensors:

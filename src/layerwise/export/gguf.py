@@ -14,7 +14,7 @@ from layerwise.core.ggml import fitting, format_of, needing_gguf
 from layerwise.core.ggml_codes import codes_of
 from layerwise.core.method import find, method
 from layerwise.core.network import Network
-from layerwise.core.plan import Edit, Plan, Step, chain_for
+from layerwise.core.plan import Edit, Plan, Step, chains_of
 from layerwise.core.stack import Matrix, Stack
 from layerwise.core.target import Target
 from layerwise.core.weight import Packed, Weight
@@ -146,7 +146,7 @@ def _cut(shape: tuple[int, ...], count: int, dim: int) -> tuple[int, ...]:
 
 def _one_type(network: Network, matrices: Sequence[Matrix], edits: Sequence[Edit]) -> str:
     """The type of a tensor, which its experts share."""
-    dtype, chains = network.stored.dtype, [chain_for(edits, m) for m in matrices]
+    dtype, chains = network.stored.dtype, [*map(chains_of(edits), matrices)]
     found = {
         _type(m, chain, dtype.itemsize) if chain else kept_type(m, dtype)
         for m, chain in zip(matrices, chains, strict=True)

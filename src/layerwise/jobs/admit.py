@@ -6,7 +6,7 @@ from layerwise.core.errors import LayerwiseError
 from layerwise.core.find_widths import readers, widths_named
 from layerwise.core.method import find
 from layerwise.core.network import Network
-from layerwise.core.plan import Plan, chain_for, check_model, check_selectors, label
+from layerwise.core.plan import Plan, chains_of, check_model, check_selectors, label
 from layerwise.core.stack import Visit
 from layerwise.core.target import Target, refusals
 from layerwise.core.visits import each_once, is_plain
@@ -53,10 +53,10 @@ def check_plan(network: Network, plan: Plan, other_weights: bool) -> Target:
 
 def check_target(network: Network, plan: Plan, target: Target) -> None:
     """Refuse, before anything is computed, a plan that its target cannot hold."""
-    refuses = refusals(target, network)
+    refuses, chain_of = refusals(target, network), chains_of(plan.edits)
     for layer in network.layers():
         for matrix in layer.matrices:
-            why = refuses(matrix, chain_for(plan.edits, matrix))
+            why = refuses(matrix, chain_of(matrix))
             if why:
                 raise LayerwiseError(
                     f"plan, {matrix.key}",
@@ -70,9 +70,10 @@ def check_target(network: Network, plan: Plan, target: Target) -> None:
 def _check_alike(network: Network, plan: Plan, target: Target) -> None:
     """Refuse different chains for matrices that the target can only hold alike."""
     first: tuple[Hashable, str] | None = None
+    chain_of = chains_of(plan.edits)
     matrices = (m for layer in network.layers() for m in layer.matrices)
     for matrix in (m for m in matrices if target.alike(m, ()) is not None):
-        chain = chain_for(plan.edits, matrix)
+        chain = chain_of(matrix)
         held = target.alike(matrix, chain)
         words = f"{label(chain)} for {matrix.key}"
         first = first or (held, words)
@@ -95,9 +96,10 @@ def check_widths(network: Network, plan: Plan) -> None:
             found=dict(plan.widths) or ", ".join(plan.units),
             fix="write the narrower model with target hf, then compress that folder further",
         )
+    chain_of = chains_of(plan.edits)
     for width, units in widths_named(network, plan.widths) if plan.widths else ():
         for place, matrix in readers(network, width):
-            if not chain_for(plan.edits, matrix):
+            if not chain_of(matrix):
                 raise LayerwiseError(
                     f"plan, {matrix.key}",
                     allowed=f"a chain that leaves {units} of the {width.units} units of "

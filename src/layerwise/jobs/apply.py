@@ -23,7 +23,7 @@ from layerwise.core.machine import check_disk, check_memory
 from layerwise.core.method import find
 from layerwise.core.network import Network
 from layerwise.core.open import open_network, unrolled, widened
-from layerwise.core.plan import Plan, chain_for, label
+from layerwise.core.plan import Plan, chains_of, label
 from layerwise.core.reader import windows
 from layerwise.core.shards import write_safetensors
 from layerwise.core.stack import Layer
@@ -291,10 +291,10 @@ def preview(model: str | Path, plan: Plan, other_weights: bool = False) -> list[
     """What `apply_plan` would do: the checks of the plan, and a row per layer with exact bytes."""
     network = opened_for(model, plan)
     target = check_plan(network, plan, other_weights)
-    size, rows = network.stored.dtype.itemsize, []
+    size, rows, chain_of = network.stored.dtype.itemsize, [], chains_of(plan.edits)
     for layer in network.layers():
         gone = unstored(layer, network.visits.get(layer.path)) if target.once else []
         held = [m for m in layer.matrices if m not in gone]
-        nbytes = sum(target.nbytes(m, chain_for(plan.edits, m), size) for m in held)
+        nbytes = sum(target.nbytes(m, chain_of(m), size) for m in held)
         rows.append(layer_row(network, layer, plan, {}) | {"bytes": nbytes})
     return rows

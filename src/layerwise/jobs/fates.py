@@ -8,7 +8,7 @@ from layerwise.core.absent import absent
 from layerwise.core.adapters import nbytes_of
 from layerwise.core.errors import first_few
 from layerwise.core.network import Network
-from layerwise.core.plan import GONE, Plan, chain_for, label
+from layerwise.core.plan import GONE, Plan, chains_of, label
 from layerwise.core.stack import Layer, LowRank, Matrix
 from layerwise.core.stats import Scores
 from layerwise.jobs.units import orders, units_of
@@ -68,8 +68,8 @@ def fates(network: Network, wiring: Mapping[str, list[Any]], runs: Sequence[str]
 
 def labels_of(network: Network, layer: Layer, plan: Plan) -> dict[Matrix, str]:
     """What every matrix of a layer got, in words; those of parts that do not run are left out."""
-    gone = absent(layer, network.visits.get(layer.path))
-    return {m: GONE if m in gone else label(chain_for(plan.edits, m)) for m in layer.matrices}
+    gone, chain_of = absent(layer, network.visits.get(layer.path)), chains_of(plan.edits)
+    return {m: GONE if m in gone else label(chain_of(m)) for m in layer.matrices}
 
 
 def experts_told(plan: Plan, layer: str) -> list[str]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from layerwise.core.method import find
 from layerwise.core.network import Network
-from layerwise.core.plan import Heal, Plan, Step, chain_for
+from layerwise.core.plan import Heal, Plan, Step, chains_of
 from layerwise.core.stops import Batch
 from layerwise.export import TARGETS
 
@@ -61,10 +61,10 @@ def memory_to_heal(network: Network, how: Heal) -> dict[str, int]:
 def disk_to_apply(network: Network, plan: Plan) -> dict[str, int]:
     """The result, and the journal beside it: a code of a byte and its scales per weight."""
     target, itemsize = TARGETS[plan.target], network.stored.dtype.itemsize
-    result, journal = network.stored.nbytes, 0
+    result, journal, chain_of = network.stored.nbytes, 0, chains_of(plan.edits)
     for layer in network.layers():
         for matrix in layer.matrices:
-            chain = chain_for(plan.edits, matrix)
+            chain = chain_of(matrix)
             result += target.nbytes(matrix, chain, itemsize) - matrix.size * itemsize
             journal += matrix.size * 5 // 4 if chain else 0
     return {"result": result, "journal": journal}

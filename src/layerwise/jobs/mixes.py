@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from layerwise.core.errors import LayerwiseError, nearest
 from layerwise.core.ggml import fitting
 from layerwise.core.network import Network
-from layerwise.core.plan import DataSpec, Edit, Plan, Step, chain_for
+from layerwise.core.plan import DataSpec, Edit, Plan, Step, chains_of
 from layerwise.core.stack import Matrix
 from layerwise.export import TARGETS
 from layerwise.export._gguf_models import text_config
@@ -96,6 +96,7 @@ def written_bytes(network: Network, plan: Plan) -> int:
     target, size = TARGETS["gguf"], network.stored.dtype.itemsize
     inside = (m for layer in network.layers() for m in layer.matrices)
     assert target.rest is not None
+    chain_of = chains_of(plan.edits)
     return target.rest(network, plan.export) + sum(
-        target.nbytes(m, chain_for(plan.edits, m), size) for m in inside
+        target.nbytes(m, chain_of(m), size) for m in inside
     )

@@ -16,7 +16,7 @@ from layerwise.core.find_experts import without_experts
 from layerwise.core.method import find
 from layerwise.core.network import Network, fill
 from layerwise.core.open import open_network
-from layerwise.core.plan import Plan, Step, chain_for, describe
+from layerwise.core.plan import Plan, Step, chains_of, describe
 from layerwise.core.quality import Quality
 from layerwise.core.stats import Scores
 from layerwise.core.weight import Quantized
@@ -291,7 +291,8 @@ def alone(chain: Sequence[Step]) -> Sequence[Step]:
 def zeros_of(contest: Contest) -> float:
     """The share of the weights of all matrices that are zero by the plan."""
     matrices = [m for stack in open_network(contest.model).stacks for m in stack.matrices()]
-    left = (weights_left(chain_for(contest.plan.edits, m), m.shape) for m in matrices)
+    chain_of = chains_of(contest.plan.edits)
+    left = (weights_left(chain_of(m), m.shape) for m in matrices)
     return contest.plan.budget.get("sparsity") or 1 - sum(left) / sum(m.size for m in matrices)
 
 
@@ -300,6 +301,6 @@ def packed_size(contest: Contest) -> int:
     wired = open_network(contest.model, wiring=contest.plan.wiring)
     itemsize = wired.stored.dtype.itemsize
     matrices = [m for stack in wired.stacks for m in stack.matrices()]
-    chains = {m.key: chain_for(contest.plan.edits, m) for m in matrices}
-    saved = sum(m.size * itemsize - PACKED.nbytes(m, chains[m.key], itemsize) for m in matrices)
+    chain_of = chains_of(contest.plan.edits)
+    saved = sum(m.size * itemsize - PACKED.nbytes(m, chain_of(m), itemsize) for m in matrices)
     return contest.nbytes - saved

@@ -16,7 +16,7 @@ from layerwise.core.method import Method, find
 from layerwise.core.mixing import Stream
 from layerwise.core.network import Network
 from layerwise.core.open import refolded, widened
-from layerwise.core.plan import Edit, Plan, Step, chain_for
+from layerwise.core.plan import Edit, Plan, Step, chains_of
 from layerwise.core.seam import Place, Seam, find_seams
 from layerwise.core.stack import Layer
 from layerwise.core.stats import Gathering, observe
@@ -154,7 +154,7 @@ class _EachLayer:
         batches: Sequence[Batch],
         journal: Journal,
     ) -> None:
-        self.network, self.name, self.edits = network, name, edits
+        self.network, self.name, self.chain_of = network, name, chains_of(edits)
         self.batches, self.journal = batches, journal
         self.method: Method = find(step.method, "rewrite")
         self.options = step.options
@@ -212,7 +212,7 @@ class _EachLayer:
             )
             if any(w.shape[1] != len(place.channels[k]) for k, w in place.weights.items()):
                 continue  # seen by the operation as another shape than that of the matrix
-            chains = {m.key: chain_for(self.edits, m) for m in mine}
+            chains = {m.key: self.chain_of(m) for m in mine}
             rounded = {key: partial(_rounded, chain) for key, chain in chains.items() if chain}
             bound = self.method.bind(self.options, rounded=rounded)
             scale = bound(place, {m.key: _of_width(stats[m.inputs], m.shape[1]) for m in mine})

@@ -15,7 +15,7 @@ from layerwise.core.journal import Journal
 from layerwise.core.lockstep import walk
 from layerwise.core.method import find
 from layerwise.core.network import Network, fill
-from layerwise.core.plan import Edit, Step, chain_for
+from layerwise.core.plan import Edit, Step, chains_of
 from layerwise.core.stack import Layer, Matrix
 from layerwise.core.stats import Gathering
 from layerwise.core.stops import Batch, Stop
@@ -88,7 +88,9 @@ class Solver:
         given: Mapping[str, Mapping[str, Any]] = {},
     ) -> None:
         self.given = given
-        self.network, self.edits, self.journal = network, edits, journal
+        self.network, self.journal = network, journal
+        #: what the plan does to a matrix
+        self.chain = chains_of(edits)
         # what is solved lies in this process; sending it to another one costs more than it saves
         self.engine = engine if engine.kind == "ray" else Engine("threads", engine.workers)
         needs = () if given else needs_of(edits)
@@ -111,10 +113,6 @@ class Solver:
         self._solve(layer.matrices, lambda m: m.view(tensors[m.parameter]), {})
         self.finish(layer)
         return self.records
-
-    def chain(self, matrix: Matrix) -> tuple[Step, ...]:
-        """What the plan does to a matrix."""
-        return chain_for(self.edits, matrix)
 
     def look(self, stop: Stop) -> None:
         """Take part in a walk: replay finished layers, solve the others."""

@@ -10,7 +10,7 @@ from typing import Any
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.network import Network
 from layerwise.core.open import rewired
-from layerwise.core.plan import Edit, Plan, chain_for
+from layerwise.core.plan import Edit, Plan, chains_of
 from layerwise.core.select import selects
 from layerwise.core.stack import Layer, Stack, Visit, Wiring, plain_wiring
 from layerwise.core.visits import parse_wiring
@@ -170,10 +170,11 @@ def unmistakable(
     inside: dict[str, list[Edit]] = {}
     for edit in edits:
         inside.setdefault(edit.select.rpartition("/")[0], []).append(edit)
+    chain_of = {layer: chains_of(held) for layer, held in inside.items()}
     last: dict[str, Edit] = {}
     for matrix in (m for layer in network.layers() for m in layer.matrices):
         placed = replace(matrix, layer=places.get(matrix.layer, matrix.layer))
         meant = own.get(placed.key, Edit(placed.key, ()))
-        if chain_for(inside.get(placed.layer, ()), placed) != meant.chain:
+        if chain_of.get(placed.layer, chains_of(()))(placed) != meant.chain:
             last[placed.key] = meant
     return (*(edit for edit in edits if edit.select not in last), *last.values())

@@ -16,7 +16,7 @@ from layerwise.core.fold import load_folds
 from layerwise.core.machine import available_memory
 from layerwise.core.network import Network
 from layerwise.core.open import choose_device, open_network
-from layerwise.core.plan import Plan, chain_for, describe, read_plan
+from layerwise.core.plan import Plan, chains_of, describe, read_plan
 from layerwise.core.quality import Estimate, Quality, measure_quality
 from layerwise.core.reader import samples_of
 from layerwise.core.task import answer, token_rows
@@ -240,10 +240,9 @@ def layer_rows(case: Case) -> list[dict[str, Any]]:
     known = json.loads(report.read_text()).get("rows", []) if report.exists() else []
     errors = {row["layer"]: row.get("error") for row in known if "layer" in row}
     itemsize, rows = original.stored.dtype.itemsize, []
-    nbytes_of = lambda m: TARGETS[plan.target].nbytes(m, chain_for(plan.edits, m), itemsize)  # noqa: E731
+    target, chain_of = TARGETS[plan.target], chains_of(plan.edits)
     sizes, own = layer_bytes(original), own_bytes(edited)
-    once = TARGETS[plan.target].once
-    spares = once and all(map(each_once, plan.wiring.values()))
+    spares = target.once and all(map(each_once, plan.wiring.values()))
     narrow = layer_bytes(open_network(case.folder)) if plan.widths or plan.units else {}
     for layer in original.layers():
         size = sizes[layer.key]
@@ -252,7 +251,7 @@ def layer_rows(case: Case) -> list[dict[str, Any]]:
         ]
         labels = labels_of(edited, visits[0], plan) if visits else {}
         gone = unstored(visits[0], edited.visits.get(visits[0].path)) if visits and spares else []
-        kept = sum(nbytes_of(m) for m in labels if m not in gone)
+        kept = sum(target.nbytes(m, chain_of(m), itemsize) for m in labels if m not in gone)
         saved = sum(m.size for m in labels) * itemsize - kept
         rows.append(
             {
@@ -261,8 +260,8 @@ def layer_rows(case: Case) -> list[dict[str, Any]]:
                 "dropped": not visits and layer.key not in own,
                 "bytes": sum(narrow[new.key] for new in visits)
                 if narrow
-                else (size - saved) * (min(1, len(visits)) if once else len(visits))
-                + own.get(layer.key, 0) * once,
+                else (size - saved) * (min(1, len(visits)) if target.once else len(visits))
+                + own.get(layer.key, 0) * target.once,
                 "original_bytes": size,
                 "error": errors.get(visits[0].key) if visits else None,
             }
