@@ -13,6 +13,7 @@ from layerwise.core.errors import LayerwiseError
 from layerwise.core.find import find_stacks
 from layerwise.core.hollow import build_hollow, is_hollow
 from layerwise.core.open import open_network
+from layerwise.intervene import At, ablate
 
 ROLES = {
     "llama": [
@@ -101,6 +102,25 @@ def test_plain_sequential_in_memory() -> None:
     )
     network = open_network(blocks, inputs={"input": torch.randn(2, 5, 8)})
     assert len(network.stack.layers) == 4
+
+
+def test_the_attention_of_torch() -> None:
+    """Its module computes in one function of torch, whose inside is seen and can be changed."""
+    torch.manual_seed(0)
+    made = (nn.TransformerEncoderLayer(32, 4, 64, batch_first=True) for _ in range(3))
+    blocks, x = nn.Sequential(*made), torch.randn(2, 5, 32)
+    network = open_network(blocks, inputs={"input": x})
+    layer = network.stack.layers[1]
+    assert layer.key == "encoder/1"
+    assert [part.name for part in layer.parts] == ["attention", "mlp"]
+    shapes = [matrix.shape for matrix in layer.matrices]
+    assert shapes == [(96, 32), (32, 32), (64, 32), (32, 64)]
+    first, second, third = blocks.eval()
+    with torch.no_grad():
+        h = second.norm1(first(x))
+        expected = third(second.norm2(h + second.linear2(second.linear1(h).relu())))
+        without = network.run({"input": x}, [ablate(At(1, "attention"))])
+    torch.testing.assert_close(without, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_network_without_a_stack() -> None:

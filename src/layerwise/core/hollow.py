@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 
+from layerwise.core.watching import Watching
+
 
 def hollow_parameter(
     shape: torch.Size, dtype: torch.dtype, device: torch.device | None = None
@@ -195,7 +197,7 @@ _FLIPS = {
 }
 
 
-class ShortCircuit(TorchFunctionMode):
+class ShortCircuit(Watching):
     """Replaces calls on hollow weights, and tells `seen(input, weight, transposed, output, conv)`.
 
     Convolutions run as they are. `transposed` is about the stored parameter: whether it is
@@ -209,8 +211,7 @@ class ShortCircuit(TorchFunctionMode):
         self.seen = seen
         self._flipped: dict[int, Tensor] = {}
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+    def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in _FLIPS and is_hollow(args[0]):
             view = func(*args, **kwargs)
             if id(args[0]) not in self._flipped:

@@ -1,20 +1,21 @@
 """What the matrices of a layer receive, seen and changed at the operations that consume them."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from layerwise.core.hollow import operands
 from layerwise.core.sites import Intervention
 from layerwise.core.stack import Layer
+from layerwise.core.watching import Watching
 
 SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 
 
-class MatrixInputs(TorchFunctionMode):
+class MatrixInputs(Watching):
     """Hands what the matrices of a layer are about to receive to their interventions.
 
     Heads are counted where attention is computed, for the matrix that comes next: a call of scaled
@@ -36,8 +37,7 @@ class MatrixInputs(TorchFunctionMode):
         }
         self.apply, self.shape, self.heads = apply, shape, 0
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+    def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is F.scaled_dot_product_attention or func in SOFTMAX:
             self.heads = self._heads(args[0] if args else next(iter(kwargs.values())))
         found = operands(func, args, kwargs)

@@ -15,7 +15,6 @@ from typing import Any, Literal
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.hollow import CONVOLUTIONS, conv_rows, operands
@@ -23,6 +22,7 @@ from layerwise.core.network import Network
 from layerwise.core.stack import Layer
 from layerwise.core.stops import Batch, Edits, Lane, Pause, Rows, Stop, rows_of
 from layerwise.core.task import forward_arguments
+from layerwise.core.watching import Watching
 
 
 class _ThreadState:
@@ -38,7 +38,7 @@ class _ThreadState:
             torch.set_autocast_enabled(device, enabled)
 
 
-class Walk(TorchFunctionMode):
+class Walk(Watching):
     """The engine behind `walk`: lanes, the layer that is open, and its substitutions."""
 
     def __init__(self, network: Network, matrices: Literal["", "watch", "pause"]) -> None:
@@ -108,8 +108,7 @@ class Walk(TorchFunctionMode):
         lane = self._current
         return lane if lane is not None and lane.green is getcurrent() else None
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+    def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         found = operands(func, args, kwargs) if self._storages else None
         if found is None:
             return func(*args, **kwargs)

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from layerwise.core.hollow import operands
 from layerwise.core.stack import Layer
 from layerwise.core.tokens import by_token
+from layerwise.core.watching import Watching
 
 Value = TypeVar("Value")
 ADDITIONS = (Tensor.add, torch.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__)
@@ -72,15 +72,14 @@ class Attention(NamedTuple):
         return scores.softmax(-1)
 
 
-class AttentionWatch(TorchFunctionMode):
+class AttentionWatch(Watching):
     """Keeps the attention calls that are made while it is open."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Attention] = []
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+    def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is F.scaled_dot_product_attention:
             self.calls.append(_attention(*args, **kwargs))
         return func(*args, **kwargs)
@@ -117,7 +116,7 @@ class _ByTensor(Generic[Value]):
         return self.get(tensor) is not None
 
 
-class StreamWatch(TorchFunctionMode):
+class StreamWatch(Watching):
     """Follows the stream through one layer; entered before the lanes run, left behind them.
 
     Nothing is kept alive but three numbers per token and accumulation, and with `attention` the
@@ -161,8 +160,7 @@ class StreamWatch(TorchFunctionMode):
             found[name] = Added(*(x.reshape(by_token(output).shape[:2]) for x in added))
         return found
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+    def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._attend and func is F.scaled_dot_product_attention:
             self.attention[self._batch].append(_attention(*args, **kwargs))
         if not self._follow:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.func import functional_call
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from layerwise.core.calls import snapshot, tensors_in
@@ -16,6 +15,7 @@ from layerwise.core.hollow import CONVOLUTIONS, operands
 from layerwise.core.instead import swapped
 from layerwise.core.stack import Layer, Matrix
 from layerwise.core.stops import hidden
+from layerwise.core.watching import Watching
 
 
 class Run(NamedTuple):
@@ -74,7 +74,7 @@ class Trial:
         return Run(given, {name: torch.cat(rows) for name, rows in seen.rows.items()})
 
 
-class _Inputs(TorchFunctionMode):
+class _Inputs(Watching):
     """Keeps what some tensors are multiplied with while it is open, and adds to what comes out."""
 
     def __init__(self, tensors: Mapping[str, Tensor], add: Mapping[str, Tensor]) -> None:
@@ -83,8 +83,7 @@ class _Inputs(TorchFunctionMode):
         self._names = {t.untyped_storage().data_ptr(): name for name, t in tensors.items()}
         self.rows: dict[str, list[Tensor]] = {}
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+    def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = None
         found = None if func in CONVOLUTIONS else operands(func, args, kwargs)
         if found is not None:
