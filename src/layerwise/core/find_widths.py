@@ -60,17 +60,18 @@ def find_widths(network: Network) -> list[Width]:
     candidates = list(_candidates(network))
     batch = example_inputs(network.module)
     tried: set[str] = set()
-    for stop in walk(network, [batch]) if candidates else ():
-        todo = {place.layers[0] for c in candidates for place in c.places} - tried
-        if not todo:
-            break
+    todo = _first_of_their_kind(candidates)
+    for stop in walk(network, [batch]) if todo else ():
         key = network.original_key(stop.layer)
-        if stop.kind != "enter" or key not in todo:
+        if stop.kind != "enter" or key not in todo - tried:
             continue
         trial = Trial(stop.layer, stop.lanes[0].args, stop.lanes[0].kwargs)
         passed = (_tried(trial, key, candidate) for candidate in candidates)
         candidates = [candidate for candidate in passed if candidate is not None]
         tried.add(key)
+        todo = _first_of_their_kind(candidates)
+        if todo <= tried:
+            break
     found = [
         Width(
             c.fields,
@@ -79,9 +80,13 @@ def find_widths(network: Network) -> list[Width]:
             c.fixed,
         )
         for c in candidates
-        if all(place.layers[0] in tried for place in c.places)
+        if _first_of_their_kind([c]) <= tried
     ]
     return without_overlap(found)
+
+
+def _first_of_their_kind(candidates: Sequence[Candidate]) -> set[str]:
+    return {place.layers[0] for candidate in candidates for place in candidate.places}
 
 
 def readers(network: Network, width: Width) -> Iterator[tuple[Place, Matrix]]:
@@ -221,7 +226,9 @@ def changed_axes(
     if fewer is None:
         return None
     try:
-        shapes = shapes_stored(kind, narrowed_config(config, dict(zip(fields, fewer, strict=True))))
+        narrowed = narrowed_config(config, dict(zip(fields, fewer, strict=True)))
+        narrowed.validate()
+        shapes = shapes_stored(kind, narrowed)
     except Exception:  # a value that the architecture refuses is simply no width
         return None
     if shapes.keys() != before.keys():

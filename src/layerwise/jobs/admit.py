@@ -2,7 +2,7 @@
 
 from collections.abc import Hashable
 
-from layerwise.core.errors import LayerwiseError
+from layerwise.core.errors import LayerwiseError, refusing
 from layerwise.core.find_widths import readers, widths_named
 from layerwise.core.method import find
 from layerwise.core.network import Network
@@ -10,6 +10,7 @@ from layerwise.core.plan import Plan, chains_of, check_model, check_selectors, l
 from layerwise.core.stack import Visit
 from layerwise.core.target import Target, refusals
 from layerwise.core.visits import each_once, is_plain
+from layerwise.core.width import narrowed_config
 from layerwise.export import TARGETS
 from layerwise.jobs.rewrite import as_rewritten
 from layerwise.jobs.solve import try_chains
@@ -96,8 +97,17 @@ def check_widths(network: Network, plan: Plan) -> None:
             found=dict(plan.widths) or ", ".join(plan.units),
             fix="write the narrower model with target hf, then compress that folder further",
         )
-    chain_of = chains_of(plan.edits)
-    for width, units in widths_named(network, plan.widths) if plan.widths else ():
+    found, chain_of = (
+        widths_named(network, plan.widths) if plan.widths else [],
+        chains_of(plan.edits),
+    )
+    with refusing(
+        f"plan, widths {', '.join(f'{name} {value}' for name, value in plan.widths.items())}",
+        allowed="numbers that the architecture can be built with",
+        fix="choose others",
+    ):
+        narrowed_config(network.model.config, plan.widths).validate()
+    for width, units in found:
         for place, matrix in readers(network, width):
             if not chain_of(matrix):
                 raise LayerwiseError(
