@@ -5,6 +5,8 @@
 Two things are added to plain training on the standard library's text. Layers are left out at
 random, the later the more often, and the shared norm and head also answer after some earlier
 layers, which counts in the loss. Only the calibrate part of the text is seen.
+
+With `--own` they are also taught on what the network itself writes, in every other step.
 """
 
 import argparse
@@ -139,7 +141,7 @@ def train(model: LlamaForCausalLM, tokens: Tensor, options: argparse.Namespace) 
         if not model.training:  # the last layer teaches, and learns nothing
             rows = written[torch.randint(len(written), (options.tokens // 128,))]
             inputs, targets = rows[:, :-1], rows[:, 32:]
-            weights = [1 / (len(exits) - 1)] * (len(exits) - 1) + [0.0]
+            weights = [1 / max(1, len(exits) - 1)] * (len(exits) - 1) + [0.0]
         inputs, targets = inputs.to(options.device), targets.to(options.device)
         warm = min(1.0, (len(curve) + 1) / 20)
         for optimizer, peak in zip(optimizers, peaks, strict=True):

@@ -274,6 +274,18 @@ def test_a_module_in_memory_in_another_order() -> None:
     assert copied.linear.weight.grad is not None
 
 
+def test_a_stack_that_repeats_a_module_stays_beside_another_in_a_new_order() -> None:
+    grower = Grower()
+    first, second = torch.nn.Sequential(grower, grower, Grower()), [Grower() for _ in range(4)]
+    module = torch.nn.Sequential()
+    module.early, module.late = first, torch.nn.Sequential(*second)
+    x = torch.randn(2, 6)
+    names = [s.name for s in layerwise.open(module, inputs={"input": x}).stacks]
+    made = layerwise.open(module, inputs={"input": x}, wiring={names[-1]: [3, 2, 1]})
+    one, two, three = second[1:]
+    assert torch.allclose(made.module(x), one(two(three(first(x)))), atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("order", "match"),
     [

@@ -78,8 +78,8 @@ def _reordered(
         fix="keep the layers that change the shape of what they read",
     ):
         made = open_module(module, inputs)
-    for stack in made.stacks:
-        run_together(stack.layers, orders.get(stack.container, stack.wiring))
+    for stack in (stack for stack in made.stacks if stack.container in orders):
+        run_together(stack.layers, orders[stack.container])
     return made
 
 

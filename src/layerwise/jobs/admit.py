@@ -97,10 +97,9 @@ def check_widths(network: Network, plan: Plan) -> None:
             found=dict(plan.widths) or ", ".join(plan.units),
             fix="write the narrower model with target hf, then compress that folder further",
         )
-    found, chain_of = (
-        widths_named(network, plan.widths) if plan.widths else [],
-        chains_of(plan.edits),
-    )
+    if not plan.widths:
+        return
+    found, chain_of = widths_named(network, plan.widths), chains_of(plan.edits)
     with refusing(
         f"plan, widths {', '.join(f'{name} {value}' for name, value in plan.widths.items())}",
         allowed="numbers that the architecture can be built with",
