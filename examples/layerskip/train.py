@@ -5,8 +5,6 @@
 Two things are added to plain training on the standard library's text. Layers are left out at
 random, the later the more often, and the shared norm and head also answer after some earlier
 layers, which counts in the loss. Only the calibrate part of the text is seen.
-
-With `--own` they are also taught on what the network itself writes, in every other step.
 """
 
 import argparse
@@ -71,14 +69,12 @@ def exits_at(step: int, depth: int, every: int, among: Sequence[int] = ()) -> li
 
 
 def dropped(
-    layer: nn.Module, rate: float, states: dict[int, Tensor], number: int, generator: Any
+    own: Callable[..., Tensor], rate: float, states: dict[int, Tensor], number: int, generator: Any
 ) -> Callable[..., Tensor]:
-    """A layer that each sample in training leaves out at a rate, and that keeps its output."""
-    own = layer.forward
+    """A layer that each sample leaves out at a rate, and that keeps what it returned."""
 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        skipped = torch.rand(len(x), generator=generator) < rate * layer.training
-        keep = (~skipped).nonzero()[:, 0].to(x.device)
+        keep = (torch.rand(len(x), generator=generator) >= rate).nonzero()[:, 0].to(x.device)
         out = x if not len(keep) else own(x[keep], *args, **kwargs)
         if 0 < len(keep) < len(x):
             out = x.index_copy(0, keep, out)
@@ -99,9 +95,8 @@ def loss_of(
 
     Early exits are held against the text, or `taught` by what the last layer answers.
     """
-    last, seen = max(weights), targets.shape[1]
-    ends = {e: model.model.norm(states[e][:, -seen:]) for e in weights}
-    logits = {e: model.lm_head(end).flatten(0, 1) for e, end in ends.items()}
+    last = max(weights)
+    logits = {e: model.lm_head(model.model.norm(states[e])).flatten(0, 1) for e in weights}
     answer = logits[last].detach().softmax(-1) if taught else targets.flatten()
     total = weights[last] * F.cross_entropy(logits[last], targets.flatten())
     for number, weight in weights.items():
@@ -110,39 +105,22 @@ def loss_of(
     return total
 
 
-def own_text(model: LlamaForCausalLM, tokens: Tensor, count: int) -> Tensor:
-    """Beginnings of 32 tokens, and the 96 that the network writes behind each."""
-    generator = torch.Generator().manual_seed(1)
-    device, found = model.device, []
-    for _ in range(count // 64):
-        start = batches(tokens, 32, 64 * 32, generator)[0].to(device)
-        found.append(model.generate(start, max_new_tokens=96, min_new_tokens=96, do_sample=False))
-        print(f"{64 * len(found)} of {count} texts written", flush=True)
-    return torch.cat(found).cpu()
-
-
 def train(model: LlamaForCausalLM, tokens: Tensor, options: argparse.Namespace) -> list[float]:
     """Train until the time is over; rates fall with the time that is left."""
     layers: Any = model.model.layers
     depth, states = len(layers), {}
     generator = torch.Generator().manual_seed(0)
     rates = dropout_rates(depth, options.dropout)
-    written = own_text(model.eval(), tokens, options.own) if options.own else torch.empty(0)
     for number, (layer, rate) in enumerate(zip(layers, rates, strict=True), 1):
-        vars(layer)["forward"] = dropped(layer, rate, states, number, generator)
+        vars(layer)["forward"] = dropped(layer.forward, rate, states, number, generator)
     optimizers = optimizers_of(model)
     peaks = [options.rate * o.param_groups[0]["lr"] for o in optimizers]
     began, curve, spent = time.monotonic(), [], 0.0
     while spent < 1:
-        inputs, targets = batches(tokens, 256, options.tokens, generator)
+        windows = batches(tokens, 256, options.tokens, generator)
+        inputs, targets = (ids.to(options.device) for ids in windows)
         exits = exits_at(len(curve), depth, options.every, options.exits)
         weights = exit_weights(exits, depth, options.scale, options.equal)
-        model.train(not (options.own and len(curve) % 2))
-        if not model.training:  # the last layer teaches, and learns nothing
-            rows = written[torch.randint(len(written), (options.tokens // 128,))]
-            inputs, targets = rows[:, :-1], rows[:, 32:]
-            weights = [1 / max(1, len(exits) - 1)] * (len(exits) - 1) + [0.0]
-        inputs, targets = inputs.to(options.device), targets.to(options.device)
         warm = min(1.0, (len(curve) + 1) / 20)
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             for group in optimizer.param_groups:
@@ -177,15 +155,13 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="of the early exits' losses")
     parser.add_argument("--equal", action="store_true", help="early exits count like the last")
     parser.add_argument("--taught", action="store_true", help="by the last layer, not the text")
-    parser.add_argument("--own", type=int, default=0, help="texts of its own to be taught on too")
-    parser.add_argument("--model", type=Path, default=demo_folder(), help="to begin with")
     parser.add_argument("--rate", type=float, default=0.25, help="of the rates of a first training")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = LlamaForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(demo_folder())
+    model = LlamaForCausalLM.from_pretrained(demo_folder(), dtype=torch.float32)
     texts = [d.text for d in stdlib_documents() if use_of(d.key) == "calibrate"]
     tokens = tokens_of(tokenizer, texts)
     curve = train(model.train().to(options.device), tokens, options)
