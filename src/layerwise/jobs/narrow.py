@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from math import gcd
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from msgspec import structs
 
@@ -82,17 +82,44 @@ class Dense:
 
         A token runs as many experts among fewer.
         """
+        stay = (la for la in self.network.layers() if la.key not in candidate.gone)
+        return sum(self._once("products", self._products, la, candidate) for la in stay)
+
+    def _products(self, layer: Layer, candidate: Candidate) -> int:
         found = 0
-        for layer in self.network.layers():
-            if layer.key in candidate.gone:
-                continue
-            for matrix in layer.matrices:
-                size = matrix.size
-                for width in self.widths:
-                    if width.read and width.holding(layer.key, matrix.parameter):
-                        size = size * candidate.units[width.name] // width.units
-                found += size
+        for matrix in layer.matrices:
+            size = matrix.size
+            for width in self.widths:
+                if width.read and width.holding(layer.key, matrix.parameter):
+                    size = size * candidate.units[width.name] // width.units
+            found += size
         return found
+
+    @cached_property
+    def _alike(self) -> dict[str, str]:
+        """For every layer the first with the same tensors and the same places of all widths."""
+        first: dict[Any, str] = {}
+        places = [place for width in self.widths for place in width.places]
+        found = {}
+        for key, size in self.sizes.items():
+            inside = [i for i, place in enumerate(places) if key in place.layers]
+            kind = size, (*self.numbers[key].items(),), (*inside,)
+            found[key] = first.setdefault(kind, key)
+        return found
+
+    @cached_property
+    def _known(self) -> dict[Any, int]:
+        return {}
+
+    def _once(
+        self, what: str, compute: Callable[..., int], layer: Layer, candidate: Candidate
+    ) -> int:
+        """What is computed of a layer, the same for all that are alike."""
+        units = (candidate.units[width.name] for width in self.widths)
+        key = what, self._alike[layer.key], *units
+        if key not in self._known:
+            self._known[key] = compute(layer, candidate)
+        return self._known[key]
 
     @property
     def whole(self) -> Candidate:
@@ -189,8 +216,10 @@ class Dense:
 
     def layer_bytes(self, layer: Layer, candidate: Candidate) -> int:
         """Bytes of a layer of a candidate."""
-        if layer.key in candidate.gone:
-            return 0
+        gone = layer.key in candidate.gone
+        return 0 if gone else self._once("bytes", self._layer_bytes, layer, candidate)
+
+    def _layer_bytes(self, layer: Layer, candidate: Candidate) -> int:
         before = self.numbers[layer.key]
         after = dict(before)
         for width in self.widths:
