@@ -12,11 +12,12 @@ from dataclasses import replace
 import torch
 
 from layerwise.core.errors import LayerwiseError, first_few, refusing
-from layerwise.core.find_widths import KEPT, axes_in, changed_axes, shapes_stored, without_overlap
+from layerwise.core.find_widths import KEPT, axes_in, without_overlap
 from layerwise.core.fold import Fold
 from layerwise.core.lockstep import walk
 from layerwise.core.network import Network
 from layerwise.core.open import refolded
+from layerwise.core.shaping import changed_axes, shapes_stored
 from layerwise.core.stack import Layer
 from layerwise.core.task import example_inputs
 from layerwise.core.trial import Trial

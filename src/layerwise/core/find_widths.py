@@ -1,14 +1,13 @@
 """Finding the widths of a network by trying.
 
-A whole number of the configuration is changed in a model without weights: where
-axes of the layers' parameters, and nothing else, become shorter by the same share, they hold its
-units. They are its units indeed if they can change places in all these axes and the layer still
-computes the same, and if a unit that is zero in all of them is one that is not read. So what was
-fused, and what groups of heads share, needs no table. The matrix whose inputs are the units reads
-them: those that it does not read can be taken out of the layer.
+A whole number of the configuration is changed in a model without weights: where axes of the layers'
+parameters, and nothing else, become shorter by the same share, they hold its units. They are its
+units indeed if they can change places in all these axes and the layer still computes the same, and
+if a unit that is zero in all of them is one that is not read. So what was fused, and what groups of
+heads share, needs no table. The matrix whose inputs are the units reads them: those that it does
+not read can be taken out of the layer. Every reader, and every kind of layer, is a place of its own.
 """
 
-import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product, takewhile
@@ -16,26 +15,22 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
 
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.fold import Fold
-from layerwise.core.hollow import build_meta
 from layerwise.core.lockstep import walk
 from layerwise.core.network import Network
+from layerwise.core.shaping import changed_axes, fields_shaping, shapes_stored, told_by_shapes
 from layerwise.core.stack import Layer, Matrix
 from layerwise.core.task import example_inputs
 from layerwise.core.trial import Trial
 from layerwise.core.width import Cut, Place, Width, narrowed_config
-from layerwise.core.wiring import configs_in
 
-#: a length that nothing else has
-PROBE = 7
 #: what may be left of a change that was taken back
 KEPT = 1e-3
 
 
-class Open(NamedTuple):
+class Untried(NamedTuple):
     """A place that is to be tried: layers of one kind, their reader, and how units may lie."""
 
     layers: tuple[str, ...]
@@ -49,7 +44,7 @@ class Candidate(NamedTuple):
     fields: Mapping[str, int]
     fixed: Mapping[str, int]
     units: int
-    places: tuple[Open, ...]
+    places: tuple[Untried, ...]
 
 
 def find_widths(network: Network) -> list[Width]:
@@ -126,18 +121,6 @@ def widths_named(network: Network, values: Mapping[str, int]) -> list[tuple[Widt
     return found
 
 
-def shrunk(values: Sequence[int]) -> list[int] | None:
-    """Numbers made smaller by one share, the least that whole numbers allow; none if they cannot.
-
-    Example:
-        >>> shrunk([8, 4]), shrunk([9]), shrunk([3, 2])
-        ([4, 2], [6], None)
-    """
-    shared = math.gcd(*values)
-    prime = next((p for p in range(2, shared + 1) if shared % p == 0), None)
-    return None if prime is None else [v // prime * (prime - 1) for v in values]
-
-
 def _candidates(network: Network) -> Iterator[Candidate]:
     """Fields that make layers narrower, one by one or two together, and how it may be cut.
 
@@ -147,7 +130,7 @@ def _candidates(network: Network) -> Iterator[Candidate]:
     kind, config = type(network.model), network.model.config
     before = shapes_stored(kind, config)
     inside = tuple(f"{layer.path}." for layer in network.layers())
-    told = _told(kind, config, before)
+    told = told_by_shapes(kind, config, before)
     settled = narrowed_config(config, {path: value for path, (value, _) in told.items()})
     alone: dict[str, int] = {}
 
@@ -159,7 +142,7 @@ def _candidates(network: Network) -> Iterator[Candidate]:
         fixed = {p: v for p, (v, names) in told.items() if names & {*changed} and p not in fields}
         yield from _cut(network, fields, fixed, changed)
 
-    for path, value in _fields(settled, before):
+    for path, value in fields_shaping(settled, before):
         changed = shaped({path: value})
         if changed:
             alone[path] = value
@@ -169,80 +152,6 @@ def _candidates(network: Network) -> Iterator[Candidate]:
             both = {one: large, other: small}
             changed = shaped(both)
             yield from cut(both, changed) if changed else ()
-
-
-def _fields(
-    config: PretrainedConfig, shapes: Mapping[str, torch.Size]
-) -> Iterator[tuple[str, int]]:
-    """The whole numbers of a configuration that divide the length of some axis."""
-    lengths = {size for shape in shapes.values() for size in shape}
-    for path, part in configs_in(config.to_dict()):
-        for name, value in part.items():
-            if type(value) is int and value > 1 and any(size % value == 0 for size in lengths):
-                yield path + name, value
-
-
-def _told(
-    kind: type[PreTrainedModel], config: PretrainedConfig, before: Mapping[str, torch.Size]
-) -> dict[str, tuple[int, set[str]]]:
-    """What fields without a value stand for, and which parameters they shape, if these tell.
-
-    Seen by giving each a value.
-    """
-    found = {}
-    for path in [
-        p + n for p, part in configs_in(config.to_dict()) for n, v in part.items() if v is None
-    ]:
-        try:
-            shapes = shapes_stored(kind, narrowed_config(config, {path: PROBE}))
-        except Exception:  # a field that takes no number
-            continue
-        axes = [
-            (name, a * PROBE / b)
-            for name in before.keys() & shapes.keys()
-            for a, b in zip(before[name], shapes[name], strict=False)
-            if a != b
-        ]
-        values = {value for _, value in axes}
-        if len(values) == 1 and min(values).is_integer():
-            found[path] = int(min(values)), {name for name, _ in axes}
-    return found
-
-
-def shapes_stored(kind: type[PreTrainedModel], config: PretrainedConfig) -> dict[str, torch.Size]:
-    """The shapes of all tensors that a model of some configuration stores, by their names."""
-    model = build_meta(kind, copy.deepcopy(config), torch.float32)
-    return {name: tensor.shape for name, tensor in model.state_dict().items()}
-
-
-def changed_axes(
-    kind: type[PreTrainedModel],
-    config: PretrainedConfig,
-    before: Mapping[str, torch.Size],
-    fields: Mapping[str, int],
-) -> dict[str, int] | None:
-    """The axis of every parameter that shrinks as the fields do; none if they do anything else."""
-    fewer = shrunk(list(fields.values()))
-    if fewer is None:
-        return None
-    try:
-        narrowed = narrowed_config(config, dict(zip(fields, fewer, strict=True)))
-        narrowed.validate()
-        shapes = shapes_stored(kind, narrowed)
-    except Exception:  # a value that the architecture refuses is simply no width
-        return None
-    if shapes.keys() != before.keys():
-        return None
-    share = fewer[0] / next(iter(fields.values()))
-    found = {}
-    for name, shape in shapes.items():
-        axes = [i for i, (a, b) in enumerate(zip(before[name], shape, strict=False)) if a != b]
-        if not axes:
-            continue
-        if len(axes) > 1 or before[name][axes[0]] * share != shape[axes[0]]:
-            return None
-        found[name] = axes[0] - len(shape)
-    return found
 
 
 def _cut(
@@ -262,7 +171,7 @@ def _cut(
         for reader, own in held.items():
             layers = kinds.setdefault((reader, tuple(own.items())), {})
             layers[network.original_key(layer)] = None
-    places = (Open((*layers,), r, _ways(dict(own), units)) for (r, own), layers in kinds.items())
+    places = (Untried((*layers,), r, _ways(dict(own), units)) for (r, own), layers in kinds.items())
     if kinds:
         yield Candidate(fields, fixed, units, (*places,))
 
@@ -332,7 +241,7 @@ def _tried(trial: Trial, layer: str, candidate: Candidate) -> Candidate | None:
 
     Units of a place are what its fields count if they can change places.
     """
-    places: list[Open] = []
+    places: list[Untried] = []
     for place in candidate.places:
         if place.layers[0] == layer:
             own = [c for c in place.ways if _holds(trial, place.reader, c, candidate.units)][:1]
