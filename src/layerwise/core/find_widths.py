@@ -5,7 +5,7 @@ parameters, and nothing else, become shorter by the same share, they hold its un
 units indeed if they can change places in all these axes and the layer still computes the same, and
 if a unit that is zero in all of them is one that is not read. So what was fused, and what groups of
 heads share, needs no table. The matrix whose inputs are the units reads them: those that it does
-not read can be taken out of the layer. Every reader, and every kind of layer, is a place of its own.
+not read can be taken out of the layer. Every reader, and each kind of layer, is a place by itself.
 """
 
 import math
