@@ -30,7 +30,7 @@ from layerwise.jobs.menus import make_menus, option_errors, units, worth_it
 from layerwise.jobs.request import Planned, Request, identity
 from layerwise.jobs.scoring import make_scores
 from layerwise.jobs.session import Progress
-from layerwise.jobs.units import layer_bytes, orders, unmistakable, wiring_without
+from layerwise.jobs.units import layer_bytes, places_in, unmistakable, wiring_without
 
 
 def plan_bits(
@@ -252,11 +252,7 @@ def assemble(
     there = staying(menus, choice)
     gone = left_out(menus, choice)
     wiring = wiring_without(network, gone)
-    places = {
-        f"{name}/{visit.layer}": f"{name}/{place}"
-        for name, order in orders(network, wiring).items()
-        for place, visit in enumerate(order)
-    }
+    places = places_in(network, wiring)
     for group in there:
         option = menus[group].options[choice[group]]
         believed = damage.values[group][choice[group]] if damage else None

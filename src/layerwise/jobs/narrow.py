@@ -12,13 +12,13 @@ from msgspec import structs
 
 from layerwise.core.find_widths import find_widths, readers
 from layerwise.core.network import Network
-from layerwise.core.plan import Edit, Plan, Step
+from layerwise.core.plan import Edit, Plan, Step, chains_of
 from layerwise.core.stack import Layer
 from layerwise.core.stats import Scores
 from layerwise.core.width import Width
 from layerwise.jobs.request import Request, identity
 from layerwise.jobs.session import Budget
-from layerwise.jobs.units import layer_bytes, wiring_without
+from layerwise.jobs.units import layer_bytes, places_in, unmistakable, wiring_without
 
 #: into how many steps a width is cut at most, and how many mixes of widths are weighed
 LEVELS, MIXES = 64, 4096
@@ -153,20 +153,17 @@ class Dense:
 
     def plan(self, candidate: Candidate) -> Plan:
         """The plan of a candidate."""
-        request, edits = self.request, []
-        for width in self.widths:
-            units = candidate.units[width.name]
-            edits += self._edits(width, units) if width.read and units < width.units else []
+        request, wiring = self.request, wiring_without(self.network, candidate.gone)
         read = {name for width in self.widths if width.read for name in width.values(1)}
         return Plan(
             model=identity(self.network),
             target="hf",
             budget=request.budget.as_dict(),
             data=request.data,
-            wiring=wiring_without(self.network, candidate.gone),
+            wiring=wiring,
             widths={n: value for n, value in self.fields(candidate).items() if n in read},
             units=self._experts(candidate),
-            edits=tuple(edits),
+            edits=self._edits(candidate, places_in(self.network, wiring)),
             fixed=request.keep,
         )
 
@@ -194,14 +191,28 @@ class Dense:
             kept += sorted(order[: count // width.spans])
         return kept
 
-    def _edits(self, width: Width, units: int) -> list[Edit]:
+    def _edits(self, candidate: Candidate, places: Mapping[str, str]) -> tuple[Edit, ...]:
+        """What leaves the units: one edit for matrices of a name, if all of these get the same."""
         method = self.request.method or "sparsegpt"
-        own, share = self.request.options(method), units / width.units
-        names: dict[str, Step] = {}
-        for place, m in readers(self.network, width):
-            step = Step(method, own | {"share": share, "pattern": f"column:{place.block}"})
-            names[f"{m.layer.split('/')[0]}/*/{m.part}.{m.role}"] = step
-        return [Edit(name, (step,)) for name, step in names.items()]
+        steps: dict[str, Step] = {}
+        kinds: dict[str, Step] = {}
+        for width in (w for w in self.widths if w.read and candidate.units[w.name] < w.units):
+            share = candidate.units[width.name] / width.units
+            for place, m in readers(self.network, width):
+                own = {"share": share, "pattern": f"column:{place.block}"}
+                steps[m.key] = Step(method, self.request.options(method) | own)
+                kinds[f"{m.layer.split('/')[0]}/*/{m.part}.{m.role}"] = steps[m.key]
+        edits = [Edit(name, (step,)) for name, step in kinds.items()]
+        chain_of = chains_of(edits)
+        matrices = [m for layer in self.network.layers() for m in layer.matrices]
+        if all(chain_of(m) == ((steps[m.key],) if m.key in steps else ()) for m in matrices):
+            return (*edits,)
+        single = [
+            Edit(places[m.layer] + m.key.removeprefix(m.layer), (steps[m.key],))
+            for m in matrices
+            if m.key in steps and m.layer in places
+        ]
+        return unmistakable(single, self.network, places)
 
     def words(self, candidate: Candidate) -> str:
         """What is left of a candidate, if it is less."""

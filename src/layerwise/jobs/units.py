@@ -158,6 +158,15 @@ def visited(network: Network, wiring: Mapping[str, Sequence[Any]]) -> list[str]:
     return [f"{name}/{visit.layer}" for name, order in found for visit in order]
 
 
+def places_in(network: Network, wiring: Mapping[str, Sequence[Any]]) -> dict[str, str]:
+    """For the key of every layer that an order keeps, its key in that order."""
+    return {
+        f"{name}/{visit.layer}": f"{name}/{place}"
+        for name, order in orders(network, wiring).items()
+        for place, visit in enumerate(order)
+    }
+
+
 def unmistakable(
     edits: Sequence[Edit], network: Network, places: Mapping[str, str]
 ) -> tuple[Edit, ...]:
