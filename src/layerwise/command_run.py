@@ -23,7 +23,7 @@ def run(
     top_p: Annotated[float, typer.Option(help="Draw from so much probability.")] = 1.0,
     seed: Seed = 0,
     speculate: Annotated[
-        str, typer.Option(help="Draft: exit=6,length=4,sure=0.5, skip=3+5,length=4, or auto.")
+        str, typer.Option(help="Draft: exit=6,length=4,sure=0.5,again, skip=3+5,length=4, or auto.")
     ] = "",
     save: Annotated[str, typer.Option(help="Write the order as a plan.")] = "",
     sweep: Annotated[bool, typer.Option(help="Time exits and lengths of drafts.")] = False,
@@ -174,27 +174,27 @@ def draft_of(
         output.say(why)
         output.more["draft"] = why
         return draft
-    kind, numbers, length, sure = _read_draft(text)
+    kind, numbers, length, sure, again = _read_draft(text)
     if kind == "exit":
-        return exit_draft(network, numbers[0], length, sure)
+        return exit_draft(network, numbers[0], length, sure, again)
     steps = find("skip_steps", "run").bind({"skip": tuple(numbers)})(network.stacks[-1])
     return Draft(steps, length, text, sure)
 
 
-def _read_draft(text: str) -> tuple[str, list[int], int, float]:
-    """What `exit=6,length=4,sure=0.5` and `skip=3+5` say: the kind, its numbers, and the limits."""
+def _read_draft(text: str) -> tuple[str, list[int], int, float, bool]:
+    """What `exit=6,length=4,sure=0.5,again` and `skip=3+5` say: kind, numbers, limits, `again`."""
     import re
 
     from layerwise.core.errors import LayerwiseError
 
     found = re.fullmatch(
-        r"(exit=\d{1,6}|skip=\d{1,6}(?:\+\d{1,6})*)(?:,length=([1-9]\d{0,3}))?(?:,sure=(0?\.\d{1,6}))?",
+        r"(exit=\d{1,6}|skip=\d{1,6}(?:\+\d{1,6})*)(?:,length=([1-9]\d{0,3}))?(?:,sure=(0?\.\d{1,6}))?(,again)?",
         text.replace(" ", ""),
     )
     if found is None:
         raise LayerwiseError(
             "--speculate",
-            allowed="auto, exit=6,length=4,sure=0.5 or skip=3+5,length=4",
+            allowed="auto, exit=6,length=4,sure=0.5,again or skip=3+5,length=4",
             found=text,
             fix="write it in one of these forms",
         )
@@ -204,6 +204,7 @@ def _read_draft(text: str) -> tuple[str, list[int], int, float]:
         [int(number) for number in numbers.split("+")],
         int(found[2] or 4),
         float(found[3] or 0),
+        bool(found[4]),
     )
 
 
@@ -232,10 +233,10 @@ def swept(
     prompts, found = forecast_for(output, network, sampling, data, documents)
     settings = sorted({*settings_for(len(network.stacks[-1].wiring)), found.best()[0]})
     if alone not in ("", "auto"):
-        kind, numbers, length, sure = _read_draft(alone)
+        kind, numbers, length, sure, again = _read_draft(alone)
         if kind != "exit":
             raise _clash("--sweep", "with exits", alone)
-        settings = [Setting(numbers[0], length, sure)]
+        settings = [Setting(numbers[0], length, sure, again)]
     with progress_bar(output.as_json) as progress:
         rows = sweep(network, prompts, found, settings, sampling, progress)
     columns = ("stays", "stays_predicted", "tokens/s", "speed", "speed_predicted", "same")

@@ -12,7 +12,7 @@ from torch import Tensor
 import layerwise
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.network import Network
-from layerwise.jobs.costs import Costs
+from layerwise.jobs.costs import Costs, Rounds
 from layerwise.jobs.decoding import Session
 from layerwise.jobs.generate import generate
 from layerwise.jobs.pays import (
@@ -42,18 +42,30 @@ def small(kind: str, **fields: Any) -> Network:
     config = getattr(t, f"{kind}Config")(**common | fields)
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        module = getattr(t, f"{kind}ForCausalLM")(config).eval()
+        module = t.AutoModelForCausalLM.from_config(config).eval()
     return layerwise.open(module, inputs={"input_ids": PROMPT})
 
 
 SLIDING = {"num_key_value_heads": 2, "sliding_window": 6}
+LINEAR = {"num_key_value_heads": 2, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2}
+LINEAR |= {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+LINEAR |= {"linear_num_value_heads": 4, "linear_num_key_heads": 2}
+LINEAR |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
 MADE: dict[str, Callable[[], Network]] = {
     "sliding": lambda: small("Mistral", **SLIDING),
     "both kinds": lambda: small(
         "Gemma2", **SLIDING, head_dim=16, layer_types=["sliding_attention", "full_attention"] * 2
     ),
+    "linear": lambda: small("Qwen3Next", **LINEAR),
+    "conv": lambda: small(
+        "Lfm2", num_key_value_heads=2, layer_types=["conv", "full_attention"] * 2
+    ),
+    "mamba2": lambda: small(
+        "Mamba2", num_heads=8, head_dim=16, n_groups=1, state_size=16, chunk_size=8
+    ),
+    "no cache": lambda: small("OpenAIGPT"),
 }
-KINDS = ("llama", "mixtral", "gpt2", "opt", "falcon", "neox", *MADE)
+KINDS = ("llama", "mixtral", "gpt2", "opt", "falcon", "neox", "mamba", *MADE)
 
 
 @pytest.fixture(scope="module")
@@ -70,16 +82,16 @@ def opened(tiny: Callable[..., Any]) -> Callable[[str], Network]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("length", [1, 3, 7])
-def test_a_draft_changes_no_token(opened, kind: str, length: int) -> None:
+@pytest.mark.parametrize("again", [False, True])
+def test_a_draft_changes_no_token(opened, kind: str, length: int, again: bool) -> None:
     network = opened(kind)
     depth = len(network.stack.layers)
     plain = generate(network, PROMPT, max_tokens=20).tokens
     skip = (2,) if kind == "both kinds" else (1,)
     for left_out in [tuple(range(depth - 1, depth)), tuple(range(1, depth)), skip]:
         sure = 0.02 * (length == 7)  # of 128 tokens: a draft ends early at some places
-        found = generate(
-            network, PROMPT, max_tokens=20, speculate=Draft(left_out, length, sure=sure)
-        )
+        draft = Draft(left_out, length, sure=sure, again=again)
+        found = generate(network, PROMPT, max_tokens=20, speculate=draft)
         assert found.tokens == plain
         assert found.tally is not None
         assert found.tally.written == len(plain[0]) - 1
@@ -102,12 +114,15 @@ def test_a_perfect_draft_is_kept_whole(opened) -> None:
     try:
         for p in last.parameters():
             p.data.zero_()  # a layer that adds nothing: leaving it out proposes the right tokens
-        found = generate(network, PROMPT, max_tokens=13, speculate=Draft((3,), 3))
+        found = [
+            generate(network, PROMPT, max_tokens=13, speculate=Draft((3,), 3, again=again)).tally
+            for again in (False, True)
+        ]
     finally:
         for p, own in zip(last.parameters(), kept, strict=True):
             p.data.copy_(own)
-    assert found.tally is not None
-    assert (found.tally.rounds, found.tally.drafted, found.tally.kept) == (4, 12, 12)
+    # where all layers verify, they add a token to the three that stay
+    assert [(t.rounds, t.drafted, t.kept) for t in found if t] == [(4, 12, 12), (3, 9, 9)]
 
 
 def test_it_stops_where_plain_decoding_stops(opened) -> None:
@@ -126,10 +141,31 @@ def test_it_stops_where_plain_decoding_stops(opened) -> None:
         assert open_ended is not None
 
 
-@pytest.mark.parametrize("kind", ["mamba"])
-def test_states_that_cannot_be_taken_back(opened, kind: str) -> None:
-    with pytest.raises(LayerwiseError, match=r"cannot be taken back.*without a draft"):
-        generate(opened(kind), PROMPT, speculate=Draft((1,), 2))
+@pytest.mark.parametrize(
+    ("kind", "at_once"), [("linear", True), ("conv", True), ("mamba2", True), ("mamba", False)]
+)
+def test_states_that_cannot_be_taken_back(opened, kind: str, at_once: bool) -> None:
+    """A copy of the cache is put back, and the forecast knows what that costs."""
+    network = opened(kind)
+    session = Session(network, range(1, len(network.stack.layers)))
+    with torch.inference_mode():
+        session.start(PROMPT[0].tolist())
+        assert (session.past.cuts, session.keeps, session.at_once) == (False, False, at_once)
+        first = session.feed([4])
+        with session.drafting():
+            session.feed([5])
+            session.feed([6])
+        found = session.verify(5, [6, 7], len(PROMPT[0]) + 1)
+        session.settle([5, 6], len(PROMPT[0]) + 1)
+        after = session.feed([8])
+        plain = Session(network, ())
+        plain.start(PROMPT[0].tolist())
+        wanted = torch.cat([plain.feed([token]) for token in (4, 5, 6, 8)])
+    near = {"rtol": 1e-3, "atol": 1e-4}
+    torch.testing.assert_close(torch.cat([first, found[:2], after]), wanted, **near)
+    assert session.past.text == [*PROMPT[0].tolist(), 4, 5, 6, 8]
+    costs = forecast(network, [PROMPT[0].tolist()], Sampling(8)).costs
+    assert costs.copy is not None and not costs.keeps
 
 
 def test_the_first_of_a_kind_has_to_run(opened) -> None:
@@ -197,7 +233,8 @@ def test_sampled_text_has_the_network_s_distribution() -> None:
         wanted[first] = one[first] * two
     seen, runs = torch.zeros(5, 5), 800
     for seed in range(runs):
-        draft = Draft((1, 2) if seed % 2 else (1,), 2, sure=0.3 * (seed % 4 > 1))
+        some = (1, 2) if seed % 2 else (1,)
+        draft = Draft(some, 2, sure=0.3 * (seed % 4 > 1), again=seed % 8 > 3)
         text, _, _ = decode(network, prompt, sampling._replace(seed=seed), draft)
         seen[text[0], text[1]] += 1
     good = wanted > 0
@@ -213,11 +250,13 @@ def test_a_forecast_counts_what_decoding_counts(opened, kind: str) -> None:
     text, _, _ = decode(network, prompt, sampling, PLAIN)
     places = agreement(network, [(prompt, text)], sampling)
     depth = len(network.stack.layers)
-    for exit, length, sure in product(range(1, depth), (2, 3), (0.0, 0.03)):
-        draft = Draft(tuple(range(exit, depth)), length, sure=sure)
+    ways = product(range(1, depth), (2, 3), (0.0, 0.03), (False, True))
+    for exit, length, sure, again in ways:
+        draft = Draft(tuple(range(exit, depth)), length, sure=sure, again=again)
         found, _, tally = decode(network, prompt, sampling, draft)
         assert found == text
-        foreseen = per_round([Places(*(t[1:] for t in places[exit][0]))], length, sure)
+        text_alone = Places(*(t[1:] for t in places[exit][0]))
+        foreseen = per_round([text_alone], length, sure, keeps=not again)
         assert foreseen.written == pytest.approx(tally.written / tally.rounds, abs=0.35)
         assert foreseen.drafted == pytest.approx(tally.drafted / tally.rounds, abs=0.35)
 
@@ -238,12 +277,16 @@ def test_a_forecast_and_its_choice(opened) -> None:
     assert found.costs.call >= 0  # 0 where a busy machine blurs it
     assert list(found.costs.forward) == sorted(found.costs.forward) and found.costs.keeps
     setting, speed = found.best()
-    settings = [Setting(*s) for s in product((1, 2, 3), LENGTHS, SURE)]
+    settings = [Setting(*s) for s in product((1, 2, 3), LENGTHS, SURE, (False, True))]
     assert speed == max(found.of(s)["predicted"] for s in settings)
     assert found.of(setting)["predicted"] == speed
     costs = Costs(call=1.0, depth=4, forward=(5.0,) * 6)
-    assert costs.of_round(2, 1) == 2 * (1 + 1) + (1 + 3)  # two tokens by one layer, then three
-    assert costs._replace(keeps=False).of_round(2, 1) == 2 * (1 + 1) + (1 + 4)
+    two = Rounds(written=1.5, drafted=2, whole=0.25)
+    assert costs.of_round(two, 1) == 2 * (1 + 1) + (1 + 3)  # two tokens by one layer, then three
+    assert costs._replace(keeps=False).of_round(two, 1) == 2 * (1 + 1) + (1 + 4)
+    assert costs.of_round(two, 1, again=True) == 2 * (1 + 1) + (1 + 4)
+    copied = costs._replace(copy=1.0).of_round(two, 1, again=True)
+    assert copied == 2 * (1 + 1) + (1 + 4) + 2.75 * 1.0 + 0.75 * 5  # what stays runs again
 
 
 def test_median_interval_holds_the_median() -> None:
@@ -257,11 +300,11 @@ def test_a_session_cuts_what_it_is_told_to(opened) -> None:
     with torch.no_grad():
         session.start([1, 2, 3])
         first = session.feed([4, 5])
-        session.cut(3)
+        session.past.back(3)
         with session.drafting():
             session.feed([6])
-        assert [s.get_seq_length() for s in session.cache.layers] == [4, 4, 3, 3]
-        session.cut(3)
+        assert [s.get_seq_length() for s in session.past.slots] == [4, 4, 3, 3]
+        session.past.back(3)
         torch.testing.assert_close(session.feed([4, 5]), first)
 
 
@@ -282,6 +325,6 @@ def test_a_verification_goes_on_from_the_states_of_the_draft(opened, kind: str) 
         for handle in handles:
             handle.remove()
         assert calls == [2, 3], "what was drafted by runs again"
-        assert [s.get_seq_length() for s in session.cache.layers] == [11] * 4
-        session.cut(9)
+        assert [s.get_seq_length() for s in session.past.slots] == [11] * 4
+        session.past.back(9)
         torch.testing.assert_close(found, session.feed([4, 5]))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -132,23 +133,28 @@ def _crosses(child: Call, layer: Call) -> bool:
 def sees_ahead(layer: Call) -> bool:
     """Whether the first position of a layer's output depends on later ones.
 
-    A stream may hold several states of every position, in an axis before it.
+    A stream may hold several states of every position, in an axis before it or behind it. Such
+    states mix, and samples do not: positions are those of which the last alone sees the others.
     """
     inputs = [t for t in tensors_in((layer.args, layer.kwargs)) if t.is_floating_point()]
     if not inputs or inputs[0].ndim < 3:
         return True
-    return _depends(layer, inputs[0], inputs[0], position=0) is True
+    x = inputs[0]
+    first, last = (partial(_depends, layer, x, x, position) for position in (0, -1))
+    if first() is not True:
+        return False
+    return x.ndim == 3 or first(axis=-3) is not False or last(axis=-3) is not True
 
 
-def _depends(child: Call, x: Tensor, like: Tensor, position: int) -> bool | None:
+def _depends(child: Call, x: Tensor, like: Tensor, position: int, axis: int = -2) -> bool | None:
     """Whether one position of the output depends on the others of `x`; None if it cannot run.
 
-    The output is the first tensor that has as many positions as `like`.
+    The output is the first tensor that has as many positions as `like`, along an axis of both.
     """
     generator = torch.Generator().manual_seed(0)
     first = torch.randn(x.shape, generator=generator).to(x.dtype)
     second = torch.randn(x.shape, generator=generator).to(x.dtype)
-    second[..., position, :] = first[..., position, :]
+    second.select(axis, position).copy_(first.select(axis, position))
     kept = []
     for value in (first, second):
         swapped = tree_map(
@@ -162,7 +168,7 @@ def _depends(child: Call, x: Tensor, like: Tensor, position: int) -> bool | None
         found = [t for t in tensors_in(out) if t.shape[:-1] == like.shape[:-1]]
         if not found:
             return None
-        kept.append(found[0][..., position, :].float())
+        kept.append(found[0].select(axis, position).float())
     return not torch.allclose(kept[0], kept[1], rtol=1e-4, atol=1e-6)
 
 

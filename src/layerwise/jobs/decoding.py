@@ -8,26 +8,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
-from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from layerwise.core.errors import LayerwiseError
 from layerwise.core.instead import instead, swapped
 from layerwise.core.network import Network
 from layerwise.core.stack import Layer
 from layerwise.core.stops import hidden
+from layerwise.jobs.past import Past
+
+#: how far several tokens at once may be from one by one: of float32, and of shorter types
+NEAR = {4: 1e-3, 2: 5e-2}
 
 
 class Session:
-    """A network, its cache, and how far the text is in it.
+    """A network, what it keeps of its text, and how far the text is in it.
 
     `feed` runs tokens; `drafting` is a block in which the left out steps hand their input on, and
     `verify` runs them on what was drafted. Where all of them follow an exit, what they were handed
-    while drafting is kept, and the steps before the exit do not run again.
+    while drafting is kept, and the steps before the exit do not run again, unless `again` says so.
     """
 
-    def __init__(self, network: Network, left_out: Sequence[int]) -> None:
-        self.module, self.device = network.module, network.device
+    def __init__(self, network: Network, left_out: Sequence[int], again: bool = False) -> None:
+        self.module, self.device, self.dtype = network.module, network.device, network.dtype
         self.layers = _left_out(network, left_out)
         known = inspect.signature(network.module.forward).parameters
         self.short = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
@@ -37,34 +39,45 @@ class Session:
         self.early = steps[: len(steps) - len(self.left_out)]
         behind = self.left_out == tuple(range(len(self.early), len(steps)))
         #: whether states are kept: layers hand on nothing beside them, or cached by others
-        self.keeps = bool(self.left_out) and behind and all(layer.alone for layer in steps)
+        self.keeps = bool(left_out) and behind and not again and all(la.alone for la in steps)
         self.states: list[Tensor] = []
-        self.place, self.cache = "", Cache(layers=[])
+        self.past = Past({}, ())
+        #: whether tokens that are run at once go on from the cache, as they do one by one
+        self.at_once = True
 
     def start(self, tokens: Sequence[int]) -> Tensor:
         """Read a prompt; logits `[classes]` after its last token.
 
         Raises:
-            LayerwiseError: the network keeps something that cannot be cut back.
+            LayerwiseError: what the left out steps keep is needed while they are.
         """
         beside = [layer for layer in self.layers if not layer.alone]
         with instead(beside, self._remember):
             output = self._run(tokens, **self.short)
-        held = [(name, value) for name, value in output.items() if isinstance(value, Cache)]
-        self.place, self.cache = held[0] if held else ("", self.cache)
+        self.past = Past(output, tokens)
         if self.layers:
-            self._must_cut()
-        self.keeps &= len(self.cache.layers) == len(self.early) + len(self.layers)
+            self._must_count()
+            self.past.will_be_cut()
+            self.at_once = self.past.cuts or self._goes_on(tokens[-2:])
+        self.keeps &= len(self.past.slots) == len(self.early) + len(self.layers)
         return output["logits"][0, -1]
 
     def feed(self, tokens: Sequence[int]) -> Tensor:
         """Logits `[tokens, classes]` after each of some tokens."""
-        return self._run(tokens, **{self.place: self.cache})["logits"][0]
+        if len(tokens) > 1 and not self.at_once:
+            return torch.cat([self.feed([token]) for token in tokens])
+        read = tokens if self.past.cache is not None else [*self.past.text, *tokens]
+        logits = self._run(read, **self.past.arguments)["logits"][0, -len(tokens) :]
+        self.past.text += tokens
+        return logits
 
     def drafting(self) -> Any:
         """A block in which the left out steps hand on what they receive."""
         self.states = []
-        return instead(self.layers, self._handing_on) if self.layers else nullcontext()
+        if not self.layers:
+            return nullcontext()
+        self.past.mark()
+        return instead(self.layers, self._handing_on)
 
     def verify(self, last: int, drafted: Sequence[int], length: int) -> Tensor:
         """Logits `[places, classes]` at the places of drafted tokens, of a text of some length.
@@ -73,9 +86,9 @@ class Session:
         """
         if not drafted:
             return self.feed([last])
-        slots = self.cache.layers[: len(self.states) and len(self.early)]
+        slots = self.past.slots[: len(self.states) and len(self.early)]
         full = [dict(vars(slot)) for slot in slots]
-        self.cut(length)
+        self.past.back(length)
         if not self.states:
             return self.feed([last, *drafted])
         state = torch.cat(self.states, 1)
@@ -85,30 +98,36 @@ class Session:
             vars(slot).update(held)
         return logits
 
-    def cut(self, length: int) -> None:
-        """Cut every slot back to the first `length` positions."""
-        for slot in self.cache.layers:
-            if isinstance(slot, CacheLayerMixin):
-                slot.crop(-max(slot.get_seq_length() - length, 0))  # type: ignore[attr-defined]
+    def settle(self, tokens: Sequence[int], length: int) -> None:
+        """After `verify`, let the text end with these tokens behind its first `length`."""
+        if self.past.cuts:
+            self.past.back(length + len(tokens))
+        elif len(self.past.text) > length + len(tokens):
+            self.past.back(length)
+            self.feed(tokens)
 
     def _run(self, tokens: Sequence[int], **more: Any) -> Any:
         ids = torch.tensor([tokens], device=self.device)
         return self.module(input_ids=ids, use_cache=True, **more)
 
-    def _must_cut(self) -> None:
-        """Every slot has to hold positions that can be cut off again, and stock code, which
-        counts them in the first slot of each kind, has to find them there while tokens are
-        drafted."""
-        slots = self.cache.layers if type(self.cache) is DynamicCache else []
-        states = any(isinstance(slot, LinearAttentionCacheLayerMixin) for slot in slots)
-        if states or not slots or not all(slot.is_croppable for slot in slots):
-            raise LayerwiseError(
-                "--speculate",
-                allowed="a network whose cache holds keys and values by position",
-                found="states that cannot be taken back" if states else type(self.cache).__name__,
-                fix="decode without a draft",
-            )
-        kinds = [type(slot) for slot in slots]
+    def _goes_on(self, tokens: Sequence[int]) -> bool:
+        """Whether some tokens at once are answered as one by one, where a cache holds states."""
+        length, found = len(self.past.text), []
+        for self.at_once in (True, False):
+            self.past.mark()
+            try:
+                found.append(self.feed([*tokens, *tokens]).float())
+            except (AssertionError, RuntimeError, ValueError):
+                return False
+            finally:
+                self.past.back(length)
+        far = (found[0] - found[1]).abs().max()
+        return bool(far <= NEAR[min(self.dtype.itemsize, 4)] * found[1].abs().max())
+
+    def _must_count(self) -> None:
+        """Stock code, which counts positions in the first slot of each kind, has to find them there
+        while tokens are drafted."""
+        kinds = [type(slot) for slot in self.past.slots]
         for step in self.left_out:
             first = step < len(kinds) and kinds.index(kinds[step]) == step
             later = [i for i, kind in enumerate(kinds) if first and kind is kinds[step]]
@@ -119,7 +138,6 @@ class Session:
                     found=f"step {step} left out, the first with a {kinds[step].__name__}",
                     fix="leave out other steps, or choose an exit",
                 )
-        self.cache.activate_past_recording()
 
     def _remember(self, layer: Layer) -> Callable[..., Any]:
         forward = layer.module.forward
@@ -139,8 +157,10 @@ class Session:
         return partial(_in_place_of, *self.returned[layer.key])
 
     def _note(self, *args: Any, **kwargs: Any) -> Tensor:
-        self.states.append(_received(*args, **kwargs))
-        return self.states[-1]
+        state = _received(*args, **kwargs)
+        self.keeps &= state.ndim == 3  # `[batch, seq, dim]`; others may have positions elsewhere
+        self.states += [state] if self.keeps else []
+        return state
 
 
 def _received(*args: Any, **kwargs: Any) -> Tensor:

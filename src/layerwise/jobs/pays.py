@@ -15,7 +15,7 @@ from layerwise.core.method import find
 from layerwise.core.network import Network
 from layerwise.core.reader import Reader
 from layerwise.core.sites import At
-from layerwise.jobs.costs import Costs, measured_costs
+from layerwise.jobs.costs import Costs, Rounds, measured_costs
 from layerwise.jobs.generate import ends_of
 from layerwise.jobs.session import Progress, silent
 from layerwise.jobs.speculate import Draft, Sampling, Tally, speculated
@@ -30,11 +30,13 @@ LENGTHS, SURE = range(1, 9), (0.0, 0.3, 0.5, 0.7)
 PLAIN = Draft((), 0, "plain decoding")
 
 
-def exit_draft(network: Network, exit: int, length: int, sure: float = 0.0) -> Draft:
+def exit_draft(
+    network: Network, exit: int, length: int, sure: float = 0.0, again: bool = False
+) -> Draft:
     """The draft that ends after `exit` layers."""
     steps = find("early_exit", "run").bind({"exit": exit})(network.stacks[-1])
-    what = f"exit={exit},length={length}" + (f",sure={sure:g}" if sure else "")
-    return Draft(steps, length, what, sure)
+    more = (f",sure={sure:g}" if sure else "") + (",again" if again else "")
+    return Draft(steps, length, f"exit={exit},length={length}{more}", sure, again)
 
 
 def documents_for(reader: Reader, data: str, count: int) -> list[list[int]]:
@@ -98,14 +100,6 @@ def _stays(early: Tensor, final: Tensor, sampling: Sampling, generator: torch.Ge
     return torch.rand(overlap.shape, generator=generator) < overlap
 
 
-class Rounds(NamedTuple):
-    """Means of a round: tokens that are written and proposed; and the share of these that stay."""
-
-    written: float
-    drafted: float
-    stays: float
-
-
 def per_round(
     texts: Sequence[Places], length: int, sure: float = 0.0, keeps: bool = True
 ) -> Rounds:
@@ -117,9 +111,9 @@ def per_round(
         >>> ones = torch.ones(6)
         >>> text = Places(torch.tensor([True, True, False, True, True, True]), ones)
         >>> per_round([text], 2), per_round([text], 2, keeps=False).written
-        (Rounds(written=1.5, drafted=1.75, stays=0.7142857142857143), 3.0)
+        (Rounds(written=1.5, drafted=1.75, stays=0.7142857142857143, whole=0.75), 3.0)
     """
-    rounds = kept = drafted = written = 0
+    rounds = kept = drafted = written = whole = 0
     for stays, certain in texts:
         at, flags, unsure = 0, stays.tolist(), (certain < sure).tolist()
         while at < len(flags):
@@ -129,9 +123,10 @@ def per_round(
             stay = next((i for i, same in enumerate(run) if not same), len(run))
             made = min(stay + 1, len(run) + (not keeps))
             rounds, kept, drafted = rounds + 1, kept + stay, drafted + len(run)
+            whole += stay == len(run)
             at, written = at + made, written + made
     count = max(rounds, 1)
-    return Rounds(written / count, drafted / count, kept / max(drafted, 1))
+    return Rounds(written / count, drafted / count, kept / max(drafted, 1), whole / count)
 
 
 class Setting(NamedTuple):
@@ -140,6 +135,7 @@ class Setting(NamedTuple):
     exit: int
     length: int
     sure: float = 0.0
+    again: bool = False
 
 
 class Forecast(NamedTuple):
@@ -149,16 +145,20 @@ class Forecast(NamedTuple):
     costs: Costs
 
     def of(self, setting: Setting) -> dict[str, float]:
-        """Speed against plain decoding, and the share of proposed tokens that stay."""
-        exit, length, sure = setting
-        rounds = per_round(self.places[exit], length, sure, self.costs.keeps)
-        plain = rounds.written * self.costs.of(1, self.costs.depth)
-        speed = plain / self.costs.of_round(rounds.drafted, exit)
-        return {"predicted": speed, "stays": rounds.stays}
+        """Median over texts of the speed against plain decoding; share of tokens that stay."""
+        exit, length, sure, again = setting
+        keeps, texts = self.costs.keeps and not again, self.places[exit]
+        plain, speeds = self.costs.of(1, self.costs.depth), []
+        for text in texts:
+            rounds = per_round([text], length, sure, keeps)
+            speeds.append(rounds.written * plain / self.costs.of_round(rounds, exit, again))
+        stays = per_round(texts, length, sure, keeps).stays
+        return {"predicted": float(np.median(speeds)), "stays": stays}
 
     def best(self) -> tuple[Setting, float]:
         """The best of all settings, and its speed."""
-        settings = (Setting(*found) for found in product(self.places, LENGTHS, SURE))
+        both = (False, True) if self.costs.keeps else (False,)
+        settings = (Setting(*found) for found in product(self.places, LENGTHS, SURE, both))
         speeds = {setting: self.of(setting)["predicted"] for setting in settings}
         best = max(speeds, key=lambda setting: speeds[setting])
         return best, speeds[best]
@@ -257,7 +257,7 @@ def settings_for(depth: int) -> list[Setting]:
 
     Example:
         >>> [tuple(setting) for setting in settings_for(3)]
-        [(1, 2, 0.0), (1, 4, 0.0), (1, 8, 0.5)]
+        [(1, 2, 0.0, False), (1, 4, 0.0, False), (1, 8, 0.5, False)]
     """
     exits = sorted({max(1, depth // part) for part in (6, 4, 3, 2)} - {depth})
     limits = ((2, 0.0), (4, 0.0), (8, 0.5))

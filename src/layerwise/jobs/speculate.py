@@ -66,13 +66,15 @@ class Sampling(NamedTuple):
 class Draft(NamedTuple):
     """Which steps hand on their input while tokens are proposed, and how many are proposed.
 
-    At most `length` are, and none after one of a probability below `sure`.
+    At most `length` are, and none after one of a probability below `sure`. With `again` the layers
+    before an exit run in the verification too, as they do where other layers are left out.
     """
 
     left_out: tuple[int, ...]
     length: int = 4
     what: str = ""
     sure: float = 0.0
+    again: bool = False
 
 
 @dataclass
@@ -112,7 +114,7 @@ def speculated(
         allowed="a network whose steps can hand on their input while it decodes",
         fix="choose an exit, or decode without a draft",
     ):
-        session = Session(network, draft.left_out)
+        session = Session(network, draft.left_out, draft.again)
         written = [_chosen(session.start(prompt), sampling, generator)[0]]
         yield written
         length, left = len(prompt), sampling.max_tokens - 1
@@ -120,7 +122,7 @@ def speculated(
             count = min(draft.length, left - (not session.keeps)) if draft.left_out else 0
             limits = count, draft.sure
             found = _round(session, written[-1], length, limits, sampling, generator, tally)
-            written = until(found, ends)
+            written = until(found[:left], ends)
             length, left = length + len(found), left - len(written)
             tally.written += len(written)
             yield written
@@ -152,7 +154,7 @@ def _round(
     else:
         found = same_choices(proposed, logits.argmax(-1).cpu())
     if drafted:
-        session.cut(length + len(found))
+        session.settle([last, *found[:-1]], length)
     tally.rounds += 1
     tally.drafted += len(drafted)
     tally.kept += sum(map(eq, drafted, found))
