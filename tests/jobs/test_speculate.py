@@ -161,8 +161,8 @@ def test_states_that_cannot_be_taken_back(opened, kind: str, at_once: bool) -> N
         plain = Session(network, ())
         plain.start(PROMPT[0].tolist())
         wanted = torch.cat([plain.feed([token]) for token in (4, 5, 6, 8)])
-    near = {"rtol": 1e-3, "atol": 1e-4}
-    torch.testing.assert_close(torch.cat([first, found[:2], after]), wanted, **near)
+    got = torch.cat([first, found[:2], after])
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
     assert session.past.text == [*PROMPT[0].tolist(), 4, 5, 6, 8]
     costs = forecast(network, [PROMPT[0].tolist()], Sampling(8)).costs
     assert costs.copy is not None and not costs.keeps
@@ -286,7 +286,7 @@ def test_a_forecast_and_its_choice(opened) -> None:
     assert costs._replace(keeps=False).of_round(two, 1) == 2 * (1 + 1) + (1 + 4)
     assert costs.of_round(two, 1, again=True) == 2 * (1 + 1) + (1 + 4)
     copied = costs._replace(copy=1.0).of_round(two, 1, again=True)
-    assert copied == 2 * (1 + 1) + (1 + 4) + 2.75 * 1.0 + 0.75 * 5  # what stays runs again
+    assert copied == 2 * (1 + 1) + (1 + 4) + 2 * 1.0 + 0.75 * 5  # what stays runs again
 
 
 def test_median_interval_holds_the_median() -> None:

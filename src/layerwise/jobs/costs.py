@@ -51,7 +51,7 @@ class Costs(NamedTuple):
         seconds = drafted * self.of(1, exit) + self.of(*rest)
         if self.copy is not None:
             cut = 1 - rounds.whole
-            seconds += (2 + cut) * self.copy + cut * self.of(rounds.written, self.depth)
+            seconds += 2 * self.copy + cut * self.of(rounds.written, self.depth)
         return seconds
 
 

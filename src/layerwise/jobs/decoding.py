@@ -89,6 +89,7 @@ class Session:
         slots = self.past.slots[: len(self.states) and len(self.early)]
         full = [dict(vars(slot)) for slot in slots]
         self.past.back(length)
+        self.past.mark()
         if not self.states:
             return self.feed([last, *drafted])
         state = torch.cat(self.states, 1)

@@ -21,7 +21,7 @@ class Past:
         self.place, self.cache = held[0] if held else ("", None)
         self.text = list(tokens)
         self.marked: Cache | None = None
-        #: slots that hold keys and values by position; none where the cache has others
+        #: of a cache that can be cut, by layer; none of any other
         self.slots = _that_can_be_cut(self.cache)
 
     @property
@@ -45,21 +45,22 @@ class Past:
             self.marked = _copied(self.cache)
 
     def back(self, length: int) -> None:
-        """Back to the first `length` tokens; a copied cache to the mark, which stays."""
+        """Back to the first `length` tokens, where the mark is, if there is one."""
         if not self.cuts:
-            self.cache, self.marked = self.marked, _copied(self.marked)
+            self.cache, self.marked = self.marked, None
         for slot in self.slots:
-            slot.crop(-max(slot.get_seq_length() - length, 0))  # type: ignore[attr-defined]
+            if isinstance(slot, CacheLayerMixin):
+                slot.crop(-max(slot.get_seq_length() - length, 0))  # type: ignore[attr-defined]
         del self.text[length:]
 
 
-def _that_can_be_cut(cache: Cache | None) -> list[CacheLayerMixin]:
-    """All slots, if keys and values are all that they hold; what is derived may hold more."""
+def _that_can_be_cut(cache: Cache | None) -> list[Any]:
+    """All slots, if they hold keys and values by position alone; what is derived may hold more."""
     slots = cache.layers if type(cache) is DynamicCache else []
     alone = all(type(slot).__module__ == DynamicCache.__module__ for slot in slots)
     states = any(isinstance(slot, LinearAttentionCacheLayerMixin) for slot in slots)
     able = alone and not states and all(slot.is_croppable for slot in slots)
-    return [slot for slot in slots if isinstance(slot, CacheLayerMixin)] if able else []
+    return list(slots) if able else []
 
 
 def _copied(cache: Cache | None) -> Cache | None:
