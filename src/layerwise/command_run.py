@@ -284,4 +284,9 @@ def write(output: Output, network: Any, prompts: list[str], sampling: Any, draft
     if found.tally is not None:
         output.more["acceptance"] = found.tally.acceptance
         words += f"; {found.tally.kept} of {found.tally.drafted} proposed tokens stayed"
+        if not found.tally.at_once:
+            output.warnings.append(
+                "this network's code does not carry its state over several tokens at once, so that "
+                "they are verified one by one, and no draft is faster than plain decoding"
+            )
     output.end(words)

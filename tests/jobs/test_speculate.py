@@ -166,6 +166,8 @@ def test_states_that_cannot_be_taken_back(opened, kind: str, at_once: bool) -> N
     assert session.past.text == [*PROMPT[0].tolist(), 4, 5, 6, 8]
     costs = forecast(network, [PROMPT[0].tolist()], Sampling(8)).costs
     assert costs.copy is not None and not costs.keeps
+    tally = decode(network, PROMPT[0].tolist(), Sampling(3), Draft((1,), 1))[2]
+    assert tally.at_once == at_once
 
 
 def test_the_first_of_a_kind_has_to_run(opened) -> None:

@@ -79,12 +79,16 @@ class Draft(NamedTuple):
 
 @dataclass
 class Tally:
-    """Rounds, tokens that were proposed, those that stayed, and all that were written."""
+    """Rounds, tokens that were proposed, those that stayed, and all that were written.
+
+    `at_once` is false where the network cannot verify several at once, so that no draft pays.
+    """
 
     rounds: int = 0
     drafted: int = 0
     kept: int = 0
     written: int = 0
+    at_once: bool = True
 
     @property
     def acceptance(self) -> float:
@@ -116,6 +120,7 @@ def speculated(
     ):
         session = Session(network, draft.left_out, draft.again)
         written = [_chosen(session.start(prompt), sampling, generator)[0]]
+        tally.at_once &= session.at_once
         yield written
         length, left = len(prompt), sampling.max_tokens - 1
         while left > 0 and written[-1] not in ends:
