@@ -9,6 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 from benchmarks.models import Model, models
 from benchmarks.timing import table
@@ -42,15 +43,18 @@ def main(words: Sequence[str] = ()) -> None:
     for model in (*found, *folders):
         network = open_network(model.folder, dtype="float32").load()
         prompts = documents_for(load_reader(network), model.data, PAIRS)
-        before = measured_costs(network, prompts[0], REPEATS)
+        texts = (prompts[0], list(chain(*prompts)))
+        before = [measured_costs(network, text, REPEATS) for text in texts]
         with few_rows(network.module) as quick:
-            costs(model, before, measured_costs(network, prompts[0], REPEATS))
+            now = [measured_costs(network, text, REPEATS) for text in texts]
+            for text, stock, faster in zip(texts, before, now, strict=True):
+                costs(f"{model.name} model, behind {len(text)} tokens", stock, faster)
             print(f"\n{quick} linear modules compute two to eight rows by the faster product.")
             measure(model, network, prompts)
 
 
-def costs(model: Model, stock: Costs, quick: Costs) -> None:
-    """What calls cost with every product the stock one, and with few rows by the faster one."""
+def costs(what: str, stock: Costs, quick: Costs) -> None:
+    """What calls cost in stock code, and with few rows by the faster ways."""
     rows: list[tuple[str, ...]] = [
         ("beside the layers", *(f"{1e3 * c.call:.2f}" for c in (stock, quick))),
         ("a layer, one token", *(f"{1e3 * (c.of(1, 1) - c.call):.2f}" for c in (stock, quick))),
@@ -58,7 +62,7 @@ def costs(model: Model, stock: Costs, quick: Costs) -> None:
     for size in SIZES:
         found = (f"{1e3 * c.of(size, c.depth):.2f}" for c in (stock, quick))
         rows.append((f"a call, {size} token{'s' * (size > 1)}", *found))
-    table(f"Costs of calls, {model.name} model, ms", ("", "stock products", "faster ones"), rows)
+    table(f"Costs of calls, {what}, ms", ("", "stock", "few rows faster"), rows)
 
 
 def measure(model: Model, network: Network, prompts: Sequence[Sequence[int]]) -> None:
@@ -68,7 +72,7 @@ def measure(model: Model, network: Network, prompts: Sequence[Sequence[int]]) ->
     """
     sampling = Sampling(max_tokens=WRITTEN)
     told = forecast(network, prompts[:SEEN], sampling)
-    setting, promised = told.best()
+    setting, _ = told.best()
     draft, chosen = exit_draft(network, *setting), choose_draft(told, network)[0]
     ways: dict[str, Callable[[Sequence[int]], list[int]]] = {
         "stock generate": lambda row: _stock(network, row),
@@ -93,7 +97,7 @@ def measure(model: Model, network: Network, prompts: Sequence[Sequence[int]]) ->
     stock, loop, drafted = speeds.values()
     rows = [
         ("the same loop over stock generate", "", _ratio(loop, stock)),
-        (f"{draft.what} over the same loop", f"{promised:.2f}", _ratio(drafted, loop)),
+        (f"{draft.what} over the same loop", _told(told.speeds(setting)), _ratio(drafted, loop)),
         (f"{draft.what} over stock generate", "", _ratio(drafted, stock)),
     ]
     table(f"Speculation, {model.name} model, float32", ("tokens/s", "foreseen", "measured"), rows)
@@ -108,7 +112,11 @@ def _stock(network: Network, row: Sequence[int]) -> list[int]:
 
 
 def _ratio(above: Sequence[float], below: Sequence[float]) -> str:
-    middle, low, high = median_interval([a / b for a, b in zip(above, below, strict=True)])
+    return _told([a / b for a, b in zip(above, below, strict=True)])
+
+
+def _told(values: Sequence[float]) -> str:
+    middle, low, high = median_interval(values)
     return f"{middle:.3f} [{low:.3f}, {high:.3f}]"
 
 

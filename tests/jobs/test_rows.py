@@ -1,7 +1,9 @@
-"""Linear modules that compute few rows by another product."""
+"""A few rows at once: linear modules by another product, shared keys in place."""
 
+import os
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import layerwise
+from layerwise.jobs.decoding import Session
 from layerwise.jobs.generate import generate
 from layerwise.jobs.speculate import Draft
 from layerwise.run import few_rows, rows
@@ -101,3 +104,39 @@ def test_a_draft_changes_no_token(tiny, always: list[int], kind: str) -> None:
     assert found.tokens == plain
     assert bool(count) == bool(always)
     assert not any("forward" in vars(m) for m in network.module.modules())
+
+
+class Heads(TorchFunctionMode):
+    """Heads of keys that attention is given for several queries and a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys: set[int] = set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and kwargs.get("attn_mask") is not None:
+            self.keys.add(args[1].shape[1])
+        return func(*args, **kwargs)
+
+
+def test_a_verification_does_not_repeat_the_keys_that_heads_share(
+    tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(rows.IN_PLACE, "0")
+    network = layerwise.open(tiny("llama")).load()
+    config = network.model.config
+    shared, heads = config.num_key_value_heads, config.num_attention_heads
+    assert shared < heads
+    session, logits = Session(network, (2,)), []
+    for block, keys in ((nullcontext(), heads), (few_rows(network.module), shared)):
+        with torch.inference_mode(), block, Heads() as seen:
+            session.start([3, 4, 5])
+            logits.append(session.feed([6, 7, 8]))
+        assert seen.keys == {keys}
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
+    assert os.environ[rows.IN_PLACE] == "0", "as it was before"
+    monkeypatch.delenv(rows.IN_PLACE)
+    with few_rows(nn.Linear(2, 2)):
+        assert os.environ[rows.IN_PLACE] == "1"
+    assert rows.IN_PLACE not in os.environ

@@ -280,8 +280,9 @@ def test_a_forecast_and_its_choice(opened) -> None:
     assert list(found.costs.forward) == sorted(found.costs.forward) and found.costs.keeps
     setting, speed = found.best()
     settings = [Setting(*s) for s in product((1, 2, 3), LENGTHS, SURE, (False, True))]
-    assert speed == max(found.of(s)["predicted"] for s in settings)
-    assert found.of(setting)["predicted"] == speed
+    assert speed == max(median_interval(found.speeds(s))[0] for s in settings)
+    assert median_interval(found.speeds(setting))[0] == speed
+    assert 0 <= found.stays(setting) <= 1
     costs = Costs(call=1.0, depth=4, forward=(5.0,) * 6)
     two = Rounds(written=1.5, drafted=2, whole=0.25)
     assert costs.of_round(two, 1) == 2 * (1 + 1) + (1 + 3)  # two tokens by one layer, then three

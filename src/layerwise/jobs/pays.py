@@ -144,22 +144,23 @@ class Forecast(NamedTuple):
     places: Mapping[int, Sequence[Places]]
     costs: Costs
 
-    def of(self, setting: Setting) -> dict[str, float]:
-        """Median over texts of the speed against plain decoding; share of tokens that stay."""
+    def speeds(self, setting: Setting) -> list[float]:
+        """Speed against plain decoding, by text."""
         exit, length, sure, again = setting
-        keeps, texts = self.costs.keeps and not again, self.places[exit]
-        plain, speeds = self.costs.of(1, self.costs.depth), []
-        for text in texts:
-            rounds = per_round([text], length, sure, keeps)
-            speeds.append(rounds.written * plain / self.costs.of_round(rounds, exit, again))
-        stays = per_round(texts, length, sure, keeps).stays
-        return {"predicted": float(np.median(speeds)), "stays": stays}
+        keeps, plain = self.costs.keeps and not again, self.costs.of(1, self.costs.depth)
+        rounds = [per_round([text], length, sure, keeps) for text in self.places[exit]]
+        return [r.written * plain / self.costs.of_round(r, exit, again) for r in rounds]
+
+    def stays(self, setting: Setting) -> float:
+        """The share of proposed tokens that stay."""
+        exit, length, sure, again = setting
+        return per_round(self.places[exit], length, sure, self.costs.keeps and not again).stays
 
     def best(self) -> tuple[Setting, float]:
-        """The best of all settings, and its speed."""
+        """The best of all settings, and the median of its speeds."""
         both = (False, True) if self.costs.keeps else (False,)
         settings = (Setting(*found) for found in product(self.places, LENGTHS, SURE, both))
-        speeds = {setting: self.of(setting)["predicted"] for setting in settings}
+        speeds = {setting: float(np.median(self.speeds(setting))) for setting in settings}
         best = max(speeds, key=lambda setting: speeds[setting])
         return best, speeds[best]
 
@@ -185,12 +186,14 @@ def choose_draft(found: Forecast, network: Network) -> tuple[Draft | None, str]:
     """The best draft, or none, and why."""
     setting, speed = found.best()
     draft = exit_draft(network, *setting)
+    _, low, high = median_interval(found.speeds(setting))
+    said = f"{speed:.2f} [{low:.2f}, {high:.2f}]"
     if speed < WORTH:
         return None, (
             f"plain decoding is faster here: the best draft, {draft.what}, is predicted at "
-            f"{speed:.2f} of its speed"
+            f"{said} of its speed"
         )
-    return draft, f"drafts with {draft.what}, predicted {speed:.2f} times as fast as plain decoding"
+    return draft, f"drafts with {draft.what}, predicted {said} times as fast as plain decoding"
 
 
 def sweep(
@@ -205,7 +208,7 @@ def sweep(
 
     Returns:
         For each: the share of proposed tokens that stayed, tokens per second, the median of the
-        pairs' ratios with its interval and the predicted one, and whether every text was the same.
+        pairs' ratios and of the predicted ones with intervals, and whether every text was the same.
     """
     rows = []
     for number, setting in enumerate(settings):
@@ -218,15 +221,14 @@ def sweep(
             same &= plain == text or bool(sampling.temperature)
             total.drafted, total.kept = total.drafted + tally.drafted, total.kept + tally.kept
             tokens, seconds = tokens + len(text), seconds + fast
-        told = found.of(setting)
         rows.append(
             {
                 **setting._asdict(),
                 "stays": round(total.acceptance, 3),
-                "stays_predicted": round(told["stays"], 3),
+                "stays_predicted": round(found.stays(setting), 3),
                 "tokens/s": round(tokens / seconds, 1),
                 "speed": [round(value, 2) for value in median_interval(pairs)],
-                "speed_predicted": round(told["predicted"], 2),
+                "speed_predicted": [round(v, 2) for v in median_interval(found.speeds(setting))],
                 "same": None if sampling.temperature else same,
             }
         )
