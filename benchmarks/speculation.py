@@ -15,6 +15,7 @@ from benchmarks.models import Model, models
 from benchmarks.timing import table
 from layerwise.core.network import Network
 from layerwise.core.open import open_network
+from layerwise.core.task import config_value
 from layerwise.jobs.costs import SIZES, Costs, measured_costs
 from layerwise.jobs.generate import generate
 from layerwise.jobs.pays import (
@@ -31,6 +32,8 @@ from layerwise.jobs.speculate import Sampling
 from layerwise.run import few_rows
 
 PAIRS, WRITTEN, SEEN, REPEATS = 30, 48, 8, 31
+#: tokens of the longer text behind which calls are timed, at most
+LONG = 960
 #: how often every prompt is written on in each way, in turn; its median counts
 TURNS = 3
 
@@ -43,7 +46,8 @@ def main(words: Sequence[str] = ()) -> None:
     for model in (*found, *folders):
         network = open_network(model.folder, dtype="float32").load()
         prompts = documents_for(load_reader(network), model.data, PAIRS)
-        texts = (prompts[0], list(chain(*prompts)))
+        room = config_value(network.model.config, "max_position_embeddings") or LONG + SIZES[-1]
+        texts = (prompts[0], list(chain(*prompts))[: min(LONG, room - SIZES[-1])])
         before = [measured_costs(network, text, REPEATS) for text in texts]
         with few_rows(network.module) as quick:
             now = [measured_costs(network, text, REPEATS) for text in texts]
