@@ -15,7 +15,6 @@ from benchmarks.models import Model, models
 from benchmarks.timing import table
 from layerwise.core.network import Network
 from layerwise.core.open import open_network
-from layerwise.core.task import config_value
 from layerwise.jobs.costs import SIZES, Costs, measured_costs
 from layerwise.jobs.generate import generate
 from layerwise.jobs.pays import (
@@ -46,7 +45,7 @@ def main(words: Sequence[str] = ()) -> None:
     for model in (*found, *folders):
         network = open_network(model.folder, dtype="float32").load()
         prompts = documents_for(load_reader(network), model.data, PAIRS)
-        room = config_value(network.model.config, "max_position_embeddings") or LONG + SIZES[-1]
+        room = getattr(network.model.config, "max_position_embeddings", LONG + SIZES[-1])
         texts = (prompts[0], list(chain(*prompts))[: min(LONG, room - SIZES[-1])])
         before = [measured_costs(network, text, REPEATS) for text in texts]
         with few_rows(network.module) as quick:
