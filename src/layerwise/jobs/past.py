@@ -17,7 +17,8 @@ class Past:
     """
 
     def __init__(self, output: Mapping[str, Any], tokens: Sequence[int]) -> None:
-        held = [(name, value) for name, value in output.items() if isinstance(value, Cache)]
+        caches = [(name, value) for name, value in output.items() if isinstance(value, Cache)]
+        held = [(name, value) for name, value in caches if len(value)]
         self.place, self.cache = held[0] if held else ("", None)
         self.text = list(tokens)
         self.marked: Cache | None = None
