@@ -240,7 +240,7 @@ def swept(
     with progress_bar(output.as_json) as progress:
         rows = sweep(network, prompts, found, settings, sampling, progress)
     columns = ("stays", "stays_predicted", "tokens/s", "speed", "speed_predicted", "same")
-    output.table("drafts against plain decoding", rows, *Setting._fields, *columns)
+    output.table("drafts against plain decoding", rows, "draft", *columns)
     why = choose_draft(found, network)[1]
     output.say(f"auto: {why}")
     output.more |= {"costs": found.costs._asdict(), "auto": why}

@@ -223,6 +223,7 @@ def sweep(
             tokens, seconds = tokens + len(text), seconds + fast
         rows.append(
             {
+                "draft": draft.what,
                 **setting._asdict(),
                 "stays": round(total.acceptance, 3),
                 "stays_predicted": round(found.stays(setting), 3),

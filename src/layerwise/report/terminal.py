@@ -74,7 +74,7 @@ def print_table(title: str, rows: Sequence[dict[str, Any]], columns: Sequence[st
         alone = sum(c.rpartition(".")[2] == short for c in filled) == 1
         name = short if alone else column.replace(".", " ")
         name = _UNITS.get(name, name.replace("_", " "))
-        key = column == "layer"
+        key = column in ("layer", "draft")
         side = "right" if numeric else "left"
         table.add_column(name, justify=side, overflow="fold", no_wrap=key)
     for row in rows:
