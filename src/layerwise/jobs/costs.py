@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -65,15 +66,13 @@ def measured_costs(network: Network, prompt: Sequence[int], repeats: int = 15) -
         session.start(prompt)
         for _ in range(repeats + 1):
             for size, found in times.items():
+                block = nullcontext() if size else session.drafting()
                 marked = time.perf_counter()
                 session.past.mark()
-                copies.append(time.perf_counter() - marked)
                 began = time.perf_counter()
-                if size:
-                    session.feed(list(prompt[:1]) * size)
-                else:
-                    with session.drafting():
-                        session.feed(prompt[:1])
+                copies.append(began - marked)
+                with block:
+                    session.feed(list(prompt[:1]) * max(size, 1))
                 found.append(time.perf_counter() - began)
                 session.past.back(len(prompt))
     medians = {size: statistics.median(found[1:]) for size, found in times.items()}
